@@ -1,0 +1,57 @@
+"""Arguments that train, evaluate and generate share: which model, which data."""
+
+from dataclasses import dataclass
+
+from finetune.tasks import TASKS
+from kozero.config import arg, require
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str | None = arg(
+        None, "hub name (skt/kogpt2-base-v2, skt/ko-gpt-trinity-1.2B-v0.5) or folder of a GPT-2"
+    )
+    config_file: str | None = arg(None, "JSON of a GPT-2 with random weights, e.g. models/kogpt2_config.json")
+    tokenizer_name_or_path: str | None = arg(
+        None, "hub name or folder; default: the model's own, or the sample tokenizer for --config_file"
+    )
+    dropout: float | None = arg(None, "replaces the model's dropout rates, 0 to 1")
+
+    def __post_init__(self) -> None:
+        require(self.dropout is None or 0 <= self.dropout < 1, f"--dropout {self.dropout}: must be in [0, 1)")
+
+
+@dataclass
+class DataArguments:
+    """Which data. Without files or --from_hub the sample data of this project are used."""
+
+    task: str = arg("nsmc", "what to learn", choices=list(TASKS))
+    train_file: str | None = arg(None, "published training file of the task")
+    validation_file: str | None = arg(None, "published validation or test file; without it a part of --train_file")
+    validation_fraction: float = arg(
+        0.1, "share of the groups (articles, premises) of --train_file that validates when no --validation_file is given"
+    )
+    from_hub: bool = arg(False, "read the task's data set from the hub: e9t/nsmc, klue/nli, KorQuAD/squad_kor_v1")
+    bad_rows: str = arg("error", "a row that breaks the file's form: end the run, or count it and go on",
+                        choices=["error", "skip"])
+    max_train_samples: int = arg(0, "train on this many examples at most; 0: all")
+    max_eval_samples: int = arg(0, "evaluate on this many examples at most, evenly spaced; 0: all")
+    max_seq_length: int = arg(0, "tokens of a row; 0: the task's default (256, KorQuAD 512), at most the model's positions")
+    batching: str = arg(
+        "packed", "texts side by side in full rows, or one text a row grouped by length", choices=["packed", "grouped"]
+    )
+    cache_dir: str = arg("~/.cache/kozero", "folder of tokenised data")
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples", "max_seq_length"):
+            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
+        require(
+            0 < self.validation_fraction < 1,
+            f"--validation_fraction {self.validation_fraction}: must be above 0 and below 1",
+        )
+        require(
+            not (self.from_hub and (self.train_file or self.validation_file)),
+            "--from_hub and files: choose one of the two",
+        )

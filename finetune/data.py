@@ -1,0 +1,112 @@
+"""From the arguments to token stores: which source trains, which validates, and what is printed about them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from finetune.arguments import DataArguments
+from finetune.tasks import Example, Source, Task
+from kozero import distributed
+from kozero.config import require
+from kozero.data.readers import LeftOut
+from kozero.data.store import TextRow, TokenStore, file_hash, key_of, open_or_build, tokenizer_hash
+
+SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
+SAMPLE_TOKENIZER = SAMPLE_DATA / "tokenizer"
+
+
+def sources(arguments: DataArguments, task: Task) -> tuple[Source, Source]:
+    """Where training and validation examples come from."""
+    skip = arguments.bad_rows == "skip"
+    if arguments.from_hub:
+        name, config, train, validation = task.hub
+        return Source(hub=(name, config, train), skip_bad_rows=skip), Source(
+            hub=(name, config, validation), skip_bad_rows=skip
+        )
+    if not (arguments.train_file or arguments.validation_file):
+        train, validation = (SAMPLE_DATA / name for name in task.sample_files)
+        distributed.say(f"no --train_file and no --from_hub: using the sample data in {SAMPLE_DATA.name}/")
+        return Source(train), Source(validation)
+    train = Path(arguments.train_file) if arguments.train_file else None
+    if arguments.validation_file:
+        return Source(train, skip_bad_rows=skip), Source(Path(arguments.validation_file), skip_bad_rows=skip)
+    fraction = arguments.validation_fraction
+    return (
+        Source(train, skip_bad_rows=skip, side="train", validation_fraction=fraction),
+        Source(train, skip_bad_rows=skip, side="validation", validation_fraction=fraction),
+    )
+
+
+def cached_store(
+    source: Source, task: Task, kind: str, limit: int, tokenizer: Any, cache_dir: str
+) -> TokenStore:
+    """The token store of a source: `train` pairs, or all `choices` of every example, or `prompts` alone.
+
+    Built once a machine; the other ranks wait and read it.
+    """
+    content = file_hash(existing(source.path)) if source.path else source.hub
+    parts = (task.name, kind, limit, content, source.side, source.validation_fraction, source.skip_bad_rows)
+    key = key_of(*parts, tokenizer_hash(tokenizer), tokenizer.eos_token_id)
+
+    def rows() -> Iterator[TextRow]:
+        for example in read(source, task, limit):
+            yield from text_rows(example, task, kind)
+
+    return distributed.machine_first(lambda: open_or_build(Path(cache_dir).expanduser(), key, rows, tokenizer))
+
+
+def existing(path: Path) -> Path:
+    """`path`, or a UserError when it is no file."""
+    require(path.exists(), f"{path}: no such file")
+    require(path.is_file(), f"{path}: not a file")
+    return path
+
+
+def read(source: Source, task: Task, limit: int = 0, quiet: bool = False) -> Iterator[Example]:
+    """Examples of a source, the first `limit` of them; tells what was left out, and refuses an empty source."""
+    left_out, count = LeftOut(), 0
+    for example in islice(task.examples(source, left_out), limit or None):
+        count += 1
+        yield example
+    if not quiet:
+        for line in left_out.lines():
+            print(f"{source}: {line}", flush=True)
+    require(count > 0, f"{source}: no examples")
+
+
+def text_rows(example: Example, task: Task, kind: str) -> Iterator[TextRow]:
+    """The rows that an example becomes."""
+    if kind == "train":
+        prompt, target = task.training_pair(example)
+        yield TextRow(example.context, prompt, target, example.answer_span)
+    elif kind == "choices":
+        for prompt, target in task.choices(example):
+            yield TextRow(example.context, prompt, target)
+    else:
+        yield TextRow(example.context, example.prompt, "")
+
+
+@dataclass
+class EvaluationSet:
+    """Examples with what the model needs to be scored on them."""
+
+    task: Task
+    examples: list[Example]
+    store: TokenStore  # choices: len(labels) rows an example; prompts: one row an example
+
+
+def evaluation_set(source: Source, task: Task, arguments: DataArguments, tokenizer: Any) -> EvaluationSet:
+    """All examples of a source, or --max_eval_samples of them, evenly spaced."""
+    existing(source.path) if source.path else None
+    kind = "choices" if task.labels else "prompts"
+    store = cached_store(source, task, kind, 0, tokenizer, arguments.cache_dir)
+    examples = list(read(source, task, quiet=True))
+    wanted = arguments.max_eval_samples
+    if wanted and wanted < len(examples):
+        chosen = [k * len(examples) // wanted for k in range(wanted)]
+        width = len(store) // len(examples)
+        store.rows = store.rows[[k * width + j for k in chosen for j in range(width)]]
+        examples = [examples[k] for k in chosen]
+    return EvaluationSet(task, examples, store)

@@ -1,0 +1,122 @@
+"""Scores of a model under any engine: labels by log-likelihood, answers by writing them. Every rank takes its share
+and all of them make the same number of forward passes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.data import EvaluationSet
+from kozero import distributed
+from kozero.data.batches import evaluation_batches, prefix_and_target
+from kozero.data.rows import fit
+from kozero.engines.base import Engine
+from kozero.metrics import classification, question_answering
+from kozero.pause import Pauses
+
+
+@dataclass
+class Scores:
+    """`values` by name, what was predicted for each example, and lines about what did not fit."""
+
+    values: dict[str, float]
+    predictions: list[str]
+    notes: list[str]
+
+
+def score(
+    engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int, tokenizer: Any
+) -> Scores:
+    """Score every example of `data`. Collective.
+
+    Args: pauses: M_inf of them; capacity: tokens of a row; micro: rows of a forward pass.
+    """
+    if data.task.labels:
+        return score_choices(engine, data, pauses, capacity, micro)
+    return score_answers(engine, data, pauses, capacity, micro, tokenizer)
+
+
+def score_choices(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int) -> Scores:
+    """For each example the label whose target has the highest log-likelihood given its prompt."""
+    batches, num_cut, num_left_out = evaluation_batches(
+        data.store, pauses, capacity, micro, distributed.rank(), distributed.world_size()
+    )
+    # Column 0 adds up log-likelihoods, column 1 counts: a row that does not fit is on no rank and keeps a count of 0.
+    total = torch.zeros(len(data.store), 2, dtype=torch.float64)
+    with engine.evaluating() as model:
+        for batch in batches:
+            losses = model(**batch.to(distributed.device()), reduction="none").double().cpu()
+            total.index_add_(0, batch.texts, torch.stack([-losses, torch.ones_like(losses)], dim=1))
+    total = distributed.all_reduce(total.to(distributed.device())).cpu()
+    likelihood = torch.where(total[:, 1] > 0, total[:, 0], -torch.inf).view(len(data.examples), -1)
+    fits = torch.isfinite(likelihood).all(dim=1)
+    chosen = torch.where(fits, likelihood.argmax(dim=1), -1).tolist()  # an example that does not fit is wrong
+    labels = data.task.labels
+    values = classification(chosen, [example.label for example in data.examples], labels)
+    return Scores(values, [labels[k] if k >= 0 else "" for k in chosen], notes(num_cut, num_left_out))
+
+
+def score_answers(
+    engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int, tokenizer: Any
+) -> Scores:
+    """KorQuAD's exact match and character F1 of greedily written answers."""
+    new_tokens = data.task.max_new_tokens
+    fitted = fit(data.store, capacity - new_tokens, pauses.num)
+    prompts = [pauses.prompt(prefix_and_target(data.store, fitted.cut, k)[0]) for k in fitted.used.tolist()]
+    answers = write(engine, tokenizer, prompts, micro, max_new_tokens=new_tokens, do_sample=False)
+    predictions = [""] * len(data.examples)
+    for k, answer in zip(fitted.used.tolist(), answers, strict=True):
+        predictions[k] = answer.strip()
+    values = question_answering(predictions, [example.targets for example in data.examples])
+    return Scores(values, predictions, notes(fitted.num_cut, fitted.num_left_out))
+
+
+def notes(num_cut: int, num_left_out: int) -> list[str]:
+    """What a reader of the scores has to know about examples that did not fit."""
+    lines = [f"{num_cut:,} contexts were cut to fit; --max_seq_length sets the limit"] if num_cut else []
+    if num_left_out:
+        lines.append(f"{num_left_out:,} rows do not fit even without context and count as wrong")
+    return lines
+
+
+def write(
+    engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int, **generation: Any
+) -> list[str]:
+    """What the model writes after each prompt (ids with their pauses), without special tokens. Collective.
+
+    Prompts of about the same length share a batch, padded on the left. All ranks make the same number of calls, and
+    under a sharded engine all go on until the last one has finished.
+    """
+    order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
+    world = distributed.world_size()
+    mine: dict[int, str] = {}
+    with engine.evaluating():
+        for start in range(0, len(order), micro * world):
+            first = start + distributed.rank() * micro
+            numbers = order[first : first + micro].tolist()
+            texts = write_batch(engine, tokenizer, [prompts[n] for n in numbers or order[:1]], generation)
+            mine |= dict(zip(numbers, texts, strict=False))
+    written: dict[int, str] = {}
+    for part in distributed.gather(mine):
+        written |= part
+    return [written[n] for n in range(len(prompts))]
+
+
+def write_batch(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], generation: dict[str, Any]) -> list[str]:
+    """One call of transformers' generate."""
+    device, longest = distributed.device(), max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+    seen = torch.zeros_like(ids)
+    for k, prompt in enumerate(prompts):
+        ids[k, longest - len(prompt) :] = torch.from_numpy(prompt)
+        seen[k, longest - len(prompt) :] = 1
+    out = engine.module.lm.generate(
+        input_ids=ids.to(device),
+        attention_mask=seen.to(device),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        synced_gpus=engine.lockstep and distributed.world_size() > 1,
+        **generation,
+    )
+    return tokenizer.batch_decode(out[:, longest:].tolist(), skip_special_tokens=True)

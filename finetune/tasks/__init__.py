@@ -1,0 +1,10 @@
+"""The tasks by name."""
+
+from finetune.tasks.base import Example, Source, Task
+from finetune.tasks.klue_nli import KlueNli
+from finetune.tasks.korquad import Korquad
+from finetune.tasks.nsmc import Nsmc
+
+TASKS: dict[str, Task] = {task.name: task for task in (Nsmc(), KlueNli(), Korquad())}
+
+__all__ = ["TASKS", "Example", "Source", "Task"]

@@ -1,0 +1,129 @@
+"""What a task is: how its published data read, and how an example becomes context, prompt and target."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kozero.config import require
+from kozero.data.readers import BadRow, LeftOut, Located, read_hub
+from kozero.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a task, as text.
+
+    The model reads `context` (which may be cut when it does not fit) and `prompt` (which may not), then the pauses,
+    and has to write one of `targets`: `targets[label]` for a choice, `targets[0]` in training, any of them counts
+    as right for a generated answer. `answer_span` is where the answer stands in the context (characters), so that a
+    cut in training can keep it. Examples of one `group` never fall on both sides of a validation split.
+    """
+
+    id: str
+    group: str
+    context: str
+    prompt: str
+    targets: tuple[str, ...]
+    label: int = 0
+    answer_span: tuple[int, int] | None = None
+
+
+class Task:
+    """Base of the tasks. A subclass names its files and fields; everything else is shared."""
+
+    name: str
+    hub: tuple[str, str | None, str, str]  # data set, config, train split, validation split
+    sample_files: tuple[str, str]  # below sample_data/: train, validation
+    max_seq_length: int  # default row length, tokens
+    max_new_tokens: int = 64  # generated at most when text is asked for
+    labels: tuple[str, ...] = ()  # what a choice can be; empty: answers are generated
+    best_score: str  # the score that decides which checkpoint is the best (higher is better)
+
+    def read_file(self, path: Path) -> Iterator[Located | BadRow]:
+        """Rows of a published file."""
+        raise NotImplementedError
+
+    def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
+        """Examples of one row; raises BadRow (see readers) and EmptyText."""
+        raise NotImplementedError
+
+    def choices(self, example: Example) -> list[tuple[str, str]]:
+        """(prompt, target) for each label; the most likely target given its prompt wins."""
+        return [(example.prompt, label) for label in self.labels]
+
+    def training_pair(self, example: Example) -> tuple[str, str]:
+        """The (prompt, target) that is trained on."""
+        return self.choices(example)[example.label] if self.labels else (example.prompt, example.targets[0])
+
+    def examples(self, source: "Source", left_out: LeftOut) -> Iterator[Example]:
+        """Examples of a source, in its order. Rows without text, and bad rows when they may be skipped, are counted
+        in `left_out`; otherwise a bad row ends the run."""
+        rows = read_hub(*source.hub) if source.hub else self.read_file(source.path)
+        for item in rows:
+            try:
+                if isinstance(item, BadRow):
+                    raise item
+                for example in self.examples_of_row(*item):
+                    if source.takes(example.group):
+                        yield example
+            except EmptyText as empty:
+                left_out.add("empty text", str(empty))
+            except BadRow as bad:
+                if not source.skip_bad_rows:
+                    raise UserError(f"{bad}. Mend it, or leave such rows out with --bad_rows skip") from None
+                left_out.add("bad row", str(bad))
+
+
+class EmptyText(Exception):
+    """A row whose text is empty: it is left out and counted, since published sets hold a few."""
+
+
+def filled(where: str, text: str) -> str:
+    """`text`, unless it is empty."""
+    if not text:
+        raise EmptyText(where)
+    return text
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where examples come from: a file or a hub split, all of it or one side of a validation split."""
+
+    path: Path | None = None
+    hub: tuple[str, str | None, str] | None = None
+    skip_bad_rows: bool = False
+    side: str = "all"  # all | train | validation
+    validation_fraction: float = 0.0
+
+    def __str__(self) -> str:
+        name = str(self.path) if self.path else ":".join(part for part in self.hub if part)
+        if self.side == "all":
+            return name
+        share = self.validation_fraction if self.side == "validation" else 1 - self.validation_fraction
+        return f"{name} ({self.side} side, {share:.0%} by group)"
+
+    def takes(self, group: str) -> bool:
+        """Whether examples of `group` belong to this side. A pure function of the group's name: no seed, no order."""
+        if self.side == "all":
+            return True
+        draw = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
+        return (draw < self.validation_fraction) == (self.side == "validation")
+
+
+def check_label(where: str, label: object, names: tuple[str, ...]) -> int:
+    """A label given as its number or its name, as a number; a BadRow when it is neither."""
+    if isinstance(label, str) and label in names:
+        return names.index(label)
+    text = str(label).strip()
+    if isinstance(label, bool) or not text.isdecimal() or int(text) >= len(names):
+        known = ", ".join(f"{k} ({name})" for k, name in enumerate(names))
+        raise BadRow(f"{where}: label {label!r} is out of range; known: {known}")
+    return int(text)
+
+
+def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Refuse a file of a kind that the task does not read."""
+    require(path.exists(), f"{path}: no such file")
+    require(path.is_file(), f"{path}: not a file; name one of {', '.join(suffixes)}")
+    require(path.suffix in suffixes, f"{path}: this task reads {', '.join(suffixes)}")

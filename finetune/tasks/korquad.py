@@ -1,0 +1,74 @@
+"""KorQuAD 1.0: questions on a passage, answered by writing the answer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.tasks.base import Example, Task, check_suffix, filled
+from kozero.config import read_json_object, require
+from kozero.data.readers import BadRow, Located, text_field
+
+CONTEXT_MARK = "문맥: "
+
+
+class Korquad(Task):
+    """Context: the passage. Prompt: the question. Target: the answer."""
+
+    name = "korquad"
+    hub = ("KorQuAD/squad_kor_v1", None, "train", "validation")
+    sample_files = ("korquad/KorQuAD_v1.0_train.json", "korquad/KorQuAD_v1.0_dev.json")
+    max_seq_length = 512
+    max_new_tokens = 32
+    best_score = "f1"
+
+    def read_file(self, path: Path) -> Iterator[Located | BadRow]:
+        """The published nested JSON, one row a question, in the flat form of the hub."""
+        check_suffix(path, (".json",))
+        articles = read_json_object(path).get("data")
+        require(isinstance(articles, list), f"{path}: no list 'data'; is this a KorQuAD 1.0 file?")
+        for number, article in enumerate(articles, start=1):
+            where = f"{path} article {number}"
+            try:
+                for paragraph in article["paragraphs"]:
+                    for question in paragraph["qas"]:
+                        shared = {"title": article.get("title", where), "context": paragraph["context"]}
+                        answers = question.get("answers")
+                        yield f"{path} question {question.get('id')}", question | shared | {"answers": answers}
+            except (TypeError, KeyError, AttributeError) as error:
+                yield BadRow(f"{where}: not in KorQuAD's form ({type(error).__name__}: {error})")
+
+    def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
+        """One question with its answers; the first is the one that is trained on."""
+        context = text_field(where, row, "context")
+        shift = len(CONTEXT_MARK) - len(row["context"]) + len(row["context"].lstrip())  # strip moved the answer
+        question = filled(where, text_field(where, row, "question"))
+        answers = list(answers_of_row(where, row))
+        for text, start in answers:
+            if row["context"][start : start + len(text)] != text:
+                raise BadRow(f"{where}: answer {text!r} does not stand at {start} in the context")
+        text, start = answers[0]
+        span = (start + shift, start + shift + len(text))
+        targets = tuple(dict.fromkeys(text for text, _ in answers))
+        prompt = f"질문: {question} 정답:"
+        yield Example(
+            str(row.get("id", where)), str(row.get("title", "")), CONTEXT_MARK + context, prompt, targets, 0, span
+        )
+
+
+def answers_of_row(where: str, row: dict) -> Iterator[tuple[str, int]]:
+    """(text, start) of each answer, from the file's list of objects or the hub's object of lists."""
+    answers = row.get("answers")
+    try:
+        if isinstance(answers, dict):
+            answers = [
+                {"text": text, "answer_start": start}
+                for text, start in zip(answers["text"], answers["answer_start"], strict=True)
+            ]
+        pairs = [(answer["text"], answer["answer_start"]) for answer in answers]
+    except (TypeError, KeyError, ValueError):
+        raise BadRow(f"{where}: 'answers' must be a list of objects with text and answer_start") from None
+    if not pairs:
+        raise BadRow(f"{where}: no answer")
+    for text, start in pairs:
+        if not isinstance(text, str) or not text.strip() or not isinstance(start, int) or start < 0:
+            raise BadRow(f"{where}: answer {text!r} at {start!r} is not a text and its place in the context")
+        yield text, start

@@ -1,0 +1,221 @@
+"""Fine-tune a Korean GPT-2 on a task, with or without pause tokens.
+
+    deepspeed finetune/train.py --deepspeed_config ds_configs/zero2.json --task nsmc --num_pauses 10 ...
+    torchrun --nproc_per_node 2 finetune/train.py ...        several ranks, with or without DeepSpeed
+    python finetune/train.py ...                             one process
+
+Reads top to bottom: arguments, model, data, engine, loop, export.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.arguments import DataArguments, ModelArguments
+from finetune.card import model_card
+from finetune.data import EvaluationSet, cached_store, evaluation_set, sources
+from finetune.scoring import score, write
+from finetune.setup import load_model, row_capacity
+from finetune.tasks import TASKS, Source, Task
+from kozero import distributed, plan
+from kozero.checkpoint import Checkpoints, write_text
+from kozero.config import TrainingArguments, arg, batch_sizes, describe_run, parse_arguments, require
+from kozero.data.batches import TrainingRows, prefix_and_target
+from kozero.data.rows import fit
+from kozero.engines import build_engine, prepare_engine
+from kozero.engines.base import Engine
+from kozero.errors import UserError, run_main
+from kozero.freeze import FreezePlan, apply_plan, compile_plan, report
+from kozero.loop import Trainer
+from kozero.pause import PauseArguments, Pauses
+from kozero.runlog import RunLog
+from models.language_model import LanguageModel, export
+
+NUM_SAMPLES = 2  # texts written at each evaluation
+
+
+@dataclass
+class FreezeArguments:
+    """What trains."""
+
+    freeze: str | None = arg(
+        None, "parts that do not train: wte, wpe, h.0-5, ln_f, pause, or all_but:h.6-11,ln_f for those that do"
+    )
+
+
+def main() -> None:
+    """The whole run."""
+    training, model_arguments, data_arguments, pause_arguments, freeze_arguments = parse_arguments(
+        TrainingArguments, ModelArguments, DataArguments, PauseArguments, FreezeArguments,
+        prog="finetune/train.py", description="Fine-tune a Korean GPT-2 with pause tokens under ZeRO.",
+    )  # fmt: skip
+    distributed.setup(training.timeout_seconds)
+    sizes = batch_sizes(training, distributed.world_size())
+    engine_settings = prepare_engine(training, sizes)  # before the model: a wrong JSON ends the run at once
+    task = TASKS[data_arguments.task]
+    output_dir = prepare_output(training.output_dir)
+    checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume)
+    train_source, validation_source = sources(data_arguments, task)
+    if train_source.path is None and train_source.hub is None:
+        raise UserError("--validation_file alone trains nothing; give --train_file too")
+
+    distributed.seed_everything(training.seed)
+    model = load_model(model_arguments, pause_arguments, pause_arguments.num_pauses > 0, training.seed)
+    capacity = row_capacity(data_arguments.max_seq_length, task.max_seq_length, model.config.n_positions)
+    freeze_plan = freeze(model, freeze_arguments.freeze, pause_arguments.num_pauses > 0)
+    tell_plan(freeze_plan, model, capacity, engine_settings.stage, sizes.world_size, training)
+
+    rows = training_rows(train_source, task, data_arguments, training, model, pause_arguments, capacity)
+    validation = evaluation_set(validation_source, task, data_arguments, model.tokenizer)
+    inference = Pauses(model.pause_id or 0, pause_arguments.at_inference)
+    micro = training.per_device_eval_batch_size or training.per_device_train_batch_size
+
+    if training.gradient_checkpointing:
+        model.module.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine = build_engine(model.module, training, engine_settings)
+
+    def evaluate(log: RunLog, step: int) -> dict[str, float]:
+        result = score(engine, validation, inference, capacity, micro, model.tokenizer)
+        for note in result.notes:
+            log.say(note)
+        log.text(step, "eval/sample", sample_text(engine, validation, inference, capacity, model))
+        return result.values
+
+    run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
+    trainer = Trainer(engine, rows, training, sizes, evaluate, task.best_score, resume_key(run, rows, sizes))
+    if checkpoint:
+        trainer.resume(checkpoint)
+        distributed.say(f"resumed from {checkpoint} at step {trainer.state.step}")
+    save_run(output_dir, run | {"deepspeed": engine_settings.resolved})
+    distributed.say(
+        f"{task.name}: {len(rows):,} rows of {capacity} tokens ({rows.length.sum() / len(rows) / capacity:.1%} real), "
+        f"{sizes.global_batch} rows a step, {trainer.total_steps:,} steps; {len(validation.examples):,} validate"
+    )
+    state = trainer.fit()
+    trainer.load_best()
+    pause = pause_settings(model, pause_arguments)
+    finish(engine, model, output_dir, pause, run, state.best_scores, state.best_step, task)
+
+
+def prepare_output(name: str) -> Path:
+    """The output folder, made if need be; one that cannot be written is a UserError before anything long begins."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-probe-{distributed.rank()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {name}: cannot be written ({error.strerror})") from None
+    return folder
+
+
+def freeze(model: LanguageModel, text: str | None, has_pause: bool) -> FreezePlan:
+    """Compile and apply the plan; the pause row becomes its own parameter where it trains without its embedding."""
+    freeze_plan = compile_plan(text, model.config.n_layer, has_pause)
+    if freeze_plan.separate_pause:
+        model.module.separate_pause_row(model.pause_id)
+    apply_plan(freeze_plan, model.module)
+    return freeze_plan
+
+
+def tell_plan(
+    freeze_plan: FreezePlan, model: LanguageModel, capacity: int, stage: int, world: int, training: TrainingArguments
+) -> None:
+    """Print what trains and what freezing saves on each rank."""
+    total = sum(p.numel() for p in model.module.parameters())
+    trainable = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+    saved = plan.state_bytes(total, total, stage, world, training.dtype)
+    saved -= plan.state_bytes(total, trainable, stage, world, training.dtype)
+    shape = plan.ModelShape.of(model.config)
+    for line in report(freeze_plan, model.module, shape, capacity, saved):
+        distributed.say(line)
+
+
+def training_rows(
+    source: Source,
+    task: Task,
+    data: DataArguments,
+    training: TrainingArguments,
+    model: LanguageModel,
+    pause: PauseArguments,
+    capacity: int,
+) -> TrainingRows:
+    """Tokenised, cut and packed rows; tells how many contexts were cut and how many examples do not fit."""
+    store = cached_store(source, task, "train", data.max_train_samples, model.tokenizer, data.cache_dir)
+    pauses = Pauses(model.pause_id or 0, pause.num_pauses)
+    rows = TrainingRows(store, pauses, capacity, data.batching, training.seed)
+    if rows.fit.num_cut:
+        distributed.say(f"{rows.fit.num_cut:,} of {len(store):,} training contexts were cut to fit {capacity} tokens")
+    if rows.fit.num_left_out:
+        distributed.say(
+            f"{rows.fit.num_left_out:,} of {len(store):,} training examples are left out: question, pauses and "
+            f"answer alone are longer than {capacity} tokens"
+        )
+    require(len(rows) > 0, f"{source}: no example fits {capacity} tokens; raise --max_seq_length")
+    return rows
+
+
+def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, model: LanguageModel) -> str:
+    """What the model writes after the first prompts of the validation set."""
+    new_tokens = data.task.max_new_tokens
+    fitted = fit(data.store, max(1, capacity - new_tokens), pauses.num)
+    prefixes = [prefix_and_target(data.store, fitted.cut, k)[0] for k in fitted.used[:NUM_SAMPLES].tolist()]
+    prompts = [pauses.prompt(prefix) for prefix in prefixes]
+    texts = write(engine, model.tokenizer, prompts, 1, max_new_tokens=new_tokens, do_sample=False) if prompts else []
+    heads = [model.tokenizer.decode(prefix.tolist())[-60:] for prefix in prefixes]
+    return " | ".join(f"{head} → {text.strip()}" for head, text in zip(heads, texts, strict=True))
+
+
+def resume_key(run: dict, rows: TrainingRows, sizes: object) -> dict:
+    """What must not change between a run and its resumption: the rows, their order, the batch, the weights."""
+    named = ("seed", "task", "batching", "freeze", "num_pauses", "optim", "gradient_accumulation_steps")
+    return {name: run["arguments"][name] for name in named} | {
+        "rows": rows.store.folder.name,
+        "capacity": rows.capacity,
+        "global_batch": sizes.global_batch,
+        "world_size": sizes.world_size,
+        "dtype": "bf16" if run["arguments"]["bf16"] else "fp16" if run["arguments"]["fp16"] else "fp32",
+    }
+
+
+def pause_settings(model: LanguageModel, arguments: PauseArguments) -> dict:
+    """What config.json of the exported model says about its pauses; empty for a model without."""
+    if not arguments.num_pauses:
+        return model.pause_settings
+    return {
+        "token": model.tokenizer.convert_ids_to_tokens(model.pause_id),
+        "token_id": model.pause_id,
+        "placement": "append",
+        "num_pauses": arguments.num_pauses,
+        "num_inference_pauses": arguments.at_inference,
+    }
+
+
+def save_run(output_dir: Path, run: dict) -> None:
+    """Keep the resolved run beside its results."""
+    if distributed.is_main():
+        write_text(output_dir / "run.json", json.dumps(run, indent=2, ensure_ascii=False))
+
+
+def finish(
+    engine: Engine, model: LanguageModel, output_dir: Path, pause: dict, run: dict, scores: dict, step: int, task: Task
+) -> None:
+    """Export the best weights and say what to do with them; the last line is the folder alone."""
+    state = engine.full_state_dict()
+    folder = output_dir / "model"
+    if distributed.is_main():
+        export(folder, model, state, pause, model_card(task.name, run, scores, step, pause))
+        write_text(output_dir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
+        print(f"best scores (step {step}): " + " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        print(f"curves:   tensorboard --logdir {output_dir}")
+        print(f"score:    python finetune/evaluate.py --model_name_or_path {folder} --task {task.name}")
+        print(f"generate: python finetune/generate.py --model_name_or_path {folder} --prompt ...")
+        print(folder, flush=True)
+    distributed.barrier()
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,183 @@
+"""Checkpoints of a run: their names, which one is the newest, which may go, and that none is half there.
+
+    output_dir/checkpoints/step-000100/   what the engine saved, rng-rank0.pt ..., state.json (written last)
+    output_dir/checkpoints/latest         name of the newest
+    output_dir/checkpoints/best           name of the one with the best score
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kozero import distributed
+from kozero.engines.base import Engine
+from kozero.errors import UserError
+
+STATE = "state.json"  # written last: a folder without it is not a checkpoint
+NAME = re.compile(r"step-\d{6,}")
+
+
+@dataclass
+class RunState:
+    """Where a run stands. `step` counts optimizer updates, `consumed_rows` the rows they and skipped steps took."""
+
+    step: int = 0
+    consumed_rows: int = 0
+    skipped_steps: int = 0
+    real_tokens: int = 0
+    best_score: float | None = None
+    best_step: int = 0
+    best_scores: dict[str, float] = field(default_factory=dict)
+    evaluations_since_best: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one output folder."""
+
+    def __init__(self, output_dir: Path, limit: int) -> None:
+        self.folder = output_dir / "checkpoints"
+        self.limit = limit
+
+    def save(self, engine: Engine, state: RunState, run: dict, best: bool) -> Path:
+        """Write a checkpoint under a temporary name, rename it when it is whole, then let old ones go. Collective.
+
+        `run` describes what must be the same when the run is resumed.
+        """
+        final = self.folder / f"step-{state.step:06d}"
+        staging = final.with_name(final.name + ".incomplete")
+        if distributed.is_main():
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        distributed.barrier()
+        engine.save(staging)
+        torch.save(random_state(), staging / f"rng-rank{distributed.rank()}.pt")
+        distributed.barrier()
+        if distributed.is_main():
+            write_text(staging / STATE, json.dumps({"state": asdict(state), "run": run}, indent=2))
+            shutil.rmtree(final, ignore_errors=True)
+            staging.rename(final)
+            write_text(self.folder / "latest", final.name)
+            if best:
+                write_text(self.folder / "best", final.name)
+            self.prune()
+        distributed.barrier()
+        return final
+
+    def load(self, folder: Path, engine: Engine, run: dict) -> RunState:
+        """Restore engine and random state from a checkpoint and return where its run stood. Collective."""
+        saved = read_state(folder)
+        for key, value in run.items():
+            if saved["run"].get(key) != value:
+                raise UserError(f"{folder}: saved with {key} {saved['run'].get(key)!r}, this run has {value!r}")
+        engine.load(folder)
+        restore_random_state(
+            torch.load(folder / f"rng-rank{distributed.rank()}.pt", map_location="cpu", weights_only=True)
+        )
+        return RunState(**saved["state"])
+
+    def named(self, pointer: str) -> Path | None:
+        """The checkpoint that `latest` or `best` names, or None."""
+        try:
+            name = (self.folder / pointer).read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+        folder = self.folder / name
+        return folder if NAME.fullmatch(name) and is_whole(folder) else None
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, whatever `latest` says."""
+        whole = [path for path in self.all() if is_whole(path)]
+        return max(whole, key=step_of, default=None)
+
+    def all(self) -> list[Path]:
+        """Folders that are named like a checkpoint."""
+        found = self.folder.iterdir() if self.folder.is_dir() else []
+        return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
+
+    def prune(self) -> None:
+        """Remove the oldest until `limit` are left; the best one is kept beside them."""
+        best = self.named("best")
+        for path in [p for p in self.all() if p != best][: -self.limit]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def to_resume(self, choice: str | None) -> Path | None:
+        """The checkpoint that `--resume` means; None to begin at the beginning.
+
+        Raises: UserError when there is none where one was named, or when a new run would mix with an old one.
+        """
+        if choice is None:
+            if self.newest():
+                raise UserError(
+                    f"--output_dir {self.folder.parent}: holds checkpoints of an earlier run; go on with "
+                    "--resume auto, or choose another folder"
+                )
+            return None
+        if choice == "auto":
+            return self.newest()
+        folder = Path(choice)
+        if not is_whole(folder):
+            raise UserError(f"--resume {choice}: not a whole checkpoint (no {STATE} in it); see {self.folder}")
+        return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the last file of a checkpoint is there."""
+    return (folder / STATE).is_file()
+
+
+def step_of(folder: Path) -> int:
+    """Step number in a checkpoint's name."""
+    return int(folder.name.split("-")[1])
+
+
+def read_state(folder: Path) -> dict:
+    """The parsed state.json of a checkpoint."""
+    try:
+        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        RunState(**saved["state"])
+        saved["run"].get("")
+        return saved
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / STATE}: damaged; resume from another checkpoint") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one move, so that a reader sees the old text or the new."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def random_state() -> dict:
+    """State of every random generator of this rank, as plain values that load with weights_only=True."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict) -> None:
+    """The reverse of `random_state`."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,215 @@
+"""What a run is told: argument dataclasses, their command line and JSON form, and the arithmetic of a batch."""
+
+import dataclasses
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from argparse import ArgumentParser
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from kozero.errors import UserError, nearest
+
+LIBRARIES = ("torch", "deepspeed", "fairscale", "transformers", "datasets", "tokenizers", "safetensors", "tensorboard")
+
+
+def arg(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with a line of `--help`."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class TrainingArguments:
+    """How a run trains. Names and meanings are those of transformers' TrainingArguments wherever both have one."""
+
+    output_dir: str = arg("runs/run", "folder for checkpoints, curves and the exported model")
+    deepspeed_config: str | None = arg(
+        None, "DeepSpeed JSON, e.g. ds_configs/zero2.json; without it: plain PyTorch (DDP for several ranks)"
+    )
+    per_device_train_batch_size: int = arg(
+        8, "rows of one forward pass on one rank (micro batch)", aliases=["--train_batch_size"]
+    )
+    per_device_eval_batch_size: int = arg(
+        0, "rows of one forward pass in evaluation on one rank; 0: as in training", aliases=["--eval_batch_size"]
+    )
+    gradient_accumulation_steps: int = arg(1, "forward passes that are summed into one optimizer update")
+    num_train_epochs: float = arg(3.0, "passes over the training rows, rounded up to whole steps; see --max_steps")
+    max_steps: int = arg(0, "optimizer updates in all; 0: as many as --num_train_epochs takes")
+    learning_rate: float = arg(5e-5, "peak learning rate")
+    lr_scheduler_type: str = arg("linear", "rate after the warm-up", choices=["linear", "cosine", "constant"])
+    warmup_steps: float = arg(0.0, "optimizer updates of linear warm-up; below 1: that share of all updates")
+    optim: str = arg("adamw", "optimizer", choices=["adamw", "sgd"])
+    weight_decay: float = arg(0.01, "decoupled weight decay of matrices; biases and norms have none")
+    adam_beta1: float = arg(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = arg(0.999, "decay of AdamW's second moment")
+    adam_epsilon: float = arg(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm; 0: no clipping")
+    bf16: bool = arg(False, "compute in bfloat16, keep 32-bit master weights")
+    fp16: bool = arg(False, "compute in float16 with a dynamic loss scale, keep 32-bit master weights")
+    gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
+    seed: int = arg(42, "seed of weights, data order and dropout")
+    logging_steps: int = arg(10, "optimizer updates between two points of the curves")
+    eval_steps: int = arg(0, "optimizer updates between two evaluations; 0: at every tenth of the run")
+    save_steps: int = arg(0, "optimizer updates between two checkpoints; 0: at every evaluation")
+    save_total_limit: int = arg(2, "checkpoints to keep; the best one is kept beside them")
+    early_stopping_patience: int = arg(0, "stop after so many evaluations without a better score; 0: never")
+    resume: str | None = arg(None, "go on from a checkpoint: 'auto' (the newest in --output_dir, if any) or its folder")
+    timeout_seconds: float = arg(600.0, "seconds that a rank waits for the others before the run ends")
+    local_rank: int = arg(-1, "set by the deepspeed launcher; leave it alone")
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
+            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
+        for name in (
+            "per_device_eval_batch_size max_steps warmup_steps weight_decay max_grad_norm adam_epsilon "
+            "eval_steps save_steps early_stopping_patience learning_rate seed"
+        ).split():
+            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be in [0, 1)")
+        require(self.num_train_epochs > 0, f"--num_train_epochs {self.num_train_epochs}: must be above 0")
+        require(self.timeout_seconds > 0, f"--timeout_seconds {self.timeout_seconds}: must be above 0")
+        require(not (self.fp16 and self.bf16), "--fp16 and --bf16: choose one of the two")
+
+    @property
+    def dtype(self) -> str:
+        """`fp32`, `bf16` or `fp16`."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The one place where rows of a step are counted: global = micro x accumulation x ranks."""
+
+    micro: int
+    accumulation: int
+    world_size: int
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of one optimizer update over all ranks."""
+        return self.micro * self.accumulation * self.world_size
+
+
+def batch_sizes(arguments: TrainingArguments, world_size: int) -> BatchSizes:
+    """The batch of a run on `world_size` ranks."""
+    return BatchSizes(arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps, world_size)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a UserError unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def read_json(path: str | Path) -> Any:
+    """Parse a UTF-8 JSON file; a missing file, a syntax error or a key written twice is a UserError with file and line."""
+    path = Path(path)
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise UserError(f"{path}: key {sorted(twice)[0]!r} is written twice; remove one")
+        return dict(pairs)
+
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=no_duplicates)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it first (iconv -f euc-kr -t utf-8)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply to be a configuration") from None
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """`read_json` of a file that must hold an object."""
+    value = read_json(path)
+    require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def check_keys(keys: Any, known: Any, where: str) -> None:
+    """Refuse the first unknown key, naming the nearest known one."""
+    for key in keys:
+        require(key in known, f"{where}: unknown key {key!r}{nearest(key, known)}")
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser that takes no abbreviations and answers a wrong flag with the nearest right one."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; --help lists all arguments")
+
+
+def parse_arguments(*classes: type, prog: str, description: str, argv: list[str] | None = None) -> tuple[Any, ...]:
+    """Fill dataclasses from the command line. A first argument that ends in .json is a file of the same arguments;
+    flags after it win over the file.
+
+    Raises: UserError for unknown flags and keys, wrong types and contradictions.
+    """
+    usage = f"{prog} [arguments.json] [--flag value ...]"
+    parser = Parser(classes, prog=prog, description=description, usage=usage, allow_abbrev=False)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].endswith(".json"):
+        argv = flags_of_file(argv[0], parser) + argv[1:]
+    *filled, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    flags = [option for action in parser._actions for option in action.option_strings]
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument {unknown[0]!r}{nearest(name, flags)}; --help lists all arguments")
+    return tuple(filled)
+
+
+def flags_of_file(path: str, parser: ArgumentParser) -> list[str]:
+    """The arguments of a JSON file as command-line flags, so that both are checked by the same parser."""
+    known = {action.dest for action in parser._actions} - {"help"}
+    values = read_json_object(path)
+    check_keys(values, known, path)
+    flags = []
+    for key, value in values.items():
+        require(not isinstance(value, dict | list), f"{path}: {key!r} must be one value, found {value!r}")
+        if value is not None:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def describe_run(*arguments: Any) -> dict[str, Any]:
+    """Everything that is needed to make a run again: arguments, command line, versions, git commit."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    merged: dict[str, Any] = {}
+    for part in arguments:
+        merged |= dataclasses.asdict(part)
+    merged.pop("local_rank", None)
+    return {
+        "arguments": merged,
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "git_commit": git_commit(),
+        "versions": versions,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of this source tree, with `-dirty` when files differ from it; None outside a checkout."""
+    root = Path(__file__).parent.parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,176 @@
+"""Batches of tensors: what a rank computes in a step, as a pure function of the rows consumed so far."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kozero.config import BatchSizes
+from kozero.data.rows import epoch_order, fit, grouped_order, pack
+from kozero.data.store import TokenStore
+from kozero.pause import IGNORE, Pauses
+
+PAD_MULTIPLE = 8  # rows of a batch are padded to their longest, rounded up to this
+
+
+@dataclass
+class Batch:
+    """One forward pass. B rows of T tokens, N positions that predict something.
+
+    `inputs` are the arguments of the model: input_ids (B, T), position_ids (B, T) that restart at every text of a
+    row, target_index (N,) places in the flattened (B * T) positions, target_ids (N,) what they must predict.
+    `texts` (N,) tells for each of them the number of its text.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    texts: torch.Tensor
+    num_tokens: int  # real tokens, without padding
+
+    @property
+    def num_targets(self) -> int:
+        """N."""
+        return len(self.texts)
+
+    def to(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The model's arguments on a device."""
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+
+
+@dataclass
+class Text:
+    """One text of a row: its ids, what each position predicts, and its number."""
+
+    ids: np.ndarray
+    predicts: np.ndarray
+    number: int
+
+
+def collate(rows: Sequence[Sequence[Text]], length: int = 0) -> Batch:
+    """Lay texts side by side in rows and pad at the end, to `length` or to the longest row. A row without texts is
+    all padding and predicts nothing."""
+    longest = max((sum(len(text.ids) for text in row) for row in rows), default=0)
+    length = length or max(PAD_MULTIPLE, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
+    ids = np.zeros((len(rows), length), dtype=np.int64)
+    positions = np.zeros((len(rows), length), dtype=np.int64)
+    predicts = np.full((len(rows), length), IGNORE, dtype=np.int64)
+    numbers = np.zeros((len(rows), length), dtype=np.int64)
+    num_tokens = 0
+    for r, row in enumerate(rows):
+        at = 0
+        for text in row:
+            end = at + len(text.ids)
+            ids[r, at:end], predicts[r, at:end], numbers[r, at:end] = text.ids, text.predicts, text.number
+            positions[r, at:end] = np.arange(end - at)
+            at = end
+        # Padding continues the last text: causal attention hides it, and a row of one text needs no mask matrix.
+        last = len(row[-1].ids) if row else 0
+        positions[r, at:] = np.arange(last, last + length - at)
+        num_tokens += at
+    index = np.flatnonzero(predicts != IGNORE)
+    inputs = {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "target_index": torch.from_numpy(index),
+        "target_ids": torch.from_numpy(predicts.ravel()[index]),
+    }
+    return Batch(inputs, torch.from_numpy(numbers.ravel()[index]), num_tokens)
+
+
+@dataclass
+class TrainingRows:
+    """The rows of a training run, and which of them make up a step.
+
+    A row holds one or more examples of the store. The stream of rows is epoch after epoch, each in an order that
+    depends on (seed, epoch) alone; a step takes the next `global_batch` of them, so the place in the stream is one
+    number, whatever the number of ranks.
+    """
+
+    store: TokenStore
+    pauses: Pauses
+    capacity: int
+    batching: str  # packed | grouped
+    seed: int
+    rows: list[np.ndarray] = field(init=False)
+    length: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fit = fit(self.store, self.capacity, self.pauses.num)
+        used = self.fit.used
+        if self.batching == "packed":
+            self.rows = pack(self.fit.length, used, self.capacity, self.seed)
+        else:
+            self.rows = list(used[:, None])
+        self.length = np.array([self.fit.length[row].sum() for row in self.rows], dtype=np.int64)
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def order(self, epoch: int, group: int) -> np.ndarray:
+        """Row numbers of an epoch in their order."""
+        if (epoch, group) not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k[0] >= epoch - 1}  # a step spans two at most
+            if self.batching == "packed":
+                order = epoch_order(len(self.rows), self.seed, epoch)
+            else:
+                order = grouped_order(self.length, self.seed, epoch, group)
+            self._orders[epoch, group] = order
+        return self._orders[epoch, group]
+
+    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[Batch]:
+        """The micro batches of one rank in the step that begins after `consumed` rows.
+
+        The global batch is dealt out in micro batches, first to rank 0, 1, ..., then again; which rows belong to a
+        step does not depend on how they are dealt.
+        """
+        numbers = [self.row_at(consumed + k, sizes.global_batch) for k in range(sizes.global_batch)]
+        stride = sizes.micro * sizes.world_size
+        starts = range(rank * sizes.micro, sizes.global_batch, stride)
+        length = self.capacity if self.batching == "packed" else 0
+        return [collate([self.texts(n) for n in numbers[k : k + sizes.micro]], length) for k in starts]
+
+    def row_at(self, place: int, group: int) -> int:
+        """Number of the row at a place of the stream."""
+        epoch, offset = divmod(place, len(self.rows))
+        return int(self.order(epoch, group)[offset])
+
+    def texts(self, row: int) -> list[Text]:
+        """The texts of a row."""
+        return [text_of(self.store, self.fit.cut, self.pauses, int(number)) for number in self.rows[row]]
+
+
+def text_of(store: TokenStore, cut: np.ndarray, pauses: Pauses, number: int) -> Text:
+    """Example `number` of a store with its context cut and its pauses in place."""
+    prefix, target = prefix_and_target(store, cut, number)
+    return Text(*pauses.sequence(prefix, target), number)
+
+
+def prefix_and_target(store: TokenStore, cut: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) what the model reads, context cut and prompt whole, and (T,) what it must write."""
+    start, context_end, prompt_end, target_end = (int(place) for place in store.rows[number, :4])
+    first, last = (int(place) for place in cut[number])
+    tokens = store.tokens
+    prefix = np.concatenate([tokens[start + first : start + last], tokens[context_end:prompt_end]]).astype(np.int64)
+    return prefix, tokens[prompt_end:target_end].astype(np.int64)
+
+
+def evaluation_batches(
+    store: TokenStore, pauses: Pauses, capacity: int, micro: int, rank: int, world_size: int
+) -> tuple[Iterator[Batch], int, int]:
+    """Packed batches over a whole store, each example once, the same number of batches on every rank (a sharded
+    model needs all ranks in every forward pass); the last ones of a rank may be empty.
+
+    Returns: the batches of `rank`, how many contexts were cut, how many examples do not fit at all.
+    """
+    fitted = fit(store, capacity, pauses.num)
+    rows = pack(fitted.length, fitted.used, capacity, seed=0)
+    num_batches = -(-len(rows) // (micro * world_size))
+
+    def batches() -> Iterator[Batch]:
+        for k in range(num_batches):
+            start = (k * world_size + rank) * micro
+            texts = [[text_of(store, fitted.cut, pauses, int(n)) for n in row] for row in rows[start : start + micro]]
+            yield collate(texts + [[]] * (micro - len(texts)), capacity)
+
+    return batches(), fitted.num_cut, fitted.num_left_out

@@ -1,0 +1,124 @@
+"""Rows of data files and hub data sets, each with the place it came from, and one-line errors that name that place."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kozero.config import read_json, require
+from kozero.errors import UserError
+
+Row = dict[str, Any]
+Located = tuple[str, Row]  # ("file:line" or "file item 3", the row)
+
+
+class BadRow(UserError):
+    """A row that breaks the form of its file; `--bad_rows skip` leaves it out and counts it."""
+
+
+class LeftOut:
+    """Counts rows that are not used, by reason, and remembers where each reason was first met."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, where: str) -> None:
+        """Count one row."""
+        self.counts[reason] += 1
+        self.first.setdefault(reason, where)
+
+    def lines(self) -> list[str]:
+        """One line a reason, ready to print."""
+        return [f"left out {n} rows: {reason} (first: {self.first[reason]})" for reason, n in self.counts.items()]
+
+
+def decode_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 file, with or without BOM, whatever ends its lines."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.rstrip("\r\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path}:{number}: not UTF-8 (EUC-KR?); convert it first: iconv -f cp949 -t utf-8"
+        ) from None
+
+
+def read_tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Located | BadRow]:
+    """Rows of a tab-separated file whose first line names its columns. No quoting, as in NSMC.
+
+    A row with another number of fields is yielded as a BadRow, so that the caller decides whether it ends the run.
+    """
+    header: list[str] = []
+    for number, line in decode_lines(path):
+        fields = line.split("\t")
+        if not header:
+            header = fields
+            missing = [name for name in columns if name not in header]
+            require(not missing, f"{path}:1: no column {missing[0] if missing else ''!r}; found {', '.join(header)}")
+        elif not line.strip():
+            continue
+        elif len(fields) != len(header):
+            yield BadRow(f"{path}:{number}: {len(fields)} fields, the header has {len(header)}")
+        else:
+            yield f"{path}:{number}", dict(zip(header, fields, strict=True))
+    require(bool(header), f"{path}: empty file; its first line must name the columns {', '.join(columns)}")
+
+
+def read_jsonl(path: Path) -> Iterator[Located | BadRow]:
+    """Rows of a file with one JSON object a line; a broken line is yielded as a BadRow."""
+    for number, line in decode_lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield BadRow(f"{where}: not JSON ({getattr(error, 'msg', 'nested too deeply')})")
+            continue
+        yield (where, row) if isinstance(row, dict) else BadRow(f"{where}: not a JSON object")
+
+
+def read_json_list(path: Path) -> Iterator[Located | BadRow]:
+    """Rows of a JSON file that holds a list of objects."""
+    rows = read_json(path)
+    require(isinstance(rows, list), f"{path}: expected a JSON list of rows, found {type(rows).__name__}")
+    for number, row in enumerate(rows, start=1):
+        where = f"{path} item {number}"
+        yield (where, row) if isinstance(row, dict) else BadRow(f"{where}: not a JSON object")
+
+
+def read_hub(name: str, config: str | None, split: str) -> Iterator[Located]:
+    """Rows of a hub data set (or a local folder that `datasets` can load).
+
+    Raises: UserError when it cannot be loaded, with the way to go on offline.
+    """
+    import datasets  # imported here: it takes a second, and files do not need it
+
+    label = f"{name}{'/' + config if config else ''}:{split}"
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"data set {label}: cannot be loaded ({type(error).__name__}: {reason}). "
+            "Offline? Give the published files with --train_file and --validation_file"
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{label} row {number}", row
+
+
+def text_field(where: str, row: Row, name: str) -> str:
+    """A text of a row; a missing or non-text field is a BadRow. May be empty."""
+    if name not in row:
+        raise BadRow(f"{where}: no field {name!r}; found {', '.join(map(str, row))}")
+    if not isinstance(row[name], str):
+        raise BadRow(f"{where}: field {name!r} is {type(row[name]).__name__}, not text")
+    return row[name].strip()

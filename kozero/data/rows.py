@@ -1,0 +1,94 @@
+"""Which examples share a row: packing and length groups, and the cut of what does not fit."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kozero.data.store import TokenStore
+
+WINDOW = 4096  # examples that are packed together; larger windows waste less and mix less
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the examples of a store fit into rows of `capacity` tokens with `num_pauses` pauses each.
+
+    `cut` is an (N, 2) array: the part of each context that is kept. `length` (N,) counts tokens after the cut, 0 for
+    an example that is left out because prompt, pauses and target alone are longer than a row.
+    """
+
+    cut: np.ndarray
+    length: np.ndarray
+    num_cut: int
+    num_left_out: int
+
+    @property
+    def used(self) -> np.ndarray:
+        """Numbers of the examples that are used."""
+        return np.flatnonzero(self.length)
+
+
+def fit(store: TokenStore, capacity: int, num_pauses: int) -> Fit:
+    """Cut each example to `capacity` tokens: from the context alone, its head is kept, unless a span must survive:
+    then the kept part is moved just far enough to hold it, with the span in its middle."""
+    context, prompt, target = store.lengths.T
+    room = capacity - prompt - target - num_pauses
+    kept = np.clip(room, 0, context)
+    span_start, span_end = np.asarray(store.rows[:, 4]), np.asarray(store.rows[:, 5])
+    moved = (span_end > kept) & (span_start >= 0)
+    middle = (span_start + span_end - kept) // 2
+    first = np.where(moved, np.clip(middle, 0, context - kept), 0)
+    lost = moved & (span_end - span_start > kept)  # the context cannot hold its answer
+    usable = (room >= 0) & ~lost
+    length = np.where(usable, kept + prompt + num_pauses + target, 0)
+    return Fit(np.stack([first, first + kept], axis=1), length, int((usable & (kept < context)).sum()), int((~usable).sum()))
+
+
+def pack(length: np.ndarray, examples: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
+    """Rows of examples whose lengths add up to `capacity` at most: best fit, longest first, in shuffled windows.
+
+    Args: length (N,) tokens of every example; examples: the numbers to pack, each lands in exactly one row.
+    """
+    shuffled = np.random.default_rng([seed, 1]).permutation(examples)
+    rows: list[np.ndarray] = []
+    for start in range(0, len(shuffled), WINDOW):
+        rows.extend(pack_window(length, shuffled[start : start + WINDOW], capacity))
+    return rows
+
+
+def pack_window(length: np.ndarray, window: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """Best fit decreasing. `open_rows[r]` holds the rows with r tokens free, so a fit is found by counting up."""
+    order = window[np.argsort(-length[window], kind="stable")]
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]
+    most_free = 0
+    for example in order.tolist():
+        need = int(length[example])
+        free = next((r for r in range(need, most_free + 1) if open_rows[r]), None)
+        if free is None:
+            row, free = len(rows), capacity
+            rows.append([])
+        else:
+            row = open_rows[free].pop()
+        rows[row].append(example)
+        open_rows[free - need].append(row)
+        most_free = max(most_free, free - need)
+    return [np.asarray(row) for row in rows]
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of rows in an epoch: a pure function of its arguments."""
+    return np.random.default_rng([seed, 2, epoch]).permutation(num_rows)
+
+
+def grouped_order(length: np.ndarray, seed: int, epoch: int, group: int) -> np.ndarray:
+    """An order in which each run of `group` rows has about the same length: shuffled windows of 50 groups are sorted
+    by length, then the groups change places. A pure function of its arguments."""
+    rng = np.random.default_rng([seed, 3, epoch])
+    order = rng.permutation(len(length))
+    window = 50 * group
+    windows = [order[k : k + window] for k in range(0, len(order), window)]
+    by_length = np.concatenate([w[np.argsort(-length[w], kind="stable")] for w in windows])
+    num_whole = len(by_length) // group
+    groups = by_length[: num_whole * group].reshape(num_whole, group)
+    return np.concatenate([rng.permutation(groups).ravel(), by_length[num_whole * group :]])

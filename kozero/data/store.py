@@ -1,0 +1,164 @@
+"""Token ids of a data set on disk: tokenised once, under a lock, read by memory map.
+
+A store is a folder with `tokens.bin` (16 or 32 bit ids, one text after the other), `rows.npy` (where the parts of
+each row lie) and `meta.json`. Its name is the hash of everything that went into it, so a changed file, tokenizer or
+setting never meets an old store. It is built in a folder of its own and renamed when it is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from kozero.errors import UserError
+
+FORMAT = 1  # counts up when the layout or the meaning of a store changes
+ENCODE_ROWS = 2048  # texts handed to the tokenizer at once; larger batches are not faster
+COLUMNS = ("start", "context_end", "prompt_end", "target_end", "span_start", "span_end")
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One row before tokenisation: context and prompt are read, target is written. `span` are characters of the
+    context that must survive a cut."""
+
+    context: str
+    prompt: str
+    target: str
+    span: tuple[int, int] | None = None
+
+
+class TokenStore:
+    """Rows of token ids.
+
+    `rows` is an (N, 6) int64 array: start, context_end, prompt_end, target_end are places in `tokens`; span_start and
+    span_end are places in the context, -1 where a row has no span.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.rows = np.load(folder / "rows.npy", mmap_mode="r")
+        empty = self.meta["num_tokens"] == 0
+        dtype = np.dtype(self.meta["dtype"])
+        self.tokens = np.zeros(0, dtype) if empty else np.memmap(folder / "tokens.bin", dtype, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N, 3) tokens of context, prompt and target."""
+        return np.diff(self.rows[:, :4], axis=1)
+
+
+def key_of(*parts: Any) -> str:
+    """A short hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts], ensure_ascii=False).encode()).hexdigest()[:24]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of a fast tokenizer's whole state: vocabulary, merges, normaliser, special tokens."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def open_or_build(cache: Path, key: str, build: Callable[[], Iterable[TextRow]], tokenizer: Any) -> TokenStore:
+    """The store `key` below `cache`, built first when it is not there or not whole. Safe with many processes."""
+    folder = cache / key
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache / f"{key}.lock")
+        with lock:
+            if not is_whole(folder):
+                building = cache / f"{key}.incomplete.{os.getpid()}"
+                shutil.rmtree(building, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                building.mkdir()
+                try:
+                    write_store(building, build(), tokenizer)
+                    building.rename(folder)
+                finally:
+                    shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"--cache_dir {cache}: cannot be written ({error.strerror or error})") from None
+    return TokenStore(folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a store is there and its files have the sizes that its meta names."""
+    try:
+        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def write_store(folder: Path, rows: Iterable[TextRow], tokenizer: Any) -> None:
+    """Tokenise `rows` into `folder`, one batch in memory at a time; every target ends in the tokenizer's eos."""
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    index, position = [], 0
+    with (folder / "tokens.bin").open("wb") as file:
+        for ids, places in encode(rows, tokenizer):
+            file.write(np.asarray(ids, dtype=dtype).tobytes())
+            index.extend(places_at(places, position))
+            position += len(ids)
+    np.save(folder / "rows.npy", np.asarray(index, dtype=np.int64).reshape(-1, len(COLUMNS)))
+    sizes = {name: (folder / name).stat().st_size for name in ("tokens.bin", "rows.npy")}
+    meta = {"dtype": dtype.name, "num_rows": len(index), "num_tokens": position, "columns": COLUMNS, "sizes": sizes}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def places_at(places: list[list[int]], position: int) -> Iterator[list[int]]:
+    """Row places of a batch moved to where the batch begins; spans are relative to their context and stay."""
+    for row in places:
+        yield [place + position for place in row[:4]] + row[4:]
+
+
+def encode(rows: Iterable[TextRow], tokenizer: Any) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Batches of (ids of all rows in turn, six places a row)."""
+    rows = iter(rows)
+    while batch := list(islice(rows, ENCODE_ROWS)):
+        contexts = tokenizer(
+            [row.context for row in batch], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        prompts = encode_texts([row.prompt for row in batch], tokenizer)
+        targets = encode_texts([row.target for row in batch], tokenizer)
+        ids: list[int] = []
+        places = []
+        for row, context, offsets, prompt, target in zip(
+            batch, contexts["input_ids"], contexts["offset_mapping"], prompts, targets, strict=True
+        ):
+            start = len(ids)
+            ids += context + prompt + target + [tokenizer.eos_token_id]
+            ends = [start + len(context), start + len(context) + len(prompt), len(ids)]
+            places.append([start, *ends, *token_span(offsets, row.span)])
+        yield ids, places
+
+
+def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Ids of texts that follow other text: each is encoded with the space before it, so that the pieces' ids equal
+    those of the joined text. Empty texts have no ids."""
+    spaced = [f" {text}" if text else "" for text in texts]
+    return tokenizer(spaced, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def token_span(offsets: list[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int]:
+    """First and one past the last token that touch the characters of `span`; (-1, -1) without one."""
+    if span is None:
+        return -1, -1
+    touching = [k for k, (start, end) in enumerate(offsets) if start < span[1] and end > span[0]]
+    return (touching[0], touching[-1] + 1) if touching else (-1, -1)

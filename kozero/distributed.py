@@ -1,0 +1,132 @@
+"""Who we are among the ranks, and the few collectives that the rest of the library needs.
+
+A run always has a process group, also with one rank, so that nothing else asks whether it is distributed.
+"""
+
+import os
+import random
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kozero.errors import UserError
+
+T = TypeVar("T")
+
+
+def setup(timeout_seconds: float = 600.0) -> None:
+    """Join the process group that `torchrun` or `deepspeed` describes in the environment, or make one of one rank."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    else:
+        # Ranks of one machine share its cores; more threads than cores slows every rank down.
+        torch.set_num_threads(max(1, usable_cores() // local_world_size()))
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def shutdown() -> None:
+    """Leave the process group, so that no rank waits for another at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def rank() -> int:
+    """This process among all, 0 to world_size - 1."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Number of processes over all machines."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """This process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """Number of processes of this machine; the deepspeed launcher names it only through LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+
+
+def is_main() -> bool:
+    """True on the one rank that prints and writes."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def say(message: str) -> None:
+    """Print a line once, from rank 0."""
+    if is_main():
+        print(message, flush=True)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Reduce `tensor` in place over all ranks and return it."""
+    dist.all_reduce(tensor, op=op)
+    return tensor
+
+
+def broadcast(value: T) -> T:
+    """The value of rank 0, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device())
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks in rank order, on every rank."""
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def machine_first(work: Callable[[], T]) -> T:
+    """Run `work` on the first rank of each machine while the others wait, then on the others.
+
+    Made for work that leaves a file behind and is nothing to do the second time. A UserError of any rank is raised
+    on all of them, so that none waits for a rank that is gone.
+    """
+    result, message = None, None
+    for turn in (local_rank() == 0, local_rank() != 0):
+        if turn:
+            try:
+                result = work()
+            except UserError as error:
+                message = str(error)
+        if messages := [m for m in gather(message) if m]:
+            raise UserError(messages[0])
+    return result
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch. Ranks get different streams: dropout must differ between them."""
+    random.seed(seed + rank())
+    np.random.seed((seed + rank()) % 2**32)
+    torch.manual_seed(seed + rank())

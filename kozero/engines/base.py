@@ -1,0 +1,68 @@
+"""The one seam between training and the libraries that shard it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kozero import distributed
+from kozero.data.batches import Batch
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one training step did. `loss` is the mean over all targets of the step, in nats; `grad_norm` is taken
+    before clipping; `applied` is False when the update was skipped because a gradient was not finite."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    loss_scale: float
+
+
+class Engine(ABC):
+    """One model with its optimizer, sharded one way. It is given a module that is on no device and wraps it in the
+    order that its library demands; from then on it owns both. Every method is collective.
+
+    The module's forward takes the `inputs` of a Batch and returns the sum of the losses of its targets.
+    """
+
+    module: nn.Module  # unwrapped, for generation and export
+    lockstep = False  # True when a forward pass needs all ranks: parameters are gathered from them
+
+    @abstractmethod
+    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepStats:
+        """Exactly one optimizer update at rate `lr`. The loss is the sum over all targets of all micro batches and
+        ranks, divided by their number, however they are spread."""
+
+    @contextmanager
+    @abstractmethod
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The module to call for evaluation: no dropout, no gradients, the run's precision."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what `load` needs to go on exactly. The folder exists on rank 0."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote, on the same number of ranks."""
+
+    @abstractmethod
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """All parameters in 32 bit on the CPU of rank 0, None on the other ranks."""
+
+
+def count_targets(micro_batches: Sequence[Batch]) -> torch.Tensor:
+    """Targets of the step over all micro batches and ranks, on the device, so that no rank waits for its copy."""
+    mine = sum(batch.num_targets for batch in micro_batches)
+    return distributed.all_reduce(torch.tensor(float(mine), device=distributed.device())).clamp(min=1.0)
+
+
+def cpu_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict on the CPU, floating-point tensors in 32 bit."""
+    return {name: (t.float() if t.is_floating_point() else t).detach().cpu() for name, t in state.items()}

@@ -1,0 +1,37 @@
+"""How a run ends when it cannot go on: one line for the user, a documented exit code, no traceback."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 4
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message names the file, line, flag or key, its value, and what to do."""
+
+
+class Diverged(Exception):
+    """Update after update had gradients that are not finite: the run no longer trains."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean X?` for the closest known word, or an empty string when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run an entry point; a UserError becomes one line on standard error (one a machine) and exit code 2,
+    Diverged the same with 4."""
+    try:
+        main()
+    except (UserError, Diverged) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_DIVERGED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,183 @@
+"""The training loop that every entry point runs: steps, curves, evaluations, checkpoints, the end."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kozero import distributed
+from kozero.checkpoint import Checkpoints, RunState
+from kozero.config import BatchSizes, TrainingArguments
+from kozero.data.batches import TrainingRows
+from kozero.engines.base import Engine, StepStats
+from kozero.errors import Diverged
+from kozero.optim import schedule
+from kozero.runlog import RunLog, peak_memory_gib
+
+MAX_SKIPPED = 50  # updates skipped in a row before the run gives up
+
+
+@dataclass
+class Intervals:
+    """Updates between two points, evaluations and checkpoints, with the zeros of the command line filled in."""
+
+    logging: int
+    eval: int
+    save: int
+
+    @classmethod
+    def of(cls, arguments: TrainingArguments, total_steps: int) -> "Intervals":
+        """`0` evaluates ten times in a run and saves whenever it evaluates."""
+        evaluate = arguments.eval_steps or max(1, total_steps // 10)
+        return cls(arguments.logging_steps, evaluate, arguments.save_steps or evaluate)
+
+
+def total_steps(arguments: TrainingArguments, num_rows: int, sizes: BatchSizes) -> int:
+    """Updates of the run: --max_steps, or the epochs rounded up to whole steps."""
+    return arguments.max_steps or max(1, math.ceil(arguments.num_train_epochs * num_rows / sizes.global_batch))
+
+
+@dataclass
+class Meter:
+    """Sums since the last point of the curves."""
+
+    started: float = field(default_factory=time.perf_counter)
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+    def point(self, stats: StepStats, lr: float, state: RunState, epoch: float) -> dict[str, float]:
+        """The scalars of a point, by their TensorBoard names."""
+        seconds = time.perf_counter() - self.started
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        return {
+            "train/loss": sum(finite) / len(finite) if finite else math.nan,
+            "train/learning_rate": lr,
+            "train/grad_norm": stats.grad_norm,
+            "train/loss_scale": stats.loss_scale,
+            "train/skipped_steps": state.skipped_steps,
+            "train/epoch": epoch,
+            "train/tokens_per_second": self.tokens / seconds,
+            "train/step_time_seconds": seconds / max(1, len(self.losses)),
+            "train/peak_memory_gib": peak_memory_gib(),
+        }
+
+
+class Trainer:
+    """Runs an engine over rows until its steps are done.
+
+    Args:
+        evaluate: scores of the current weights by name (collective), e.g. {"accuracy": 0.8}.
+        best_score: which of them decides the best checkpoint; higher is better.
+        run: what must be the same when this run is resumed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        rows: TrainingRows,
+        arguments: TrainingArguments,
+        sizes: BatchSizes,
+        evaluate: Callable[[RunLog, int], dict[str, float]],
+        best_score: str,
+        run: dict,
+    ) -> None:
+        self.engine, self.rows, self.arguments, self.sizes = engine, rows, arguments, sizes
+        self.evaluate, self.best_score, self.run = evaluate, best_score, run
+        self.total_steps = total_steps(arguments, len(rows), sizes)
+        self.lr_at = schedule(arguments, self.total_steps)
+        self.every = Intervals.of(arguments, self.total_steps)
+        self.output_dir = Path(arguments.output_dir)
+        self.checkpoints = Checkpoints(self.output_dir, arguments.save_total_limit)
+        self.state = RunState()
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        self.state = self.checkpoints.load(folder, self.engine, self.run)
+
+    def fit(self) -> RunState:
+        """Train to the end and return where the run stands."""
+        log = RunLog(self.output_dir, self.total_steps, self.state.step)
+        try:
+            self.steps(log)
+        finally:
+            log.close()
+        return self.state
+
+    def steps(self, log: RunLog) -> None:
+        """The loop itself."""
+        state, meter, skipped = self.state, Meter(), 0
+        while state.step < self.total_steps:
+            lr = self.lr_at(state.step)
+            batches = self.rows.step(state.consumed_rows, self.sizes, distributed.rank())
+            stats = self.engine.train_step(batches, lr)
+            state.consumed_rows += self.sizes.global_batch
+            tokens = self.step_tokens(state.consumed_rows)
+            state.real_tokens += tokens
+            meter.tokens += tokens
+            meter.losses.append(stats.loss)
+            if not stats.applied:
+                state.skipped_steps += 1
+                skipped += 1
+                stop_when_lost(skipped, stats, state.step)
+                continue
+            skipped = 0
+            state.step += 1
+            log.progress(1)
+            if state.step % self.every.logging == 0 or state.step == self.total_steps:
+                point = meter.point(stats, lr, state, state.consumed_rows / len(self.rows))
+                log.scalars(state.step, point)
+                rate = f"{point['train/tokens_per_second']:,.0f}"
+                log.progress(0, loss=f"{point['train/loss']:.4f}", lr=f"{lr:.2e}", tokens_per_s=rate)
+                meter = Meter()
+            if not self.evaluate_and_save(log):
+                log.say(f"stopped early: no better {self.best_score} in {state.evaluations_since_best} evaluations")
+                break
+
+    def evaluate_and_save(self, log: RunLog) -> bool:
+        """What is due after a step; False when the run should stop early."""
+        state, last, better = self.state, self.state.step == self.total_steps, False
+        if state.step % self.every.eval == 0 or last:
+            scores = self.evaluate(log, state.step)
+            log.scalars(state.step, {f"eval/{name}": value for name, value in scores.items()})
+            shown = " ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            log.say(f"step {state.step}: {shown}")
+            better = self.note_scores(scores)
+        patience = self.arguments.early_stopping_patience
+        stop = bool(patience) and state.evaluations_since_best >= patience
+        if better or last or stop or state.step % self.every.save == 0:
+            self.checkpoints.save(self.engine, state, self.run, better)
+        return not stop
+
+    def note_scores(self, scores: dict[str, float]) -> bool:
+        """Remember scores; True when they are the best so far."""
+        state, score = self.state, scores[self.best_score]
+        if state.best_score is not None and not score > state.best_score:
+            state.evaluations_since_best += 1
+            return False
+        state.best_score, state.best_step, state.evaluations_since_best = score, state.step, 0
+        state.best_scores = dict(scores)
+        return True
+
+    def step_tokens(self, consumed: int) -> int:
+        """Real tokens of the last step over all ranks, counted from row lengths, so that nothing travels for it."""
+        group = self.sizes.global_batch
+        places = range(consumed - group, consumed)
+        return int(sum(self.rows.length[self.rows.row_at(place, group)] for place in places))
+
+    def load_best(self) -> None:
+        """Put the weights of the best checkpoint back into the engine, if another is the last."""
+        best = self.checkpoints.named("best")
+        if best and self.state.best_step != self.state.step:
+            self.engine.load(best)
+
+
+def stop_when_lost(skipped: int, stats: StepStats, step: int) -> None:
+    """End a run that no longer trains."""
+    if skipped >= MAX_SKIPPED:
+        raise Diverged(
+            f"step {step}: {skipped} updates in a row were skipped, gradient norm {stats.grad_norm}, loss "
+            f"{stats.loss}, loss scale {stats.loss_scale}. Lower --learning_rate, or use --bf16 or 32 bit"
+        )
+
+

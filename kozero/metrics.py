@@ -1,0 +1,52 @@
+"""Scores: classification by label, and KorQuAD's exact match and character F1."""
+
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+# Marks that the official KorQuAD 1.0 script turns into spaces before it drops ASCII punctuation.
+KORQUAD_MARKS = str.maketrans(dict.fromkeys("'\"《》<>〈〉()‘’", " "))
+ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """An answer as KorQuAD 1.0 compares it: marks to spaces, lower case, no ASCII punctuation, single spaces."""
+    return " ".join(text.translate(KORQUAD_MARKS).lower().translate(ASCII_PUNCTUATION).split())
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """1.0 when both are the same after normalisation, else 0.0."""
+    return float(normalize_answer(prediction) == normalize_answer(answer))
+
+
+def character_f1(prediction: str, answer: str) -> float:
+    """F1 over the bags of characters (spaces apart) of the normalised texts, in [0, 1]."""
+    predicted = Counter(normalize_answer(prediction).replace(" ", ""))
+    wanted = Counter(normalize_answer(answer).replace(" ", ""))
+    common = (predicted & wanted).total()
+    if not common:
+        return 0.0
+    precision, recall = common / predicted.total(), common / wanted.total()
+    return 2 * precision * recall / (precision + recall)
+
+
+def question_answering(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """KorQuAD 1.0 scores in percent: for each question the best over its answers, then the mean over questions."""
+    num = max(1, len(predictions))
+    pairs = list(zip(predictions, answers, strict=True))
+    return {
+        "exact_match": 100.0 * sum(max(exact_match(p, a) for a in golds) for p, golds in pairs) / num,
+        "f1": 100.0 * sum(max(character_f1(p, a) for a in golds) for p, golds in pairs) / num,
+    }
+
+
+def classification(predictions: Sequence[int], labels: Sequence[int], names: Sequence[str]) -> dict[str, float]:
+    """Accuracy, macro F1 over all classes (a class that never occurs nor is predicted counts 0), and the share of
+    rows predicted as each label."""
+    num = max(1, len(labels))
+    hits, predicted, wanted = Counter(), Counter(predictions), Counter(labels)
+    for prediction, label in zip(predictions, labels, strict=True):
+        hits[label] += prediction == label
+    f1 = [2 * hits[k] / max(1, predicted[k] + wanted[k]) for k in range(len(names))]
+    scores = {"accuracy": sum(hits.values()) / num, "macro_f1": sum(f1) / len(names)}
+    return scores | {f"predicted_{name}": predicted[k] / num for k, name in enumerate(names)}

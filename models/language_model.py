@@ -1,0 +1,227 @@
+"""A GPT-2 language model with its tokenizer: from the hub, a folder or a JSON config, and back into a folder that
+plain transformers loads. Of the rest of the project only `kozero.errors` is used."""
+
+import copy
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from kozero.errors import UserError, nearest
+from models.causal_lm import CausalLM, build, reset_row, resize_vocabulary
+
+transformers_logging.disable_progress_bar()  # a bar for each file that is read or written hides what matters
+
+# What KoGPT2's own tokenizer files leave out; its authors pass them by hand.
+SPECIAL_TOKENS = {
+    "bos_token": "</s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+NEW_PAUSE = "<pause>"
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+@dataclass
+class LanguageModel:
+    """A model ready for an engine, its tokenizer, and its pause token (None where the vocabulary has none)."""
+
+    module: CausalLM
+    tokenizer: PreTrainedTokenizerFast
+    pause_id: int | None
+    pause_settings: dict[str, Any]  # those it was trained with; empty for a model that has not met pauses
+
+    @property
+    def config(self) -> GPT2Config:
+        """The transformers config."""
+        return self.module.lm.config
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a folder or hub name, with KoGPT2's special tokens where its files name none.
+
+    Raises: UserError when it is not there or has no end-of-text token.
+    """
+    require_folder(name)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+    except Exception as error:  # OSError, ValueError, or the tokenizer library's own bare Exception
+        raise UserError(f"tokenizer {name}: cannot be loaded ({first_line(error)}). {OFFLINE}") from None
+    vocabulary = tokenizer.get_vocab()
+    for role, token in SPECIAL_TOKENS.items():
+        if getattr(tokenizer, role) is None and token in vocabulary:
+            setattr(tokenizer, role, token)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name}: no end-of-text token; its vocabulary lacks {SPECIAL_TOKENS['eos_token']}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+OFFLINE = "Offline? Give a local folder, or random weights with --config_file models/kogpt2_config.json"
+
+
+def require_folder(name: str) -> None:
+    """Tell a folder that is not there from a hub name: a hub name is `owner/name`."""
+    path = Path(name)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or name.endswith("/")
+    if looks_local and not path.is_dir():
+        raise UserError(f"{name}: no such folder")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error of a library, short."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def read_config(path: Path) -> GPT2Config:
+    """A GPT2Config from JSON; an unknown key or another architecture is a UserError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config_file {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"--config_file {path}: not JSON ({error})") from None
+    if not isinstance(values, dict) or values.get("model_type") != "gpt2":
+        found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"--config_file {path}: model_type {found!r}; fine-tuning needs 'gpt2'")
+    known = {f.name for f in dataclasses.fields(GPT2Config)} | {"model_type"}
+    for key in values:
+        if key not in known:
+            raise UserError(f"--config_file {path}: unknown key {key!r}{nearest(key, known)}")
+    try:
+        config = GPT2Config(**values)
+        whole = all(
+            isinstance(getattr(config, k), int) and getattr(config, k) > 0
+            for k in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
+        )
+    except Exception as error:  # the config checks types by several libraries' errors
+        raise UserError(f"--config_file {path}: {first_line(error)}") from None
+    if not whole or config.n_embd % config.n_head:
+        raise UserError(f"--config_file {path}: sizes must be positive and n_embd a multiple of n_head")
+    return config
+
+
+def load_weights(name: str) -> GPT2LMHeadModel:
+    """A pre-trained GPT-2 in 32 bit from a folder or hub name. Code of the repository is never run."""
+    require_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config.model_type != "gpt2":
+            raise UserError(f"--model_name_or_path {name}: model_type {config.model_type!r}; fine-tuning needs 'gpt2'")
+        if config.activation_function == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same formula in one kernel instead of eight
+        # An older repository may hold a .bin file: transformers reads that with weights_only=True.
+        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # OSError, ValueError, SafetensorError, hub errors
+        raise UserError(f"--model_name_or_path {name}: cannot be loaded ({first_line(error)}). {OFFLINE}") from None
+
+
+def load(
+    model_name_or_path: str | None,
+    config_file: str | None,
+    tokenizer_name: str | None,
+    *,
+    pause_token: str,
+    with_pauses: bool,
+    seed: int,
+    dropout: float | None = None,
+) -> LanguageModel:
+    """Build a LanguageModel, the same on every rank.
+
+    Args:
+        model_name_or_path: hub name or folder; else `config_file` makes one with random weights.
+        tokenizer_name: hub name or folder; the model's own by default.
+        pause_token: token that pauses. A tokenizer that lacks it gets a new one when `with_pauses`.
+        with_pauses: this run trains with pauses; a model that has not met any gets a fresh pause row.
+        dropout: replaces the three dropout rates of the config.
+    """
+    if bool(model_name_or_path) == bool(config_file):
+        raise UserError("give either --model_name_or_path or --config_file")
+    if not (tokenizer_name or model_name_or_path):
+        raise UserError("--config_file makes random weights and needs --tokenizer_name_or_path")
+    tokenizer = load_tokenizer(tokenizer_name or model_name_or_path)
+    lm = load_weights(model_name_or_path) if model_name_or_path else build(read_config(Path(config_file)), seed)
+    check_vocabulary(len(tokenizer), lm.config.vocab_size, random_weights=not model_name_or_path)
+    if dropout is not None:
+        set_dropout(lm, dropout)
+    settings = dict(getattr(lm.config, "pause", None) or {})
+    token = settings.get("token", pause_token)
+    pause_id = tokenizer.get_vocab().get(token)
+    if pause_id is None and with_pauses:
+        pause_id = add_pause_token(lm, tokenizer)
+    if with_pauses and not settings:
+        reset_row(lm, pause_id, seed)
+    silent = list(range(len(tokenizer), lm.config.vocab_size)) + ([pause_id] if with_pauses or settings else [])
+    return LanguageModel(CausalLM(lm, silent), tokenizer, pause_id, settings)
+
+
+def check_vocabulary(num_tokens: int, vocab_size: int, random_weights: bool) -> None:
+    """A model needs a row for each token; a pre-trained one also should not have hundreds that no token uses."""
+    if num_tokens > vocab_size or (not random_weights and vocab_size - num_tokens >= 128):
+        raise UserError(
+            f"vocabulary mismatch: the tokenizer has {num_tokens:,} tokens, the model {vocab_size:,} rows; give the "
+            "tokenizer that belongs to the model with --tokenizer_name_or_path"
+        )
+
+
+def add_pause_token(lm: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Add `<pause>` to a vocabulary without spare tokens, and rows for it where there are none left."""
+    tokenizer.add_tokens([AddedToken(NEW_PAUSE, special=True)], special_tokens=True)
+    if len(tokenizer) > lm.config.vocab_size:
+        resize_vocabulary(lm, len(tokenizer))
+    return tokenizer.convert_tokens_to_ids(NEW_PAUSE)
+
+
+def set_dropout(lm: GPT2LMHeadModel, rate: float) -> None:
+    """One dropout rate everywhere, in the config and in the modules that were built from it."""
+    for name in DROPOUTS:
+        setattr(lm.config, name, rate)
+    for module in lm.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+
+
+def export(
+    folder: Path, model: LanguageModel, state: dict[str, torch.Tensor], pause: dict[str, Any], card: str
+) -> None:
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load: safetensors in 32 bit with tied weights
+    once, the tokenizer, pause settings in config.json, silent tokens in generation_config.json, and a model card.
+
+    Args: state: all weights by the names of `model.module`. The folder appears whole or not at all.
+    """
+    config = copy.deepcopy(model.config)
+    if pause:
+        config.pause = pause
+    with torch.device("meta"):
+        lm = GPT2LMHeadModel(config)
+    missing, unexpected = lm.load_state_dict(model.module.plain_state(state), strict=False, assign=True)
+    lm.tie_weights()
+    if set(missing) - {"lm_head.weight"} or unexpected:
+        raise RuntimeError(f"weights do not match the model: missing {missing}, unexpected {unexpected}")
+    tokenizer = model.tokenizer
+    silent = list(range(len(tokenizer), config.vocab_size)) + ([pause["token_id"]] if pause else [])
+    lm.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=silent or None,
+    )
+    staging = folder.with_name(folder.name + ".incomplete")
+    shutil.rmtree(staging, ignore_errors=True)
+    lm.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)

@@ -1,0 +1,79 @@
+"""Train a Korean BPE tokenizer in KoGPT2's form: spaces as ▁, the same special tokens, 100 spare tokens.
+
+    python scripts/train_tokenizer.py --files reviews.txt --vocab_size 8192 --output_dir runs/tokenizer
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from kozero.config import arg, parse_arguments, require
+from kozero.data.readers import decode_lines
+from kozero.errors import run_main
+
+SPECIAL = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>"]  # ids 0 to 6, as in KoGPT2
+UNUSED = [f"<unused{n}>" for n in range(100)]
+
+
+@dataclass
+class TokenizerArguments:
+    """What to train on, how large."""
+
+    files: list[str] = field(default_factory=list, metadata={"help": "UTF-8 text files, one text a line"})
+    vocab_size: int = arg(8192, "tokens in all, the 107 special ones among them")
+    output_dir: str = arg("runs/tokenizer", "folder for tokenizer.json and tokenizer_config.json")
+    column: int = arg(-1, "tab-separated column to read, counted from 0; -1: the whole line")
+
+
+def main() -> None:
+    """Train, save, and show what came out."""
+    (arguments,) = parse_arguments(TokenizerArguments, prog="scripts/train_tokenizer.py", description=__doc__)
+    require(bool(arguments.files), "--files: name at least one text file")
+    smallest = len(SPECIAL) + len(UNUSED) + 1
+    require(arguments.vocab_size > smallest, f"--vocab_size {arguments.vocab_size}: must be above {smallest}")
+    tokenizer = train(lines(arguments.files, arguments.column), arguments.vocab_size)
+    tokenizer.save_pretrained(arguments.output_dir)
+    sample = next(lines(arguments.files, arguments.column))[:40]
+    print(f"{len(tokenizer):,} tokens; {sample!r} -> {' '.join(tokenizer.tokenize(sample))}")
+    print(arguments.output_dir)
+
+
+def lines(files: list[str], column: int) -> Iterator[str]:
+    """Texts of the files that are not empty."""
+    found = False
+    for name in files:
+        for number, line in decode_lines(Path(name)):
+            if column >= 0:
+                fields = line.split("\t")
+                require(column < len(fields), f"{name}:{number}: no column {column}; the line has {len(fields)}")
+                line = fields[column]
+            if line.strip():
+                found = True
+                yield line.strip()
+    require(found, f"{', '.join(files)}: no text")
+
+
+def train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer over NFC-normalised text. A character that was never seen becomes <unk>."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL + UNUSED, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
