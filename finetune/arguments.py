@@ -31,14 +31,18 @@ class DataArguments:
     train_file: str | None = arg(None, "published training file of the task")
     validation_file: str | None = arg(None, "published validation or test file; without it a part of --train_file")
     validation_fraction: float = arg(
-        0.1, "share of the groups (articles, premises) of --train_file that validates when no --validation_file is given"
+        0.1,
+        "share of the groups (articles, premises) of --train_file that validates when no --validation_file is given",
     )
     from_hub: bool = arg(False, "read the task's data set from the hub: e9t/nsmc, klue/nli, KorQuAD/squad_kor_v1")
-    bad_rows: str = arg("error", "a row that breaks the file's form: end the run, or count it and go on",
-                        choices=["error", "skip"])
+    bad_rows: str = arg(
+        "error", "a row that breaks the file's form: end the run, or count it and go on", choices=["error", "skip"]
+    )
     max_train_samples: int = arg(0, "train on this many examples at most; 0: all")
     max_eval_samples: int = arg(0, "evaluate on this many examples at most, evenly spaced; 0: all")
-    max_seq_length: int = arg(0, "tokens of a row; 0: the task's default (256, KorQuAD 512), at most the model's positions")
+    max_seq_length: int = arg(
+        0, "tokens of a row; 0: the task's default (256, KorQuAD 512), at most the model's positions"
+    )
     batching: str = arg(
         "packed", "texts side by side in full rows, or one text a row grouped by length", choices=["packed", "grouped"]
     )

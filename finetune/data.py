@@ -39,9 +39,7 @@ def sources(arguments: DataArguments, task: Task) -> tuple[Source, Source]:
     )
 
 
-def cached_store(
-    source: Source, task: Task, kind: str, limit: int, tokenizer: Any, cache_dir: str
-) -> TokenStore:
+def cached_store(source: Source, task: Task, kind: str, limit: int, tokenizer: Any, cache_dir: str) -> TokenStore:
     """The token store of a source: `train` pairs, or all `choices` of every example, or `prompts` alone.
 
     Built once a machine; the other ranks wait and read it.

@@ -25,9 +25,7 @@ class Scores:
     notes: list[str]
 
 
-def score(
-    engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int, tokenizer: Any
-) -> Scores:
+def score(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int, tokenizer: Any) -> Scores:
     """Score every example of `data`. Collective.
 
     Args: pauses: M_inf of them; capacity: tokens of a row; micro: rows of a forward pass.
@@ -80,9 +78,7 @@ def notes(num_cut: int, num_left_out: int) -> list[str]:
     return lines
 
 
-def write(
-    engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int, **generation: Any
-) -> list[str]:
+def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int, **generation: Any) -> list[str]:
     """What the model writes after each prompt (ids with their pauses), without special tokens. Collective.
 
     Prompts of about the same length share a batch, padded on the left. All ranks make the same number of calls, and

@@ -32,7 +32,7 @@ from kozero.pause import PauseArguments, Pauses
 from kozero.runlog import RunLog
 from models.language_model import LanguageModel, export
 
-NUM_SAMPLES = 2  # texts written at each evaluation
+NUM_SAMPLES, SAMPLE_TOKENS = 2, 32  # texts written at each evaluation, and their length
 
 
 @dataclass
@@ -159,7 +159,7 @@ def training_rows(
 
 def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, model: LanguageModel) -> str:
     """What the model writes after the first prompts of the validation set."""
-    new_tokens = data.task.max_new_tokens
+    new_tokens = min(SAMPLE_TOKENS, data.task.max_new_tokens)
     fitted = fit(data.store, max(1, capacity - new_tokens), pauses.num)
     prefixes = [prefix_and_target(data.store, fitted.cut, k)[0] for k in fitted.used[:NUM_SAMPLES].tolist()]
     prompts = [pauses.prompt(prefix) for prefix in prefixes]

@@ -1,8 +1,8 @@
 """Checkpoints of a run: their names, which one is the newest, which may go, and that none is half there.
 
-    output_dir/checkpoints/step-000100/   what the engine saved, rng-rank0.pt ..., state.json (written last)
-    output_dir/checkpoints/latest         name of the newest
-    output_dir/checkpoints/best           name of the one with the best score
+output_dir/checkpoints/step-000100/   what the engine saved, rng-rank0.pt ..., state.json (written last)
+output_dir/checkpoints/latest         name of the newest
+output_dir/checkpoints/best           name of the one with the best score
 """
 
 import json

@@ -125,7 +125,9 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it first (iconv -f euc-kr -t utf-8)") from None
+        raise UserError(
+            f"{path}: not UTF-8 at byte {error.start}; convert it first (iconv -f euc-kr -t utf-8)"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except RecursionError:

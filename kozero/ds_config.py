@@ -35,7 +35,9 @@ def resolve(arguments: TrainingArguments, sizes: BatchSizes) -> dict[str, Any]:
         f"{path}: 'scheduler' is set here; remove it, the rate comes from --lr_scheduler_type and --warmup_steps",
     )
     for name in ("zero_optimization", "optimizer", "fp16", "bf16"):
-        require(isinstance(config.get(name, {}), dict), f"{path}: {name!r} must be an object, found {config.get(name)!r}")
+        require(
+            isinstance(config.get(name, {}), dict), f"{path}: {name!r} must be an object, found {config.get(name)!r}"
+        )
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
     require(type(stage) is int and 0 <= stage <= 3, f"{path}: zero_optimization.stage {stage!r}: must be 0, 1, 2 or 3")
@@ -43,7 +45,7 @@ def resolve(arguments: TrainingArguments, sizes: BatchSizes) -> dict[str, Any]:
         text for place, flag, value in from_command_line(arguments, sizes) if (text := fill(config, place, flag, value))
     ]
     mismatches += optimizer_mismatches(config.pop("optimizer", {}), arguments, path)
-    require(not mismatches, f"{path} and the command line disagree: {'; '.join(mismatches)}. Use \"auto\" in the JSON")
+    require(not mismatches, f'{path} and the command line disagree: {"; ".join(mismatches)}. Use "auto" in the JSON')
     drop_auto(zero)
     refuse_auto(config, path)
     return config

@@ -130,7 +130,10 @@ class Trainer:
                 rate = f"{point['train/tokens_per_second']:,.0f}"
                 log.progress(0, loss=f"{point['train/loss']:.4f}", lr=f"{lr:.2e}", tokens_per_s=rate)
                 meter = Meter()
-            if not self.evaluate_and_save(log):
+            paused = time.perf_counter()
+            go_on = self.evaluate_and_save(log)
+            meter.started += time.perf_counter() - paused  # speed is that of training alone
+            if not go_on:
                 log.say(f"stopped early: no better {self.best_score} in {state.evaluations_since_best} evaluations")
                 break
 
@@ -179,5 +182,3 @@ def stop_when_lost(skipped: int, stats: StepStats, step: int) -> None:
             f"step {step}: {skipped} updates in a row were skipped, gradient norm {stats.grad_norm}, loss "
             f"{stats.loss}, loss scale {stats.loss_scale}. Lower --learning_rate, or use --bf16 or 32 bit"
         )
-
-

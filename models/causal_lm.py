@@ -21,6 +21,22 @@ class PauseEmbedding(nn.Embedding):
         return torch.where((input_ids == self.pause_id).unsqueeze(-1), self.pause_row.to(rows.dtype), rows)
 
 
+class MaskedHead(nn.Linear):
+    """A head without bias that gives some tokens a logit of minus infinity. As the bias of the matrix product the
+    mask costs no extra pass over the (N, V) logits."""
+
+    def __init__(self, head: nn.Linear, silent_ids: list[int]) -> None:
+        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
+        self.weight = head.weight  # the very parameter, still tied to the embedding
+        mask = torch.zeros(head.out_features)
+        mask[silent_ids] = -torch.inf
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) to (..., V)."""
+        return F.linear(hidden, self.weight, self.mask.to(hidden.dtype))
+
+
 class CausalLM(nn.Module):
     """A GPT-2 whose head is computed only where something is predicted.
 
@@ -34,11 +50,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.lm = lm
         if silent_ids:
-            # As a bias of the head the mask costs no extra pass over the (N, V) logits.
-            bias = torch.zeros(lm.config.vocab_size)
-            bias[silent_ids] = -torch.inf
-            del lm.lm_head._parameters["bias"]
-            lm.lm_head.register_buffer("bias", bias, persistent=False)
+            lm.lm_head = MaskedHead(lm.lm_head, silent_ids)
 
     def separate_pause_row(self, pause_id: int) -> None:
         """Give the pause its own (1, H) parameter `lm.transformer.wte.pause_row`."""

@@ -1,6 +1,6 @@
 """Train a Korean BPE tokenizer in KoGPT2's form: spaces as ▁, the same special tokens, 100 spare tokens.
 
-    python scripts/train_tokenizer.py --files reviews.txt --vocab_size 8192 --output_dir runs/tokenizer
+python scripts/train_tokenizer.py --files reviews.txt --vocab_size 8192 --output_dir runs/tokenizer
 """
 
 import sys

@@ -46,9 +46,7 @@ def decode_lines(path: Path) -> Iterator[tuple[int, str]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise UserError(
-            f"{path}:{number}: not UTF-8 (EUC-KR?); convert it first: iconv -f cp949 -t utf-8"
-        ) from None
+        raise UserError(f"{path}:{number}: not UTF-8 (EUC-KR?); convert it first: iconv -f cp949 -t utf-8") from None
 
 
 def read_tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Located | BadRow]:

@@ -41,7 +41,9 @@ def fit(store: TokenStore, capacity: int, num_pauses: int) -> Fit:
     lost = moved & (span_end - span_start > kept)  # the context cannot hold its answer
     usable = (room >= 0) & ~lost
     length = np.where(usable, kept + prompt + num_pauses + target, 0)
-    return Fit(np.stack([first, first + kept], axis=1), length, int((usable & (kept < context)).sum()), int((~usable).sum()))
+    return Fit(
+        np.stack([first, first + kept], axis=1), length, int((usable & (kept < context)).sum()), int((~usable).sum())
+    )
 
 
 def pack(length: np.ndarray, examples: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:

@@ -4,9 +4,16 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from kozero.config import BatchSizes, TrainingArguments
+from kozero.config import BatchSizes, TrainingArguments, require
 from kozero.ds_config import resolve
 from kozero.engines.base import Engine
+
+
+# What a DeepSpeed JSON may say at stage 0, where the plain engine runs: what the command line decides anyway.
+STAGE_ZERO = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "fp16", "bf16", "zero_optimization",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,12 +29,24 @@ def prepare_engine(arguments: TrainingArguments, sizes: BatchSizes) -> EngineSet
     if not arguments.deepspeed_config:
         return EngineSettings()
     resolved = resolve(arguments, sizes)
-    return EngineSettings(resolved["zero_optimization"]["stage"], resolved)
+    stage = resolved["zero_optimization"]["stage"]
+    if stage == 0:
+        extra = sorted(set(resolved) - STAGE_ZERO) + sorted(set(resolved["zero_optimization"]) - {"stage"})
+        require(
+            not extra,
+            f"{arguments.deepspeed_config}: stage 0 shards nothing and runs on PyTorch's DDP, which has no "
+            f"{', '.join(map(repr, extra))}; remove it or choose a stage from 1 to 3",
+        )
+    else:
+        from kozero.engines.deepspeed import check_config
+
+        check_config(resolved, arguments.deepspeed_config)
+    return EngineSettings(stage, resolved)
 
 
 def build_engine(module: nn.Module, arguments: TrainingArguments, settings: EngineSettings) -> Engine:
     """Wrap a module. Freezing comes before this, loading a checkpoint after it."""
-    if settings.resolved:
+    if settings.stage:
         from kozero.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(module, arguments, settings.resolved)

@@ -1,0 +1,76 @@
+"""Write text with a model; its pauses are appended to the prompt and never shown.
+
+python finetune/generate.py --model_name_or_path runs/run/model --prompt 긍정 --num_samples 3
+"""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.arguments import ModelArguments
+from finetune.scoring import write
+from finetune.setup import inference_pauses, load_model
+from kozero import distributed
+from kozero.config import TrainingArguments, arg, parse_arguments, require
+from kozero.engines import EngineSettings, build_engine
+from kozero.errors import run_main
+from kozero.pause import PauseArguments
+
+
+@dataclass
+class GenerationArguments:
+    """What to write and how."""
+
+    prompt: str | None = arg(None, "text to go on from; without it: read prompts from standard input, one a line")
+    num_samples: int = arg(1, "texts for each prompt")
+    max_new_tokens: int = arg(64, "tokens to write at most")
+    temperature: float = arg(1.0, "above 1 flattens the choice, below 1 sharpens it; 0: always the most likely token")
+    top_k: int = arg(30, "choose among so many most likely tokens; 0: all")
+    top_p: float = arg(0.95, "choose among the most likely tokens that make up this probability")
+    repetition_penalty: float = arg(1.0, "above 1 makes tokens that are already there less likely")
+    seed: int = arg(42, "seed of the choices")
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens"):
+            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
+        require(self.temperature >= 0, f"--temperature {self.temperature}: must not be negative")
+        require(self.top_k >= 0, f"--top_k {self.top_k}: must not be negative")
+        require(0 < self.top_p <= 1, f"--top_p {self.top_p}: must be above 0 and at most 1")
+        require(self.repetition_penalty > 0, f"--repetition_penalty {self.repetition_penalty}: must be above 0")
+
+    def settings(self) -> dict:
+        """The arguments of transformers' generate."""
+        shared = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
+        if self.temperature == 0:
+            return shared | {"do_sample": False}
+        return shared | {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+
+def main() -> None:
+    """Load once, then write for every prompt."""
+    arguments, model_arguments, pause_arguments = parse_arguments(
+        GenerationArguments, ModelArguments, PauseArguments,
+        prog="finetune/generate.py", description="Write text with a model.",
+    )  # fmt: skip
+    distributed.setup()
+    model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=arguments.seed)
+    pauses = inference_pauses(model, pause_arguments.num_inference_pauses)
+    engine = build_engine(model.module, TrainingArguments(), EngineSettings())
+    distributed.seed_everything(arguments.seed)
+    longest = model.config.n_positions - pauses.num - arguments.max_new_tokens
+    require(
+        longest > 0, f"--max_new_tokens {arguments.max_new_tokens}: the model has {model.config.n_positions} positions"
+    )
+    for prompt in [arguments.prompt] if arguments.prompt is not None else map(str.strip, sys.stdin):
+        ids = np.asarray(model.tokenizer.encode(prompt, add_special_tokens=False), dtype=np.int64)
+        require(len(ids) + pauses.num > 0, "--prompt: empty; give at least a word")
+        require(len(ids) <= longest, f"--prompt: {len(ids)} tokens; at most {longest} leave room for the answer")
+        texts = write(engine, model.tokenizer, [pauses.prompt(ids)] * arguments.num_samples, 8, **arguments.settings())
+        for text in texts:
+            distributed.say(f"{prompt} {text.strip()}")
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,143 @@
+"""ZeRO by DeepSpeed: stages 1 to 3, offload, fp16 with dynamic loss scale, bf16, fp32; CPU with gloo, GPUs with NCCL.
+
+Stage 0 shards nothing and is the plain engine's: DeepSpeed 0.19.8 has no gradient norm and no guard against NaN there
+in 32 bit, and its stage-0 optimizer for fp16 and bf16 (FP16_UnfusedOptimizer) leaves the other stages' losses at the
+second step.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kozero import distributed
+from kozero.config import TrainingArguments
+from kozero.data.batches import Batch
+from kozero.engines.base import Engine, StepStats, count_targets
+from kozero.errors import UserError
+from kozero.optim import build_optimizer, parameter_groups
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import; quiet so
+
+import deepspeed  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+
+TAG = "deepspeed"  # name of DeepSpeed's own folder in a checkpoint
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+class DeepSpeedEngine(Engine):
+    """A module under deepspeed.initialize, which builds wrapper and sharded optimizer in one."""
+
+    def __init__(self, module: nn.Module, arguments: TrainingArguments, config: dict[str, Any]) -> None:
+        prepare()
+        self.device = distributed.device()
+        optimizer = build_optimizer(parameter_groups(module, arguments.weight_decay), arguments)
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=complete(config))
+        self.module = self.engine.module
+        self.stage = self.engine.zero_optimization_stage()
+        self.lockstep = self.stage == 3
+
+    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepStats:
+        """One update. DeepSpeed divides by the number of micro batches and averages over ranks, so both are put back
+        in front of the step's own divisor, its targets."""
+        self.engine.train()
+        num_targets = count_targets(micro_batches)
+        factor = distributed.world_size() * len(micro_batches) / num_targets
+        total = torch.zeros((), device=self.device)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        for batch in micro_batches:
+            loss = self.engine(**batch.to(self.device))
+            self.engine.backward(loss * factor)
+            total += loss.detach()
+            self.engine.step()
+        loss = distributed.all_reduce(total) / num_targets
+        norm = float(self.engine.get_global_grad_norm())
+        return StepStats(loss.item(), norm, self.engine.was_step_applied(), self.loss_scale())
+
+    def loss_scale(self) -> float:
+        """The dynamic scale of fp16, 1 otherwise."""
+        return float(self.engine.optimizer.cur_scale) if self.engine.fp16_enabled() else 1.0
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The wrapped module: at stage 3 its hooks gather the weights that a forward pass needs."""
+        self.engine.eval()
+        with torch.no_grad():
+            yield self.engine
+        self.engine.train()
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's own checkpoint; every rank writes its shard."""
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Weights, optimizer shards and loss scale."""
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        if loaded is None:
+            raise UserError(f"{folder}: DeepSpeed found nothing to load in it")
+
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """The 32-bit master weights, gathered one parameter at a time, so that rank 0 never holds a second copy."""
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            tensor = self.full_parameter(parameter)
+            if distributed.is_main():
+                state[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+        return state if distributed.is_main() else None
+
+    def full_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
+        """One whole parameter: the 32-bit master of a trained one, a frozen one as it is."""
+        if parameter.requires_grad:
+            return safe_get_full_fp32_param(parameter)
+        if self.stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.data.clone()
+        return parameter.data
+
+
+def prepare() -> None:
+    """Let DeepSpeed join the process group that is there, and make a CPU enough: no compiler, and float16."""
+    if get_accelerator().device_name() == "cpu":
+        relax_cpu()
+    deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
+
+
+def relax_cpu() -> None:
+    """Lift two demands that training on a CPU does not need."""
+    # DeepSpeed compiles a shared-memory extension when it initialises on a CPU (34 s, needs g++ and ninja). Only its
+    # inference_all_reduce uses it; the collectives of training are gloo's either way.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It also refuses float16 on a CPU without AVX512-FP16, although torch computes it there.
+    get_accelerator().is_fp16_supported = lambda: True
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """What the engine itself has to say to DeepSpeed; it changes no result."""
+    return config | {
+        "zero_allow_untested_optimizer": True,  # SGD
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast as DeepSpeed's and needs no compiler
+        "steps_per_print": 2**31,
+    }
+
+
+def check_config(config: dict[str, Any], path: str) -> None:
+    """Let DeepSpeed read the JSON before a model is loaded; its complaint becomes one line."""
+    prepare()
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        DeepSpeedConfig(complete(config))
+    except Exception as error:  # pydantic's and DeepSpeed's own, which share no base
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{path}: DeepSpeed refuses it: {' '.join(lines[1:3] or lines)}"[:400]) from None
+    finally:
+        logging.disable(level)
