@@ -40,7 +40,7 @@ def row_capacity(max_seq_length: int, default: int, positions: int) -> int:
 def inference_pauses(model: LanguageModel, num: int) -> Pauses:
     """`num` pauses at inference; -1 takes the number that the model was trained with."""
     if num < 0:
-        num = model.pause_settings.get("num_pauses", 0)
+        num = model.pause_settings.get("num_inference_pauses", 0)
     require(
         num == 0 or model.pause_id is not None,
         f"--num_inference_pauses {num}: the model's vocabulary has no pause token; use 0, or train it with pauses",

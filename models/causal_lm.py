@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 class PauseEmbedding(nn.Embedding):
-    """Token embedding whose pause row is a small parameter of its own, so that it can train while the rest is frozen."""
+    """Token embedding whose pause row is a parameter of its own, so that it can train while the rest is frozen."""
 
     def __init__(self, embedding: nn.Embedding, pause_id: int) -> None:
         super().__init__(*embedding.weight.shape, _weight=embedding.weight)
