@@ -66,10 +66,19 @@ class TrainingArguments:
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
-        for name in (
-            "per_device_eval_batch_size max_steps warmup_steps weight_decay max_grad_norm adam_epsilon "
-            "eval_steps save_steps early_stopping_patience learning_rate seed"
-        ).split():
+        for name in [
+            "per_device_eval_batch_size",
+            "max_steps",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "adam_epsilon",
+            "eval_steps",
+            "save_steps",
+            "early_stopping_patience",
+            "learning_rate",
+            "seed",
+        ]:
             require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be in [0, 1)")
@@ -109,7 +118,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Parse a UTF-8 JSON file; a missing file, a syntax error or a key written twice is a UserError with file and line."""
+    """Parse a UTF-8 JSON file; one that is missing, broken or names a key twice is a UserError with file and line."""
     path = Path(path)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -125,9 +134,7 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 at byte {error.start}; convert it first (iconv -f euc-kr -t utf-8)"
-        ) from None
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it: iconv -f cp949 -t utf-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except RecursionError:
@@ -155,16 +162,19 @@ class Parser(HfArgumentParser):
 
 
 def parse_arguments(*classes: type, prog: str, description: str, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """Fill dataclasses from the command line. A first argument that ends in .json is a file of the same arguments;
-    flags after it win over the file.
+    """Fill dataclasses from the command line. A bare argument that ends in .json is a file of the same arguments;
+    flags win over the file.
 
     Raises: UserError for unknown flags and keys, wrong types and contradictions.
     """
     usage = f"{prog} [arguments.json] [--flag value ...]"
     parser = Parser(classes, prog=prog, description=description, usage=usage, allow_abbrev=False)
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0].endswith(".json"):
-        argv = flags_of_file(argv[0], parser) + argv[1:]
+    for k, word in enumerate(argv):  # the deepspeed launcher puts --local_rank=0 before it
+        bare = k == 0 or not argv[k - 1].startswith("--") or "=" in argv[k - 1]
+        if bare and word.endswith(".json") and not word.startswith("-"):
+            argv = flags_of_file(word, parser) + argv[:k] + argv[k + 1 :]
+            break
     *filled, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     flags = [option for action in parser._actions for option in action.option_strings]
     if unknown:

@@ -8,7 +8,6 @@ from kozero.config import BatchSizes, TrainingArguments, require
 from kozero.ds_config import resolve
 from kozero.engines.base import Engine
 
-
 # What a DeepSpeed JSON may say at stage 0, where the plain engine runs: what the command line decides anyway.
 STAGE_ZERO = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",

@@ -24,10 +24,10 @@ from kozero.optim import build_optimizer, parameter_groups
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import; quiet so
 
-import deepspeed  # noqa: E402
-from deepspeed.accelerator import get_accelerator  # noqa: E402
-from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import safe_get_full_fp32_param
 
 TAG = "deepspeed"  # name of DeepSpeed's own folder in a checkpoint
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# From nothing to a scored model: install, fine-tune a tiny KoGPT2 with pauses under ZeRO-2 on the sample data with two
+# ranks, score it, write a sentence. GPUs when there are two, else the CPU.
+# usage: bash scripts/quickstart.sh [output folder]         last line: the folder of the exported model
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh
+out=${1:-runs/quickstart}
+ranks=2
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+[ "$gpus" -ne 1 ] || ranks=1
+rm -rf "$out"
+deepspeed --num_gpus "$ranks" finetune/train.py finetune/recipes/quickstart.json --output_dir "$out" >&2
+python finetune/evaluate.py --model_name_or_path "$out/model" --task nsmc --output_file "$out/evaluation.json" >&2
+python finetune/generate.py --model_name_or_path "$out/model" --prompt 긍정 --num_samples 2 >&2
+python finetune/generate.py --model_name_or_path "$out/model" --prompt 부정 --num_samples 2 >&2
+echo "curves: .venv/bin/tensorboard --logdir $out" >&2
+echo "$out/model"

@@ -1,0 +1,65 @@
+"""Small models, stores and tokenizers that several tests use."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from kozero.data.store import TokenStore
+from models.language_model import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+SAMPLE_DATA = ROOT / "sample_data"
+SAMPLE_TOKENIZER = SAMPLE_DATA / "tokenizer"
+
+
+class MemoryStore(TokenStore):
+    """A TokenStore of given ids: rows of (context, prompt, target) or (context, prompt, target, span)."""
+
+    def __init__(self, rows: Sequence[tuple]) -> None:
+        places, tokens = [], []
+        for context, prompt, target, *span in rows:
+            start = len(tokens)
+            tokens += [*context, *prompt, *target]
+            ends = np.cumsum([start, len(context), len(prompt), len(target)]).tolist()
+            places.append(ends + list(span[0] if span else (-1, -1)))
+        self.rows = np.asarray(places, dtype=np.int64).reshape(-1, 6)
+        self.tokens = np.asarray(tokens, dtype=np.uint16)
+
+
+def numbered_store(num: int, shortest: int = 2, longest: int = 9, vocab: int = 60, seed: int = 0) -> MemoryStore:
+    """Examples of random lengths and ids: a prompt of one token and a target."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(shortest, longest, num, endpoint=True)
+    return MemoryStore([([], rng.integers(1, vocab, 1), rng.integers(1, vocab, n - 1)) for n in lengths])
+
+
+def toy_gpt2(num_layers: int = 2, vocab_size: int = 64, hidden: int = 32, positions: int = 64) -> GPT2LMHeadModel:
+    """A small GPT-2 without dropout, its weights large enough that every token changes what follows."""
+    config = GPT2Config(
+        n_layer=num_layers, n_embd=hidden, n_head=2, vocab_size=vocab_size, n_positions=positions,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config)
+
+
+@cache
+def sample_tokenizer() -> PreTrainedTokenizerFast:
+    """The shipped tokenizer; not to be changed by a test."""
+    return load_tokenizer(str(SAMPLE_TOKENIZER))
+
+
+def word_tokenizer(num_words: int, specials: Sequence[str] = ("<unk>", "</s>", "<pad>")) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words w0, w1, ... without spare tokens."""
+    vocabulary = {word: k for k, word in enumerate([*specials, *(f"w{n}" for n in range(num_words))])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
