@@ -48,11 +48,17 @@ def cached_store(source: Source, task: Task, kind: str, limit: int, tokenizer: A
     parts = (task.name, kind, limit, content, source.side, source.validation_fraction, source.skip_bad_rows)
     key = key_of(*parts, tokenizer_hash(tokenizer), tokenizer.eos_token_id)
 
+    left_out = LeftOut()
+
     def rows() -> Iterator[TextRow]:
-        for example in read(source, task, limit):
+        for example in read(source, task, left_out, limit):
             yield from text_rows(example, task, kind)
 
-    return distributed.machine_first(lambda: open_or_build(Path(cache_dir).expanduser(), key, rows, tokenizer))
+    cache = Path(cache_dir).expanduser()
+    store = distributed.machine_first(lambda: open_or_build(cache, key, rows, tokenizer, left_out.lines))
+    for note in store.meta["notes"]:
+        distributed.say(f"{source}: {note}")
+    return store
 
 
 def existing(path: Path) -> Path:
@@ -62,15 +68,12 @@ def existing(path: Path) -> Path:
     return path
 
 
-def read(source: Source, task: Task, limit: int = 0, quiet: bool = False) -> Iterator[Example]:
-    """Examples of a source, the first `limit` of them; tells what was left out, and refuses an empty source."""
-    left_out, count = LeftOut(), 0
+def read(source: Source, task: Task, left_out: LeftOut, limit: int = 0) -> Iterator[Example]:
+    """Examples of a source, the first `limit` of them; refuses a source without any."""
+    count = 0
     for example in islice(task.examples(source, left_out), limit or None):
         count += 1
         yield example
-    if not quiet:
-        for line in left_out.lines():
-            print(f"{source}: {line}", flush=True)
     require(count > 0, f"{source}: no examples")
 
 
@@ -100,7 +103,7 @@ def evaluation_set(source: Source, task: Task, arguments: DataArguments, tokeniz
     existing(source.path) if source.path else None
     kind = "choices" if task.labels else "prompts"
     store = cached_store(source, task, kind, 0, tokenizer, arguments.cache_dir)
-    examples = list(read(source, task, quiet=True))
+    examples = list(read(source, task, LeftOut()))
     wanted = arguments.max_eval_samples
     if wanted and wanted < len(examples):
         chosen = [k * len(examples) // wanted for k in range(wanted)]

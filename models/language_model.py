@@ -111,19 +111,25 @@ def read_config(path: Path) -> GPT2Config:
     return config
 
 
-def load_weights(name: str) -> GPT2LMHeadModel:
-    """A pre-trained GPT-2 in 32 bit from a folder or hub name. Code of the repository is never run."""
+def load_config(name: str) -> GPT2Config:
+    """The config of a folder or hub name. Asked for first: when the hub cannot be reached, one file's retries tell."""
     require_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if config.model_type != "gpt2":
-            raise UserError(f"--model_name_or_path {name}: model_type {config.model_type!r}; fine-tuning needs 'gpt2'")
-        if config.activation_function == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # the same formula in one kernel instead of eight
-        # An older repository may hold a .bin file: transformers reads that with weights_only=True.
+    except Exception as error:  # OSError, ValueError, hub errors
+        raise UserError(f"--model_name_or_path {name}: cannot be loaded ({first_line(error)}). {OFFLINE}") from None
+    if config.model_type != "gpt2":
+        raise UserError(f"--model_name_or_path {name}: model_type {config.model_type!r}; fine-tuning needs 'gpt2'")
+    if config.activation_function == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"  # the same formula in one kernel instead of eight
+    return config
+
+
+def load_weights(name: str, config: GPT2Config) -> GPT2LMHeadModel:
+    """A pre-trained GPT-2 in 32 bit. Code of the repository is never run; an older one may hold a .bin file, which
+    transformers reads with weights_only=True."""
+    try:
         return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
-    except UserError:
-        raise
     except Exception as error:  # OSError, ValueError, SafetensorError, hub errors
         raise UserError(f"--model_name_or_path {name}: cannot be loaded ({first_line(error)}). {OFFLINE}") from None
 
@@ -151,8 +157,9 @@ def load(
         raise UserError("give either --model_name_or_path or --config_file")
     if not (tokenizer_name or model_name_or_path):
         raise UserError("--config_file makes random weights and needs --tokenizer_name_or_path")
+    config = load_config(model_name_or_path) if model_name_or_path else read_config(Path(config_file))
     tokenizer = load_tokenizer(tokenizer_name or model_name_or_path)
-    lm = load_weights(model_name_or_path) if model_name_or_path else build(read_config(Path(config_file)), seed)
+    lm = load_weights(model_name_or_path, config) if model_name_or_path else build(config, seed)
     check_vocabulary(len(tokenizer), lm.config.vocab_size, random_weights=not model_name_or_path)
     if dropout is not None:
         set_dropout(lm, dropout)

@@ -75,7 +75,9 @@ def test_rows_without_texts_predict_nothing():
     assert (empty.num_targets, empty.num_tokens) == (0, 0)
 
 
-def training_rows(batching: str = "packed", num: int = 200, seed: int = 3, num_pauses: int = 1, **other) -> TrainingRows:
+def training_rows(
+    batching: str = "packed", num: int = 200, seed: int = 3, num_pauses: int = 1, **other
+) -> TrainingRows:
     return TrainingRows(numbered_store(num, **other), Pauses(PAUSE, num_pauses), 16, batching, seed)
 
 

@@ -76,8 +76,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def open_or_build(cache: Path, key: str, build: Callable[[], Iterable[TextRow]], tokenizer: Any) -> TokenStore:
-    """The store `key` below `cache`, built first when it is not there or not whole. Safe with many processes."""
+def open_or_build(
+    cache: Path, key: str, build: Callable[[], Iterable[TextRow]], tokenizer: Any, notes: Callable[[], list[str]] = list
+) -> TokenStore:
+    """The store `key` below `cache`, built first when it is not there or not whole. Safe with many processes.
+
+    Args: notes: asked after the last row, kept in the store's meta: what a reader has to know about its rows.
+    """
     folder = cache / key
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,7 @@ def open_or_build(cache: Path, key: str, build: Callable[[], Iterable[TextRow]],
                 shutil.rmtree(folder, ignore_errors=True)
                 building.mkdir()
                 try:
-                    write_store(building, build(), tokenizer)
+                    write_store(building, build(), tokenizer, notes)
                     building.rename(folder)
                 finally:
                     shutil.rmtree(building, ignore_errors=True)
@@ -107,7 +112,7 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def write_store(folder: Path, rows: Iterable[TextRow], tokenizer: Any) -> None:
+def write_store(folder: Path, rows: Iterable[TextRow], tokenizer: Any, notes: Callable[[], list[str]] = list) -> None:
     """Tokenise `rows` into `folder`, one batch in memory at a time; every target ends in the tokenizer's eos."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     index, position = [], 0
@@ -119,6 +124,7 @@ def write_store(folder: Path, rows: Iterable[TextRow], tokenizer: Any) -> None:
     np.save(folder / "rows.npy", np.asarray(index, dtype=np.int64).reshape(-1, len(COLUMNS)))
     sizes = {name: (folder / name).stat().st_size for name in ("tokens.bin", "rows.npy")}
     meta = {"dtype": dtype.name, "num_rows": len(index), "num_tokens": position, "columns": COLUMNS, "sizes": sizes}
+    meta["notes"] = notes()
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

@@ -1,0 +1,233 @@
+"""Token stores: the ids in them, the cache around them."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from finetune.arguments import DataArguments
+from finetune.data import cached_store, evaluation_set
+from finetune.tasks import TASKS, Source
+from kozero import distributed
+from kozero.data.readers import LeftOut
+from kozero.data.store import TextRow, file_hash, key_of, open_or_build, token_span, tokenizer_hash
+from kozero.errors import UserError
+from tests.helpers import SAMPLE_DATA, sample_tokenizer, word_tokenizer
+
+REVIEW = TextRow("", "부정", "아 더빙.. 진짜 짜증나네요 목소리")
+QUESTION = TextRow("문맥: 솔마루시는 내륙 도시이다.", "질문: 어떤 도시인가? 정답:", "내륙 도시", span=(10, 15))
+
+
+def build(cache, rows, tokenizer=None, key="key"):
+    return open_or_build(cache, key, lambda: rows, tokenizer or sample_tokenizer())
+
+
+def parts(store, number: int) -> list[list[int]]:
+    """Ids of context, prompt and target of a row."""
+    places = store.rows[number, :4].tolist()
+    return [store.tokens[a:b].tolist() for a, b in zip(places, places[1:], strict=False)]
+
+
+def test_the_parts_of_a_row_are_context_prompt_and_target_with_its_end(tmp_path):
+    tokenizer = sample_tokenizer()
+    context, prompt, target = parts(build(tmp_path, [REVIEW, QUESTION]), 1)
+    assert tokenizer.decode(context) == QUESTION.context
+    assert tokenizer.decode(prompt).strip() == QUESTION.prompt
+    assert tokenizer.decode(target[:-1]).strip() == QUESTION.target
+    assert target[-1] == tokenizer.eos_token_id
+
+
+def test_an_empty_part_has_no_tokens(tmp_path):
+    context, prompt, target = parts(build(tmp_path, [TextRow("", "부정", "")]), 0)
+    assert context == []
+    assert sample_tokenizer().convert_ids_to_tokens(prompt) == ["▁부정"]
+    assert target == [sample_tokenizer().eos_token_id]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_pieces_encoded_apart_are_the_ids_of_the_joined_text(tmp_path, task):
+    """Over the whole sample file: a model meets the same tokens as in plain text."""
+    tokenizer = sample_tokenizer()
+    examples = task.examples(Source(SAMPLE_DATA / task.sample_files[0]), LeftOut())
+    rows = [TextRow(e.context, *task.training_pair(e)) for e in examples]
+    store = build(tmp_path, rows)
+    assert len(store) == len(rows) > 100
+    for number, row in enumerate(rows):
+        joined = " ".join(filter(None, (row.context, row.prompt, row.target)))
+        ids = tokenizer(joined, add_special_tokens=False)["input_ids"]
+        assert sum(parts(store, number), []) == [*ids, tokenizer.eos_token_id]
+
+
+def test_a_text_that_spells_a_special_token_is_plain_text(tmp_path):
+    """Written by a user, `</s>` must not end the text, nor `<unused0>` be a pause, whose loss would be infinite."""
+    tokenizer = sample_tokenizer()
+    store = build(tmp_path, [TextRow("<s> 문맥", "<pad> 질문", "</s> 좋아요 <unused0>")])
+    specials = {tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "<pad>", "</s>", "<unused0>")}
+    assert specials.isdisjoint(sum(parts(store, 0), [])[:-1])
+
+
+def test_rows_keep_their_order_over_several_batches_of_the_tokenizer(tmp_path):
+    words = word_tokenizer(5000)
+    store = build(tmp_path, [TextRow("", f"w{n}", "") for n in range(5000)], words)
+    firsts = [store.tokens[start] for start in store.rows[:, 0]]
+    assert firsts == list(range(3, 5003))
+    assert store.lengths.tolist() == [[0, 1, 1]] * 5000
+
+
+def test_the_tokens_of_an_answer_are_found_by_its_characters(tmp_path):
+    store = build(tmp_path, [REVIEW, QUESTION])
+    start, end = store.rows[1, 4:]
+    context = parts(store, 1)[0]
+    assert QUESTION.context[slice(*QUESTION.span)] == "내륙 도시"
+    assert "내륙 도시" in sample_tokenizer().decode(context[start:end])
+    assert "내륙 도시" not in sample_tokenizer().decode(context[start + 1 : end])
+    assert "내륙 도시" not in sample_tokenizer().decode(context[start : end - 1])
+
+
+def test_a_row_without_answer_has_no_span(tmp_path):
+    assert build(tmp_path, [REVIEW]).rows[0, 4:].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("span", "tokens"),
+    [((0, 2), (0, 1)), ((1, 3), (0, 2)), ((2, 5), (1, 2)), ((4, 8), (1, 3)), ((8, 9), (-1, -1)), (None, (-1, -1))],
+)
+def test_token_spans_by_hand(span, tokens):
+    assert token_span([(0, 2), (2, 5), (5, 8)], span) == tokens
+
+
+@pytest.mark.parametrize(("num_words", "dtype"), [(100, np.uint16), (2**16 - 3, np.uint16), (2**16 - 2, np.uint32)])
+def test_ids_take_two_bytes_where_the_vocabulary_allows(tmp_path, num_words, dtype):
+    tokenizer = word_tokenizer(num_words)
+    store = build(tmp_path, [TextRow("", f"w{num_words - 1}", "")], tokenizer)
+    assert store.tokens.dtype == dtype
+    assert parts(store, 0)[1] == [len(tokenizer) - 1]
+
+
+def test_a_store_without_rows_opens(tmp_path):
+    assert len(build(tmp_path, [])) == 0
+
+
+class Counted:
+    """Rows that count how often they are read."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> list[TextRow]:
+        self.times += 1
+        return [REVIEW, QUESTION]
+
+
+def test_a_second_opening_reads_no_rows(tmp_path):
+    rows = Counted()
+    first = open_or_build(tmp_path, "key", rows, sample_tokenizer())
+    again = open_or_build(tmp_path, "key", rows, sample_tokenizer())
+    assert rows.times == 1
+    assert (first.tokens == again.tokens).all()
+    assert (first.rows == again.rows).all()
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "rows.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_store_is_built_anew(tmp_path, name, damage):
+    rows = Counted()
+    whole = open_or_build(tmp_path, "key", rows, sample_tokenizer()).tokens.tolist()
+    path = tmp_path / "key" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    assert open_or_build(tmp_path, "key", rows, sample_tokenizer()).tokens.tolist() == whole
+    assert rows.times == 2
+
+
+def test_what_an_interrupted_build_left_is_not_taken_for_a_store(tmp_path):
+    rows = Counted()
+    open_or_build(tmp_path, "whole", rows, sample_tokenizer())
+    (tmp_path / "key").mkdir()
+    shutil.copy(tmp_path / "whole" / "tokens.bin", tmp_path / "key")
+    assert len(open_or_build(tmp_path, "key", rows, sample_tokenizer())) == 2
+
+
+def test_a_builder_that_raises_leaves_nothing_behind(tmp_path):
+    def rows():
+        yield from [REVIEW] * 3000  # more than one batch of the tokenizer: some are written already
+        raise UserError("data.txt:3001: broken")
+
+    with pytest.raises(UserError, match="data.txt:3001"):
+        open_or_build(tmp_path, "key", rows, sample_tokenizer())
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert len(build(tmp_path, [REVIEW])) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--cache_dir .*file"):
+        build(tmp_path / "file" / "cache", [REVIEW])
+
+
+def test_keys_differ_by_every_part_and_its_place():
+    keys = {key_of("nsmc", 0, "a"), key_of("nsmc", 0, "b"), key_of("nsmc", 1, "a"), key_of("a", 0, "nsmc")}
+    assert len(keys) == 4
+    assert key_of("nsmc", 0) == key_of("nsmc", 0)
+
+
+def test_tokenizers_are_told_apart_by_vocabulary_and_added_tokens():
+    plain, larger, added = word_tokenizer(5), word_tokenizer(6), word_tokenizer(5)
+    added.add_tokens(["<pause>"], special_tokens=True)
+    assert len({tokenizer_hash(t) for t in (plain, larger, added)}) == 3
+    assert tokenizer_hash(plain) == tokenizer_hash(word_tokenizer(5))
+
+
+def test_files_are_told_apart_by_content_not_by_name(tmp_path):
+    for name, text in (("a", "긍정"), ("b", "긍정"), ("c", "부정")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert file_hash(tmp_path / "a") == file_hash(tmp_path / "b") != file_hash(tmp_path / "c")
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    distributed.setup()
+    yield
+    distributed.shutdown()
+
+
+def write_reviews(path, num: int):
+    lines = [f"{n}\t좋은 영화 {n}\t{n % 2}" for n in range(num)]
+    path.write_text("\n".join(["id\tdocument\tlabel", *lines]), encoding="utf-8")
+    return Source(path)
+
+
+def test_the_cache_of_a_task_follows_content_kind_limit_side_and_tokenizer(tmp_path, process_group):
+    task, tokenizer = TASKS["nsmc"], sample_tokenizer()
+    source, changed = write_reviews(tmp_path / "a.txt", 6), write_reviews(tmp_path / "b.txt", 7)
+    side = Source(source.path, side="train", validation_fraction=0.5)
+    other = word_tokenizer(3)
+    wanted = [
+        (source, "train", 0, tokenizer),
+        (changed, "train", 0, tokenizer),
+        (source, "choices", 0, tokenizer),
+        (source, "train", 3, tokenizer),
+        (side, "train", 0, tokenizer),
+        (source, "train", 0, other),
+    ]
+    stores = [cached_store(s, task, kind, limit, t, str(tmp_path / "cache")) for s, kind, limit, t in wanted]
+    assert len({store.folder for store in stores}) == len(wanted)
+    assert [len(store) for store in stores[:4]] == [6, 7, 12, 3]
+
+
+def test_a_renamed_file_meets_its_old_store(tmp_path, process_group):
+    cache, tokenizer = str(tmp_path / "cache"), sample_tokenizer()
+    first = cached_store(write_reviews(tmp_path / "a.txt", 4), TASKS["nsmc"], "train", 0, tokenizer, cache)
+    again = cached_store(write_reviews(tmp_path / "b.txt", 4), TASKS["nsmc"], "train", 0, tokenizer, cache)
+    assert first.folder == again.folder
+
+
+def test_evenly_spaced_evaluation_examples_keep_their_rows(tmp_path, process_group):
+    arguments = DataArguments(max_eval_samples=3, cache_dir=str(tmp_path / "cache"))
+    data = evaluation_set(write_reviews(tmp_path / "a.txt", 9), TASKS["nsmc"], arguments, sample_tokenizer())
+    assert [example.id for example in data.examples] == ["0", "3", "6"]
+    assert len(data.store) == 6  # two choices an example
+    texts = [sample_tokenizer().decode(sum(parts(data.store, n), [])[:-1]) for n in range(6)]
+    assert texts == [f"{word} 좋은 영화 {n}" for n in (0, 3, 6) for word in ("부정", "긍정")]
