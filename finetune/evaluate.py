@@ -77,7 +77,7 @@ def main() -> None:
         distributed.say(f"{name:>24} {value:.4f}")
     if arguments.output_file and distributed.is_main():
         save(Path(arguments.output_file), result, data.examples, pauses.num, str(source))
-    distributed.barrier()
+    engine.close()
     distributed.shutdown()
 
 

@@ -69,6 +69,7 @@ def main() -> None:
         texts = write(engine, model.tokenizer, [pauses.prompt(ids)] * arguments.num_samples, 8, **arguments.settings())
         for text in texts:
             distributed.say(f"{prompt} {text.strip()}")
+    engine.close()
     distributed.shutdown()
 
 

@@ -20,7 +20,7 @@ from finetune.setup import load_model, row_capacity
 from finetune.tasks import TASKS, Source, Task
 from kozero import distributed, plan
 from kozero.checkpoint import Checkpoints, write_text
-from kozero.config import TrainingArguments, arg, batch_sizes, describe_run, parse_arguments, require
+from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments, require
 from kozero.data.batches import TrainingRows, prefix_and_target
 from kozero.data.rows import fit
 from kozero.engines import build_engine, prepare_engine
@@ -83,7 +83,9 @@ def main() -> None:
         return result.values
 
     run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
-    trainer = Trainer(engine, rows, training, sizes, evaluate, task.best_score, resume_key(run, rows, sizes))
+    trainer = Trainer(
+        engine, rows, training, sizes, evaluate, task.best_score, resume_key(run, rows, sizes, engine_settings.stage)
+    )
     if checkpoint:
         trainer.resume(checkpoint)
         distributed.say(f"resumed from {checkpoint} at step {trainer.state.step}")
@@ -168,7 +170,7 @@ def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     return " | ".join(f"{head} → {text.strip()}" for head, text in zip(heads, texts, strict=True))
 
 
-def resume_key(run: dict, rows: TrainingRows, sizes: object) -> dict:
+def resume_key(run: dict, rows: TrainingRows, sizes: BatchSizes, stage: int) -> dict:
     """What must not change between a run and its resumption: the rows, their order, the batch, the weights."""
     named = ("seed", "task", "batching", "freeze", "num_pauses", "optim", "gradient_accumulation_steps")
     return {name: run["arguments"][name] for name in named} | {
@@ -176,6 +178,7 @@ def resume_key(run: dict, rows: TrainingRows, sizes: object) -> dict:
         "capacity": rows.capacity,
         "global_batch": sizes.global_batch,
         "world_size": sizes.world_size,
+        "zero_stage": stage,
         "dtype": "bf16" if run["arguments"]["bf16"] else "fp16" if run["arguments"]["fp16"] else "fp32",
     }
 
@@ -210,10 +213,12 @@ def finish(
         write_text(output_dir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
         print(f"best scores (step {step}): " + " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         print(f"curves:   tensorboard --logdir {output_dir}")
-        print(f"score:    python finetune/evaluate.py --model_name_or_path {folder} --task {task.name}")
+        file = run["arguments"]["validation_file"]
+        data = f" --validation_file {file}" if file else ""
+        print(f"score:    python finetune/evaluate.py --model_name_or_path {folder} --task {task.name}{data}")
         print(f"generate: python finetune/generate.py --model_name_or_path {folder} --prompt ...")
         print(folder, flush=True)
-    distributed.barrier()
+    engine.close()
     distributed.shutdown()
 
 

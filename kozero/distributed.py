@@ -36,8 +36,9 @@ def setup(timeout_seconds: float = 600.0) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, so that no rank waits for another at exit."""
+    """Leave the process group together: a rank that is gone early takes the others down with it."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

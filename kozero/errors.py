@@ -3,11 +3,13 @@
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 4
 EXIT_INTERRUPTED = 130
+GRACE_SECONDS = 3.0  # the deepspeed launcher looks every second whether a rank has ended
 
 
 class UserError(Exception):
@@ -25,13 +27,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point; a UserError becomes one line on standard error (one a machine) and exit code 2,
-    Diverged the same with 4."""
+    """Run an entry point; a UserError becomes one line on standard error and exit code 2, Diverged the same with 4.
+
+    Ranks usually fail alike. The first of a machine speaks at once, and its launcher then ends the others; they wait
+    a little, and are heard only when the first has not failed.
+    """
     try:
         main()
     except (UserError, Diverged) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(GRACE_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_DIVERGED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

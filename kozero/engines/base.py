@@ -56,6 +56,10 @@ class Engine(ABC):
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """All parameters in 32 bit on the CPU of rank 0, None on the other ranks."""
 
+    def close(self) -> None:
+        """Let go of what the library holds. The last call."""
+        return
+
 
 def count_targets(micro_batches: Sequence[Batch]) -> torch.Tensor:
     """Targets of the step over all micro batches and ranks, on the device, so that no rank waits for its copy."""

@@ -2,11 +2,13 @@
 
 Stage 0 shards nothing and is the plain engine's: DeepSpeed 0.19.8 has no gradient norm and no guard against NaN there
 in 32 bit, and its stage-0 optimizer for fp16 and bf16 (FP16_UnfusedOptimizer) leaves the other stages' losses at the
-second step.
+second step: DeepSpeed scales the loss for ZeRO optimizers alone, the stage-0 one still divides by the scale, and it
+takes a step with zero gradients when it is built.
 """
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import safe_get_full_fp32_param
 
 TAG = "deepspeed"  # name of DeepSpeed's own folder in a checkpoint
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about settings that we make on purpose
+warnings.filterwarnings("ignore", message=r".*is deprecated\. Please use", category=FutureWarning)  # its collectives
 
 
 class DeepSpeedEngine(Engine):
@@ -39,6 +42,13 @@ class DeepSpeedEngine(Engine):
     def __init__(self, module: nn.Module, arguments: TrainingArguments, config: dict[str, Any]) -> None:
         prepare()
         self.device = distributed.device()
+        # DeepSpeed casts frozen weights to 16 bit in place and keeps no master of them; export wants what came in.
+        half = arguments.dtype != "fp32" and distributed.is_main()
+        self.frozen = {
+            name: p.detach().to("cpu", copy=True)
+            for name, p in module.named_parameters()
+            if half and not p.requires_grad
+        }
         optimizer = build_optimizer(parameter_groups(module, arguments.weight_decay), arguments)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=complete(config))
         self.module = self.engine.module
@@ -92,7 +102,11 @@ class DeepSpeedEngine(Engine):
             tensor = self.full_parameter(parameter)
             if distributed.is_main():
                 state[name] = tensor.detach().to("cpu", torch.float32, copy=True)
-        return state if distributed.is_main() else None
+        return state | self.frozen if distributed.is_main() else None
+
+    def close(self) -> None:
+        """Take down hooks and streams; without it a process may abort at exit."""
+        self.engine.destroy()
 
     def full_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
         """One whole parameter: the 32-bit master of a trained one, a frozen one as it is."""
