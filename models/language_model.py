@@ -160,6 +160,8 @@ def load(
     config = load_config(model_name_or_path) if model_name_or_path else read_config(Path(config_file))
     tokenizer = load_tokenizer(tokenizer_name or model_name_or_path)
     lm = load_weights(model_name_or_path, config) if model_name_or_path else build(config, seed)
+    # Without it GPT-2 looks for padding in every batch and warns; rows here are packed and generation passes its own.
+    lm.config.pad_token_id = None
     check_vocabulary(len(tokenizer), lm.config.vocab_size, random_weights=not model_name_or_path)
     if dropout is not None:
         set_dropout(lm, dropout)
@@ -209,6 +211,8 @@ def export(
     Args: state: all weights by the names of `model.module`. The folder appears whole or not at all.
     """
     config = copy.deepcopy(model.config)
+    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, role, getattr(model.tokenizer, role))
     if pause:
         config.pause = pause
     with torch.device("meta"):
