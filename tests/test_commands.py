@@ -1,0 +1,145 @@
+"""What the READMEs, the scripts and the shipped JSON files promise, run as a user runs it."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from finetune import evaluate, generate, train
+from finetune.arguments import DataArguments, ModelArguments
+from kozero.config import TrainingArguments, parse_arguments
+from kozero.pause import PauseArguments
+from kozero.plan import ModelShape
+
+ROOT = Path(__file__).parent.parent
+ARGUMENTS = {
+    "finetune/train.py": (TrainingArguments, ModelArguments, DataArguments, PauseArguments, train.FreezeArguments),
+    "finetune/evaluate.py": (evaluate.EvaluationArguments, ModelArguments, DataArguments, PauseArguments),
+    "finetune/generate.py": (generate.GenerationArguments, ModelArguments, PauseArguments),
+}
+DS_CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
+SHORT = "--max_steps 2 --max_eval_samples 4 --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
+
+
+def commands(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(shlex.split(line, comments=True)) for line in lines if shlex.split(line, comments=True)]
+
+
+def shell(command, timeout=300):
+    """Run a command line in the root with this Python's tools first on the path."""
+    path = f"export PATH={Path(sys.executable).parent}:$PATH"
+    full = ["bash", "-c", f"{path} OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; {command}"]
+    return subprocess.run(full, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def test_both_readmes_give_the_same_commands():
+    assert commands("README.md") == commands("README.ko.md")
+
+
+@pytest.mark.parametrize("command", [c for c in commands("README.md") if ".py" in c])
+def test_every_flag_of_a_readme_command_exists(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    script = next(word for word in words if word.endswith(".py"))
+    assert parse_arguments(*ARGUMENTS[script], prog=script, description="", argv=words[words.index(script) + 1 :])
+
+
+@pytest.mark.parametrize("script", ARGUMENTS)
+def test_help_tells_meaning_and_default_of_every_argument(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(*ARGUMENTS[script], prog=script, description="", argv=["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and shown.count("(default:") >= 8
+    for part in ARGUMENTS[script]:
+        for name, field in part.__dataclass_fields__.items():
+            assert f"--{name}" in shown and len(field.metadata["help"]) > 8
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "finetune/recipes").glob("*.json")), ids=lambda path: path.name)
+def test_every_recipe_names_arguments_and_files_that_exist(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    training, model, *_ = parse_arguments(*ARGUMENTS["finetune/train.py"], prog="", description="", argv=[str(recipe)])
+    assert all(Path(path).exists() for path in (training.deepspeed_config, model.config_file) if path)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "models").glob("*_config.json")), ids=lambda path: path.name)
+def test_every_model_config_builds_a_model_of_the_size_that_is_planned(config):
+    values = GPT2Config(**json.loads(config.read_text()))
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(values)
+    assert sum(p.numel() for p in model.parameters()) == ModelShape.of(values).parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DS_CONFIGS)
+def test_every_deepspeed_json_trains_through_the_deepspeed_launcher(name, tmp_path):
+    shared = f"--config_file models/tiny_config.json --dropout 0 --cache_dir {tmp_path}/cache --logging_steps 1"
+    run = f"finetune/train.py {shared} {SHORT} --num_pauses 2 --freeze wte,wpe,h.0"
+    done = shell(f"deepspeed --num_gpus 2 {run} --deepspeed_config ds_configs/{name} --output_dir {tmp_path}/run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    plain = shell(f"python {run} --per_device_train_batch_size 2 --output_dir {tmp_path}/plain")
+    assert plain.returncode == 0, plain.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands("README.md") if "tiny_config" in c or "recipes" in c])
+def test_readme_commands_that_need_no_hub_run(command, tmp_path):
+    done = shell(f"{command} {SHORT} --output_dir {tmp_path}/run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher, code", [("deepspeed --num_gpus 2", 2), ("torchrun --nproc_per_node 2", 1), ("python", 2)]
+)
+def test_a_mistake_ends_every_launcher_with_one_line_and_no_traceback_of_ours(launcher, code, tmp_path):
+    done = shell(f"{launcher} finetune/train.py --task nsmc --train_file {tmp_path}/no.txt --output_dir {tmp_path}/run")
+    assert done.returncode == code  # torchrun knows no other code for a failed rank
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "no.txt" in lines[0]
+    assert 'File "' not in done.stderr.split("error: ")[0]
+
+
+@pytest.mark.slow
+def test_the_quickstart_ends_with_a_model_that_beats_chance(tmp_path):
+    done = shell(f"bash scripts/quickstart.sh {tmp_path}/quick", timeout=900)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip().splitlines()[-1])
+    assert (folder / "config.json").exists()
+    scores = json.loads((folder.parent / "evaluation.json").read_text())["scores"]
+    assert scores["accuracy"] > 0.65  # 120 balanced rows: chance is 0.5 with a standard deviation of 0.046
+    assert "긍정" in done.stderr
+
+
+def test_a_trained_tokenizer_keeps_kogpt2s_special_tokens_and_round_trips(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    from scripts import train_tokenizer
+
+    corpus = ROOT / "sample_data/corpus/corpus.txt"
+    flags = ["--files", str(corpus), "--vocab_size", "1000", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *flags])
+    train_tokenizer.main()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    names = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>", "<unused0>", "<unused99>"]
+    assert tokenizer.convert_tokens_to_ids(names) == [0, 1, 2, 3, 4, 5, 6, 7, 106]
+    text = corpus.read_text(encoding="utf-8").splitlines()[0]
+    assert tokenizer.decode(tokenizer.encode(text)).strip() == text
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "<pad>")

@@ -1,0 +1,242 @@
+"""finetune/train.py, evaluate.py and generate.py as a user calls them, in this process."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune import evaluate, generate, train
+from kozero.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "sample_data"
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "toy.json"
+    values = json.loads((ROOT / "models/tiny_config.json").read_text())
+    path.write_text(json.dumps(values | {"n_embd": 32, "n_inner": 64}))
+    return path
+
+
+def call(monkeypatch, main, *flags):
+    monkeypatch.setattr(sys, "argv", ["prog", *map(str, flags)])
+    main()
+
+
+def run(monkeypatch, config, out, *flags, task="nsmc"):
+    shared = ("--config_file", config, "--output_dir", out, "--cache_dir", out.parent / "cache", "--task", task)
+    sizes = ("--max_steps", 4, "--per_device_train_batch_size", 2, "--max_eval_samples", 6, "--logging_steps", 1)
+    call(monkeypatch, train.main, *shared, *sizes, *flags)
+
+
+def points(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return {row["step"]: row["train/loss"] for row in points(out) if "train/loss" in row}
+
+
+def test_a_run_leaves_a_scored_model_its_curves_and_what_it_was_told(monkeypatch, config, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(monkeypatch, config, out, "--num_pauses", 3)
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(out / "model")
+    rows = points(out)
+    wanted = {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "loss_scale",
+        "skipped_steps",
+        "tokens_per_second",
+        "peak_memory_gib",
+    }
+    assert {f"train/{name}" for name in wanted} <= set(rows[0])
+    assert {"eval/accuracy", "eval/macro_f1", "eval/predicted_긍정"} <= set().union(*rows)
+    assert list((out / "tensorboard").glob("events.*"))
+    told = json.loads((out / "run.json").read_text())
+    assert told["arguments"]["num_pauses"] == 3 and told["versions"]["torch"] and told["command"]
+    assert json.loads((out / "scores.json").read_text())["scores"]["accuracy"] >= 0
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.pause["num_pauses"] == 3 and model.generation_config.suppress_tokens == [7]
+    assert AutoTokenizer.from_pretrained(out / "model").eos_token == "</s>"
+    assert "Pauses: 3 x `<unused0>`" in (out / "model/README.md").read_text()
+
+
+def test_evaluation_of_the_exported_folder_gives_the_score_of_the_run(monkeypatch, config, tmp_path):
+    out = tmp_path / "run"
+    run(monkeypatch, config, out, "--num_pauses", 2)
+    model = ("--model_name_or_path", out / "model", "--cache_dir", tmp_path / "cache")
+    call(monkeypatch, evaluate.main, *model, "--max_eval_samples", 6, "--output_file", tmp_path / "e.json")
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["num_pauses"] == 2
+    assert found["scores"] == pytest.approx(json.loads((out / "scores.json").read_text())["scores"])
+    assert len((tmp_path / "e.predictions.jsonl").read_text().splitlines()) == 6
+
+
+def test_generation_shows_neither_pauses_nor_special_tokens(monkeypatch, config, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(monkeypatch, config, out, "--num_pauses", 2)
+    capsys.readouterr()
+    flags = ("--model_name_or_path", out / "model", "--prompt", "긍정", "--num_samples", 3, "--max_new_tokens", 8)
+    call(monkeypatch, generate.main, *flags)
+    first = capsys.readouterr().out
+    assert len(first.strip().splitlines()) == 3
+    assert all(line.startswith("긍정") for line in first.strip().splitlines())
+    assert "<unused0>" not in first and "</s>" not in first
+    call(monkeypatch, generate.main, *flags)
+    assert capsys.readouterr().out == first  # the same seed writes the same text
+
+
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(monkeypatch, config, tmp_path):
+    flags = ("--save_steps", 2, "--eval_steps", 4, "--num_pauses", 1, "--gradient_accumulation_steps", 2)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    run(monkeypatch, config, straight, *flags)
+    run(monkeypatch, config, broken, *flags)
+    shutil.rmtree(broken / "checkpoints/step-000004")
+    shutil.rmtree(broken / "model")
+    run(monkeypatch, config, broken, *flags, "--resume", "auto")
+    left, right = (load_file(out / "model/model.safetensors") for out in (straight, broken))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert losses(straight) == losses(broken)
+    assert [row["step"] for row in points(broken) if "train/loss" in row] == [1, 2, 3, 4]  # no double points
+
+
+def test_frozen_weights_come_out_bit_equal(monkeypatch, config, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(monkeypatch, config, first)
+    source = ("--model_name_or_path", first / "model")
+    flags = ("--freeze", "wte,wpe,h.0", "--learning_rate", 0.01, "--weight_decay", 0.5)
+    shared = ("--output_dir", second, "--cache_dir", tmp_path / "cache", "--max_steps", 2, "--max_eval_samples", 2)
+    call(monkeypatch, train.main, *source, *shared, *flags)
+    before, after = (load_file(out / "model/model.safetensors") for out in (first, second))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {
+        name for name in before if name.startswith(("transformer.wte", "transformer.wpe", "transformer.h.0."))
+    } == same
+
+
+def test_recomputed_activations_change_no_loss(monkeypatch, config, tmp_path):
+    run(monkeypatch, config, tmp_path / "plain")
+    run(monkeypatch, config, tmp_path / "recomputed", "--gradient_checkpointing")
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "recomputed"), abs=1e-5)
+
+
+def test_length_groups_train_on_the_same_texts_as_packed_rows(monkeypatch, config, tmp_path):
+    flags = ("--train_file", SAMPLE / "nsmc/ratings_test.txt", "--validation_file", SAMPLE / "nsmc/ratings_test.txt")
+    flags += ("--max_steps", 1, "--dropout", 0, "--max_train_samples", 16)
+    run(monkeypatch, config, tmp_path / "packed", *flags)
+    run(monkeypatch, config, tmp_path / "grouped", *flags, "--batching", "grouped", "--train_batch_size", 16)
+    assert losses(tmp_path / "packed")[1] == pytest.approx(losses(tmp_path / "grouped")[1], abs=0.02)
+
+
+@pytest.mark.parametrize("task", ["klue_nli", "korquad"])
+def test_the_other_tasks_train_the_pause_row_alone(monkeypatch, config, tmp_path, task):
+    out = tmp_path / "run"
+    flags = ("--num_pauses", 2, "--freeze", "all_but:pause", "--max_seq_length", 300, "--learning_rate", 0.1)
+    run(monkeypatch, config, out, *flags, "--max_steps", 2, "--eval_steps", 2, task=task)
+    scores = json.loads((out / "scores.json").read_text())["scores"]
+    assert set(scores) >= ({"exact_match", "f1"} if task == "korquad" else {"accuracy", "macro_f1"})
+
+
+def test_training_stops_early_when_the_score_does_not_rise(monkeypatch, config, tmp_path):
+    out = tmp_path / "run"
+    flags = ("--learning_rate", 0, "--eval_steps", 1, "--early_stopping_patience", 2, "--max_steps", 9)
+    run(monkeypatch, config, out, *flags)
+    assert max(losses(out)) == 3  # the first evaluation is the best, two more are not better
+    assert json.loads((out / "scores.json").read_text())["step"] == 1
+
+
+def test_the_best_and_the_last_checkpoints_are_kept(monkeypatch, config, tmp_path):
+    out = tmp_path / "run"
+    run(monkeypatch, config, out, "--learning_rate", 0, "--eval_steps", 1, "--save_total_limit", 1)
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-000001", "step-000004"]
+    assert (out / "checkpoints/best").read_text() == "step-000001"
+    assert (out / "checkpoints/latest").read_text() == "step-000004"
+
+
+def test_a_model_without_spare_tokens_gets_a_pause_token(monkeypatch, config, tmp_path):
+    text = (SAMPLE / "tokenizer/tokenizer.json").read_text()
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(SAMPLE / "tokenizer", folder)
+    (folder / "tokenizer.json").write_text(text.replace("<unused", "<other"))
+    out = tmp_path / "run"
+    run(monkeypatch, config, out, "--num_pauses", 1, "--tokenizer_name_or_path", folder, "--max_steps", 2)
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.vocab_size == 4224 and model.config.pause == {
+        "token": "<pause>",
+        "token_id": 4096,
+        "placement": "append",
+        "num_pauses": 1,
+        "num_inference_pauses": 1,
+    }
+
+
+def bad(name, text="", encoding="utf-8"):
+    def make(folder):
+        path = folder / name
+        path.write_bytes(text.encode(encoding))
+        return path
+
+    return make
+
+
+HEADER = "id\tdocument\tlabel\n"
+BAD_INPUT = {
+    "missing train file": (["--train_file", "no.txt"], "no.txt: no such file"),
+    "missing tokenizer folder": (["--tokenizer_name_or_path", "./no-model"], "./no-model: no such folder"),
+    "model and config": (
+        ["--model_name_or_path", "skt/kogpt2-base-v2"],
+        "either --model_name_or_path or --config_file",
+    ),
+    "missing DeepSpeed JSON": (["--deepspeed_config", "no.json"], "no.json: no such file"),
+    "unknown task": (["--task", "nsmk"], "--task"),
+    "unknown flag": (["--num_pauzes", "3"], "did you mean '--num_pauses'"),
+    "row above the positions": (["--max_seq_length", "513"], "the model has 512 positions"),
+    "rows too short for anything": (["--max_seq_length", "2"], "no example fits 2 tokens"),
+    "nothing to train": (["--freeze", "wte,wpe,h.0-1,ln_f"], "nothing is left to train"),
+    "layer above the model": (["--freeze", "h.0-7"], "the model has 2 layers"),
+    "resume from nothing": (["--resume", "no-checkpoint"], "not a whole checkpoint"),
+    "negative accumulation": (["--gradient_accumulation_steps", "0"], "must be 1 or more"),
+    "both halves": (["--fp16", "--bf16"], "--fp16 and --bf16"),
+    "output folder is a file": (["--output_dir", "README.md"], "--output_dir README.md: cannot be written"),
+    "hub out of reach": (["--from_hub"], "Offline? Give the published files"),
+    "label out of range": (bad("l.txt", HEADER + "1\t좋다\t7\n"), "l.txt:2: label '7' is out of range"),
+    "wrong column": (bad("c.txt", "id\ttext\tlabel\n1\t좋다\t1\n"), "c.txt:1: no column 'document'"),
+    "too few fields": (bad("f.txt", HEADER + "1\t좋다\t1\n2\t나쁘다\n"), "f.txt:3: 2 fields, the header has 3"),
+    "not UTF-8": (bad("e.txt", HEADER + "1\t좋다\t1\n", "cp949"), "e.txt:2: not UTF-8"),
+    "empty file": (bad("z.txt"), "z.txt: empty file"),
+    "no rows": (bad("n.txt", HEADER), "no examples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_a_mistake_is_one_line_that_names_it_and_nothing_is_half_written(monkeypatch, config, tmp_path, case):
+    flags, message = BAD_INPUT[case]
+    if callable(flags):
+        flags = ["--train_file", flags(tmp_path), "--validation_file", SAMPLE / "nsmc/ratings_test.txt"]
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, config, tmp_path / "run", *flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_an_old_run_is_not_mixed_with_a_new_one(monkeypatch, config, tmp_path):
+    run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
+    with pytest.raises(UserError, match="--resume auto"):
+        run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
+    with pytest.raises(UserError, match="num_pauses"):
+        run(monkeypatch, config, tmp_path / "run", "--max_steps", 2, "--resume", "auto", "--num_pauses", 4)
