@@ -29,9 +29,10 @@ def sources(arguments: DataArguments, task: Task) -> tuple[Source, Source]:
         train, validation = (SAMPLE_DATA / name for name in task.sample_files)
         distributed.say(f"no --train_file and no --from_hub: using the sample data in {SAMPLE_DATA.name}/")
         return Source(train), Source(validation)
-    train = Path(arguments.train_file) if arguments.train_file else None
+    train = existing(Path(arguments.train_file)) if arguments.train_file else None
     if arguments.validation_file:
-        return Source(train, skip_bad_rows=skip), Source(Path(arguments.validation_file), skip_bad_rows=skip)
+        validation = existing(Path(arguments.validation_file))
+        return Source(train, skip_bad_rows=skip), Source(validation, skip_bad_rows=skip)
     fraction = arguments.validation_fraction
     return (
         Source(train, skip_bad_rows=skip, side="train", validation_fraction=fraction),
@@ -44,7 +45,7 @@ def cached_store(source: Source, task: Task, kind: str, limit: int, tokenizer: A
 
     Built once a machine; the other ranks wait and read it.
     """
-    content = file_hash(existing(source.path)) if source.path else source.hub
+    content = file_hash(source.path) if source.path else source.hub
     parts = (task.name, kind, limit, content, source.side, source.validation_fraction, source.skip_bad_rows)
     key = key_of(*parts, tokenizer_hash(tokenizer), tokenizer.eos_token_id)
 
@@ -100,7 +101,6 @@ class EvaluationSet:
 
 def evaluation_set(source: Source, task: Task, arguments: DataArguments, tokenizer: Any) -> EvaluationSet:
     """All examples of a source, or --max_eval_samples of them, evenly spaced."""
-    existing(source.path) if source.path else None
     kind = "choices" if task.labels else "prompts"
     store = cached_store(source, task, kind, 0, tokenizer, arguments.cache_dir)
     examples = list(read(source, task, LeftOut()))

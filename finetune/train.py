@@ -26,12 +26,13 @@ from kozero.data.rows import fit
 from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import UserError, run_main
-from kozero.freeze import FreezePlan, apply_plan, compile_plan, report
+from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters, report
 from kozero.loop import Trainer
 from kozero.pause import PauseArguments, Pauses
 from kozero.runlog import RunLog
 from models.language_model import LanguageModel, export
 
+TINY = Path(__file__).parent.parent / "models" / "tiny_config.json"
 NUM_SAMPLES, SAMPLE_TOKENS = 2, 32  # texts written at each evaluation, and their length
 
 
@@ -60,11 +61,21 @@ def main() -> None:
     if train_source.path is None and train_source.hub is None:
         raise UserError("--validation_file alone trains nothing; give --train_file too")
 
+    if not (model_arguments.model_name_or_path or model_arguments.config_file):
+        model_arguments.config_file = str(TINY)
+        distributed.say(f"no --model_name_or_path and no --config_file: random weights of models/{TINY.name}")
     distributed.seed_everything(training.seed)
     model = load_model(model_arguments, pause_arguments, pause_arguments.num_pauses > 0, training.seed)
     capacity = row_capacity(data_arguments.max_seq_length, task.max_seq_length, model.config.n_positions)
     freeze_plan = freeze(model, freeze_arguments.freeze, pause_arguments.num_pauses > 0)
-    tell_plan(freeze_plan, model, capacity, engine_settings.stage, sizes.world_size, training)
+    counts = count_parameters(model.module)
+    saved_bytes = [
+        plan.state_bytes(counts["total"], number, engine_settings.stage, sizes.world_size, training.dtype)
+        for number in (counts["total"], counts["trainable"])
+    ]
+    shape = plan.ModelShape.of(model.config)
+    for line in report(freeze_plan, counts, shape, capacity, saved_bytes[0] - saved_bytes[1]):
+        distributed.say(line)
 
     rows = training_rows(train_source, task, data_arguments, training, model, pause_arguments, capacity)
     validation = evaluation_set(validation_source, task, data_arguments, model.tokenizer)
@@ -89,7 +100,7 @@ def main() -> None:
     if checkpoint:
         trainer.resume(checkpoint)
         distributed.say(f"resumed from {checkpoint} at step {trainer.state.step}")
-    save_run(output_dir, run | {"deepspeed": engine_settings.resolved})
+    save_run(output_dir, run | {"deepspeed": engine_settings.resolved, "parameters": counts})
     distributed.say(
         f"{task.name}: {len(rows):,} rows of {capacity} tokens ({rows.length.sum() / len(rows) / capacity:.1%} real), "
         f"{sizes.global_batch} rows a step, {trainer.total_steps:,} steps; {len(validation.examples):,} validate"
@@ -120,19 +131,6 @@ def freeze(model: LanguageModel, text: str | None, has_pause: bool) -> FreezePla
         model.module.separate_pause_row(model.pause_id)
     apply_plan(freeze_plan, model.module)
     return freeze_plan
-
-
-def tell_plan(
-    freeze_plan: FreezePlan, model: LanguageModel, capacity: int, stage: int, world: int, training: TrainingArguments
-) -> None:
-    """Print what trains and what freezing saves on each rank."""
-    total = sum(p.numel() for p in model.module.parameters())
-    trainable = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
-    saved = plan.state_bytes(total, total, stage, world, training.dtype)
-    saved -= plan.state_bytes(total, trainable, stage, world, training.dtype)
-    shape = plan.ModelShape.of(model.config)
-    for line in report(freeze_plan, model.module, shape, capacity, saved):
-        distributed.say(line)
 
 
 def training_rows(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -64,6 +65,9 @@ class TrainingArguments:
     local_rank: int = arg(-1, "set by the deepspeed launcher; leave it alone")
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} {value}: must be finite")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
         for name in [

@@ -30,7 +30,15 @@ def setup(timeout_seconds: float = 600.0) -> None:
         # Ranks of one machine share its cores; more threads than cores slows every rank down.
         torch.set_num_threads(max(1, usable_cores() // local_world_size()))
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            port = os.environ.get("MASTER_PORT")
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {port} is taken, by another run? Choose one with the launcher's --master_port"
+            ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 

@@ -124,10 +124,15 @@ def speedup(plan: FreezePlan, shape: ModelShape, length: int) -> float:
     return full / (forward + through_activations + weights)
 
 
-def report(plan: FreezePlan, module: nn.Module, shape: ModelShape, length: int, saved_bytes: float) -> list[str]:
+def count_parameters(module: nn.Module) -> dict[str, int]:
+    """Parameters by total and trainable, tied ones once. Before an engine shards them."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return {"total": sum(size for size, _ in sizes), "trainable": sum(size for size, trains in sizes if trains)}
+
+
+def report(plan: FreezePlan, counts: dict[str, int], shape: ModelShape, length: int, saved_bytes: float) -> list[str]:
     """Lines that tell what trains, what freezing saves, and what it does not save."""
-    total = sum(p.numel() for p in module.parameters())
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    total, trainable = counts["total"], counts["trainable"]
     lines = [f"parameters: {total:,} in all, {trainable:,} train, {total - trainable:,} frozen"]
     if not plan.frozen:
         return lines

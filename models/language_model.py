@@ -103,7 +103,7 @@ def read_config(path: Path) -> GPT2Config:
         whole = all(
             isinstance(getattr(config, k), int) and getattr(config, k) > 0
             for k in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
-        )
+        ) and (config.n_inner is None or config.n_inner > 0)
     except Exception as error:  # the config checks types by several libraries' errors
         raise UserError(f"--config_file {path}: {first_line(error)}") from None
     if not whole or config.n_embd % config.n_head:
@@ -129,9 +129,14 @@ def load_weights(name: str, config: GPT2Config) -> GPT2LMHeadModel:
     """A pre-trained GPT-2 in 32 bit. Code of the repository is never run; an older one may hold a .bin file, which
     transformers reads with weights_only=True."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
+        lm, loading = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:  # OSError, ValueError, SafetensorError, hub errors
         raise UserError(f"--model_name_or_path {name}: cannot be loaded ({first_line(error)}). {OFFLINE}") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"--model_name_or_path {name}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return lm
 
 
 def load(
@@ -158,11 +163,13 @@ def load(
     if not (tokenizer_name or model_name_or_path):
         raise UserError("--config_file makes random weights and needs --tokenizer_name_or_path")
     config = load_config(model_name_or_path) if model_name_or_path else read_config(Path(config_file))
+    if not config.tie_word_embeddings:
+        raise UserError(f"{model_name_or_path or config_file}: tie_word_embeddings is false; the head must be tied")
     tokenizer = load_tokenizer(tokenizer_name or model_name_or_path)
     lm = load_weights(model_name_or_path, config) if model_name_or_path else build(config, seed)
     # Without it GPT-2 looks for padding in every batch and warns; rows here are packed and generation passes its own.
     lm.config.pad_token_id = None
-    check_vocabulary(len(tokenizer), lm.config.vocab_size, random_weights=not model_name_or_path)
+    check_vocabulary(len(tokenizer), lm.config.vocab_size, foreign=bool(model_name_or_path and tokenizer_name))
     if dropout is not None:
         set_dropout(lm, dropout)
     settings = dict(getattr(lm.config, "pause", None) or {})
@@ -176,9 +183,10 @@ def load(
     return LanguageModel(CausalLM(lm, silent), tokenizer, pause_id, settings)
 
 
-def check_vocabulary(num_tokens: int, vocab_size: int, random_weights: bool) -> None:
-    """A model needs a row for each token; a pre-trained one also should not have hundreds that no token uses."""
-    if num_tokens > vocab_size or (not random_weights and vocab_size - num_tokens >= 128):
+def check_vocabulary(num_tokens: int, vocab_size: int, foreign: bool) -> None:
+    """A model needs a row for each token; with a tokenizer that is not its own, hundreds of unused rows are a sign
+    that the two do not belong together."""
+    if num_tokens > vocab_size or (foreign and vocab_size - num_tokens >= 128):
         raise UserError(
             f"vocabulary mismatch: the tokenizer has {num_tokens:,} tokens, the model {vocab_size:,} rows; give the "
             "tokenizer that belongs to the model with --tokenizer_name_or_path"

@@ -10,7 +10,8 @@ ranks=2
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -ne 1 ] || ranks=1
 rm -rf "$out"
-deepspeed --num_gpus "$ranks" finetune/train.py finetune/recipes/quickstart.json --output_dir "$out" >&2
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+deepspeed --master_port "$port" --num_gpus "$ranks" finetune/train.py finetune/recipes/quickstart.json --output_dir "$out" >&2
 python finetune/evaluate.py --model_name_or_path "$out/model" --task nsmc --output_file "$out/evaluation.json" >&2
 python finetune/generate.py --model_name_or_path "$out/model" --prompt 긍정 --num_samples 2 >&2
 python finetune/generate.py --model_name_or_path "$out/model" --prompt 부정 --num_samples 2 >&2

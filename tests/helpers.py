@@ -62,4 +62,6 @@ def word_tokenizer(num_words: int, specials: Sequence[str] = ("<unk>", "</s>", "
     vocabulary = {word: k for k, word in enumerate([*specials, *(f"w{n}" for n in range(num_words))])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+    roles = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
+    known = {role: token for role, token in roles.items() if token in vocabulary}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **known)

@@ -16,6 +16,7 @@ from finetune.arguments import DataArguments, ModelArguments
 from kozero.config import TrainingArguments, parse_arguments
 from kozero.pause import PauseArguments
 from kozero.plan import ModelShape
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = {
@@ -37,6 +38,8 @@ def commands(readme):
 def shell(command, timeout=300):
     """Run a command line in the root with this Python's tools first on the path."""
     path = f"export PATH={Path(sys.executable).parent}:$PATH"
+    for launcher in ("deepspeed ", "torchrun "):  # another run on this machine may hold the default port
+        command = command.replace(launcher, f"{launcher}--master_port {free_port()} ", 1)
     full = ["bash", "-c", f"{path} OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; {command}"]
     return subprocess.run(full, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 

@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from kozero.config import TrainingArguments
 from kozero.data.batches import Text, collate
 from kozero.errors import UserError
-from kozero.freeze import apply_plan, compile_plan, report, skipped_layers, speedup
+from kozero.freeze import apply_plan, compile_plan, count_parameters, report, skipped_layers, speedup
 from kozero.optim import build_optimizer, parameter_groups
 from kozero.pause import Pauses
 from kozero.plan import ModelShape
@@ -301,7 +301,7 @@ def test_each_skipped_layer_saves_the_same():
 def test_the_report_counts_what_trains_and_says_where_the_backward_pass_stops():
     model = frozen_model("wte,wpe,h.0-1", has_pause=False)
     shape = ModelShape.of(model.lm.config)
-    lines = report(plan("wte,wpe,h.0-1"), model, shape, 64, saved_bytes=3 * 2**20)
+    lines = report(plan("wte,wpe,h.0-1"), count_parameters(model), shape, 64, saved_bytes=3 * 2**20)
     frozen = (64 + 64) * 32 + 2 * shape.block_parameters
     assert f"{shape.parameters:,} in all, {shape.parameters - frozen:,} train, {frozen:,} frozen" in lines[0]
     assert "3.0 MiB" in lines[1]
@@ -311,4 +311,7 @@ def test_the_report_counts_what_trains_and_says_where_the_backward_pass_stops():
 def test_the_report_names_what_trains_below_frozen_layers():
     made = plan("wte,wpe,h.0-1", has_pause=True)
     model = frozen_model("wte,wpe,h.0-1")
-    assert "because pause below them trains" in report(made, model, ModelShape.of(model.lm.config), 64, 0.0)[2]
+    assert (
+        "because pause below them trains"
+        in report(made, count_parameters(model), ModelShape.of(model.lm.config), 64, 0.0)[2]
+    )

@@ -86,9 +86,14 @@ def test_the_span_survives_the_cut_wherever_it_stands(start):
     first, last = fitted.cut[0]
     assert first <= start
     assert start + 4 <= last
-    assert 0 <= first
+    assert first >= 0
     assert last <= 50
     assert last - first == 6
+
+
+def test_a_moved_cut_has_the_span_in_its_middle_or_ends_with_the_context():
+    assert fit(one_row(50, 3, 2, (20, 24)), capacity=12, num_pauses=1).cut.tolist() == [[19, 25]]
+    assert fit(one_row(50, 3, 2, (46, 50)), capacity=12, num_pauses=1).cut.tolist() == [[44, 50]]
 
 
 def test_a_span_in_the_head_does_not_move_the_cut():

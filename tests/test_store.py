@@ -1,9 +1,16 @@
 """Token stores: the ids in them, the cache around them."""
 
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from finetune.arguments import DataArguments
 from finetune.data import cached_store, evaluation_set
@@ -25,7 +32,12 @@ def build(cache, rows, tokenizer=None, key="key"):
 def parts(store, number: int) -> list[list[int]]:
     """Ids of context, prompt and target of a row."""
     places = store.rows[number, :4].tolist()
-    return [store.tokens[a:b].tolist() for a, b in zip(places, places[1:], strict=False)]
+    return [store.tokens[a:b].tolist() for a, b in pairwise(places)]
+
+
+def whole(store, number: int) -> list[int]:
+    """All ids of a row."""
+    return [token for part in parts(store, number) for token in part]
 
 
 def test_the_parts_of_a_row_are_context_prompt_and_target_with_its_end(tmp_path):
@@ -55,7 +67,20 @@ def test_pieces_encoded_apart_are_the_ids_of_the_joined_text(tmp_path, task):
     for number, row in enumerate(rows):
         joined = " ".join(filter(None, (row.context, row.prompt, row.target)))
         ids = tokenizer(joined, add_special_tokens=False)["input_ids"]
-        assert sum(parts(store, number), []) == [*ids, tokenizer.eos_token_id]
+        assert whole(store, number) == [*ids, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("context", ["문맥: 도시이다.", ""])
+def test_pieces_are_those_of_the_joined_text_without_a_space_of_the_tokenizers_own(tmp_path, context):
+    """GPT-2's own tokenizer puts none before a text; generation encodes a prompt plainly, so training must too."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(special_tokens=["</s>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    backend.train_from_iterator(["부정 긍정 아 더빙.. 진짜 문맥: 도시이다."] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    joined = f"{context} 부정 아 더빙".strip()
+    ids = tokenizer(joined, add_special_tokens=False)["input_ids"]
+    assert whole(build(tmp_path, [TextRow(context, "부정", "아 더빙")], tokenizer), 0)[:-1] == ids
 
 
 def test_a_text_that_spells_a_special_token_is_plain_text(tmp_path):
@@ -63,7 +88,7 @@ def test_a_text_that_spells_a_special_token_is_plain_text(tmp_path):
     tokenizer = sample_tokenizer()
     store = build(tmp_path, [TextRow("<s> 문맥", "<pad> 질문", "</s> 좋아요 <unused0>")])
     specials = {tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "<pad>", "</s>", "<unused0>")}
-    assert specials.isdisjoint(sum(parts(store, 0), [])[:-1])
+    assert specials.isdisjoint(whole(store, 0)[:-1])
 
 
 def test_rows_keep_their_order_over_several_batches_of_the_tokenizer(tmp_path):
@@ -132,13 +157,13 @@ def test_a_second_opening_reads_no_rows(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_damaged_store_is_built_anew(tmp_path, name, damage):
     rows = Counted()
-    whole = open_or_build(tmp_path, "key", rows, sample_tokenizer()).tokens.tolist()
+    before = open_or_build(tmp_path, "key", rows, sample_tokenizer()).tokens.tolist()
     path = tmp_path / "key" / name
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-3])
-    assert open_or_build(tmp_path, "key", rows, sample_tokenizer()).tokens.tolist() == whole
+    assert open_or_build(tmp_path, "key", rows, sample_tokenizer()).tokens.tolist() == before
     assert rows.times == 2
 
 
@@ -155,7 +180,7 @@ def test_a_builder_that_raises_leaves_nothing_behind(tmp_path):
         yield from [REVIEW] * 3000  # more than one batch of the tokenizer: some are written already
         raise UserError("data.txt:3001: broken")
 
-    with pytest.raises(UserError, match="data.txt:3001"):
+    with pytest.raises(UserError, match=r"data\.txt:3001"):
         open_or_build(tmp_path, "key", rows, sample_tokenizer())
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
     assert len(build(tmp_path, [REVIEW])) == 1
@@ -188,9 +213,11 @@ def test_files_are_told_apart_by_content_not_by_name(tmp_path):
 
 @pytest.fixture(scope="module")
 def process_group():
+    threads = torch.get_num_threads()
     distributed.setup()
     yield
     distributed.shutdown()
+    torch.set_num_threads(threads)
 
 
 def write_reviews(path, num: int):
@@ -229,5 +256,22 @@ def test_evenly_spaced_evaluation_examples_keep_their_rows(tmp_path, process_gro
     data = evaluation_set(write_reviews(tmp_path / "a.txt", 9), TASKS["nsmc"], arguments, sample_tokenizer())
     assert [example.id for example in data.examples] == ["0", "3", "6"]
     assert len(data.store) == 6  # two choices an example
-    texts = [sample_tokenizer().decode(sum(parts(data.store, n), [])[:-1]) for n in range(6)]
+    texts = [sample_tokenizer().decode(whole(data.store, n)[:-1]) for n in range(6)]
     assert texts == [f"{word} 좋은 영화 {n}" for n in (0, 3, 6) for word in ("부정", "긍정")]
+
+
+def test_what_was_left_out_is_told_by_every_run_that_uses_the_store(tmp_path, process_group, capsys):
+    path = tmp_path / "a.txt"
+    path.write_text("id\tdocument\tlabel\n1\t\t1\n2\t좋다\t1\n", encoding="utf-8")
+    for _run in range(2):
+        cached_store(Source(path), TASKS["nsmc"], "train", 0, sample_tokenizer(), str(tmp_path / "cache"))
+        assert capsys.readouterr().out == f"{path}: left out 1 rows: empty text (first: {path}:2)\n"
+
+
+def test_a_file_with_a_bad_row_leaves_no_store(tmp_path, process_group):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("id\tdocument\tlabel\n1\t좋다\t1\n2\t나쁘다\t7\n", encoding="utf-8")
+    for _run in range(2):
+        with pytest.raises(UserError, match=r"a\.txt:3: label '7'"):
+            cached_store(Source(path), TASKS["nsmc"], "train", 0, sample_tokenizer(), str(cache))
+    assert [entry for entry in cache.iterdir() if entry.is_dir()] == []

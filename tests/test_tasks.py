@@ -263,7 +263,7 @@ def test_the_side_of_a_group_does_not_depend_on_order_or_company():
 def test_a_split_file_keeps_premises_and_articles_together(task):
     path = SAMPLE_DATA / task.sample_files[0]
     arguments = DataArguments(task=task.name, train_file=str(path), validation_fraction=0.3)
-    train, validation = (list(read(source, task, quiet=True)) for source in sources(arguments, task))
+    train, validation = (list(read(source, task, LeftOut())) for source in sources(arguments, task))
     assert len(train) + len(validation) == len(examples_of(task, Source(path)))
     assert {e.group for e in train}.isdisjoint({e.group for e in validation})
     assert validation
@@ -339,12 +339,12 @@ def test_an_empty_review_file_is_named_with_what_belongs_there(nsmc_file):
 @pytest.mark.parametrize(("task", "text"), [(NLI, ""), (NLI, "[]"), (KORQUAD, ""), (KORQUAD, '{"data": []}')])
 def test_an_empty_json_file_is_refused(json_file, task, text):
     with pytest.raises(UserError, match=r"data\.json"):
-        list(read(Source(json_file(text)), task))
+        list(read(Source(json_file(text)), task, LeftOut()))
 
 
 def test_a_file_of_nothing_but_empty_rows_is_refused(nsmc_file):
     with pytest.raises(UserError, match=r"ratings\.txt: no examples"):
-        list(read(Source(nsmc_file(HEADER + "1\t\t1\n")), NSMC))
+        list(read(Source(nsmc_file(HEADER + "1\t\t1\n")), NSMC, LeftOut()))
 
 
 def test_a_broken_line_is_named(json_file):
@@ -433,8 +433,6 @@ def test_the_command_line_choice_reaches_both_sources(nsmc_file):
         assert all(s.skip_bad_rows for s in sources(DataArguments(train_file=path, bad_rows="skip", **other), NSMC))
 
 
-def test_what_was_left_out_is_printed_once(nsmc_file, capsys):
-    source = Source(nsmc_file(HEADER + "1\t\t1\n2\t좋다\t1\n"))
-    list(read(source, NSMC))
-    list(read(source, NSMC, quiet=True))
-    assert capsys.readouterr().out.count("left out 1 rows: empty text") == 1
+def test_reading_stops_at_the_limit(nsmc_file):
+    path = nsmc_file(HEADER + "1\t좋다\t1\n2\t나쁘다\t0\n3\t넷\t9\n")
+    assert [e.id for e in read(Source(path), NSMC, LeftOut(), limit=2)] == ["1", "2"]

@@ -46,11 +46,11 @@ class Text:
     number: int
 
 
-def collate(rows: Sequence[Sequence[Text]], length: int = 0) -> Batch:
-    """Lay texts side by side in rows and pad at the end, to `length` or to the longest row. A row without texts is
-    all padding and predicts nothing."""
+def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) -> Batch:
+    """Lay texts side by side in rows and pad at the end, to `length`, or to the longest row rounded up, `most` at most.
+    A row without texts is all padding and predicts nothing."""
     longest = max((sum(len(text.ids) for text in row) for row in rows), default=0)
-    length = length or max(PAD_MULTIPLE, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
+    length = length or min(most, max(PAD_MULTIPLE, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE))
     ids = np.zeros((len(rows), length), dtype=np.int64)
     positions = np.zeros((len(rows), length), dtype=np.int64)
     predicts = np.full((len(rows), length), IGNORE, dtype=np.int64)
@@ -127,8 +127,8 @@ class TrainingRows:
         numbers = [self.row_at(consumed + k, sizes.global_batch) for k in range(sizes.global_batch)]
         stride = sizes.micro * sizes.world_size
         starts = range(rank * sizes.micro, sizes.global_batch, stride)
-        length = self.capacity if self.batching == "packed" else 0
-        return [collate([self.texts(n) for n in numbers[k : k + sizes.micro]], length) for k in starts]
+        least = self.capacity if self.batching == "packed" else 0
+        return [collate([self.texts(n) for n in numbers[k : k + sizes.micro]], least, self.capacity) for k in starts]
 
     def row_at(self, place: int, group: int) -> int:
         """Number of the row at a place of the stream."""

@@ -119,4 +119,6 @@ def text_field(where: str, row: Row, name: str) -> str:
         raise BadRow(f"{where}: no field {name!r}; found {', '.join(map(str, row))}")
     if not isinstance(row[name], str):
         raise BadRow(f"{where}: field {name!r} is {type(row[name]).__name__}, not text")
+    if not row[name].isascii() and any("\ud800" <= c <= "\udfff" for c in row[name]):
+        raise BadRow(f"{where}: field {name!r} holds half a character (a lone surrogate)")
     return row[name].strip()

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from kozero.errors import UserError
 
-FORMAT = 1  # counts up when the layout or the meaning of a store changes
+FORMAT = 2  # counts up when the layout or the meaning of a store changes
 ENCODE_ROWS = 2048  # texts handed to the tokenizer at once; larger batches are not faster
 COLUMNS = ("start", "context_end", "prompt_end", "target_end", "span_start", "span_end")
 
@@ -139,10 +139,14 @@ def encode(rows: Iterable[TextRow], tokenizer: Any) -> Iterator[tuple[list[int],
     rows = iter(rows)
     while batch := list(islice(rows, ENCODE_ROWS)):
         contexts = tokenizer(
-            [row.context for row in batch], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            [row.context for row in batch],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
         )
-        prompts = encode_texts([row.prompt for row in batch], tokenizer)
-        targets = encode_texts([row.target for row in batch], tokenizer)
+        prompts = encode_texts([(row.prompt, bool(row.context)) for row in batch], tokenizer)
+        targets = encode_texts([(row.target, bool(row.context or row.prompt)) for row in batch], tokenizer)
         ids: list[int] = []
         places = []
         for row, context, offsets, prompt, target in zip(
@@ -155,11 +159,11 @@ def encode(rows: Iterable[TextRow], tokenizer: Any) -> Iterator[tuple[list[int],
         yield ids, places
 
 
-def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Ids of texts that follow other text: each is encoded with the space before it, so that the pieces' ids equal
-    those of the joined text. Empty texts have no ids."""
-    spaced = [f" {text}" if text else "" for text in texts]
-    return tokenizer(spaced, add_special_tokens=False, verbose=False)["input_ids"]
+def encode_texts(texts: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
+    """Ids of (text, whether it follows other text). One that follows is encoded with the space before it, so that the
+    pieces' ids equal those of the joined text. Empty texts have no ids; a text that spells a special token is text."""
+    spaced = [f" {text}" if text and follows else text for text, follows in texts]
+    return tokenizer(spaced, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def token_span(offsets: list[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int]:
