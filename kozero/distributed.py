@@ -40,6 +40,7 @@ def setup(timeout_seconds: float = 600.0) -> None:
                 f"port {port} is taken, by another run? Choose one with the launcher's --master_port"
             ) from None
     else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for one process
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 

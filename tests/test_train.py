@@ -234,6 +234,26 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_half_written(monkeyp
     assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/checkpoints").exists()
 
 
+def test_one_process_may_run_under_deepspeed_without_a_launcher(monkeypatch, config, tmp_path):
+    run(monkeypatch, config, tmp_path / "plain", "--dropout", 0, "--max_steps", 2)
+    flags = ("--deepspeed_config", "ds_configs/zero2.json", "--dropout", 0, "--max_steps", 2)
+    run(monkeypatch, config, tmp_path / "zero2", *flags)
+    assert losses(tmp_path / "zero2") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+
+
+def test_offload_to_a_disk_that_the_machine_cannot_drive_is_refused(
+    monkeypatch, config, tmp_path
+):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=True: False)
+    values = json.loads((ROOT / "ds_configs/zero3_offload.json").read_text())
+    values["zero_optimization"]["offload_param"] = {"device": "nvme", "nvme_path": str(tmp_path)}
+    (tmp_path / "nvme.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"offload_param\.device 'nvme'"):
+        run(monkeypatch, config, tmp_path / "run", "--deepspeed_config", tmp_path / "nvme.json")
+
+
 def test_an_old_run_is_not_mixed_with_a_new_one(monkeypatch, config, tmp_path):
     run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
     with pytest.raises(UserError, match="--resume auto"):

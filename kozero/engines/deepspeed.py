@@ -28,6 +28,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import safe_get_full_fp32_param
 
@@ -155,3 +156,9 @@ def check_config(config: dict[str, Any], path: str) -> None:
         raise UserError(f"{path}: DeepSpeed refuses it: {' '.join(lines[1:3] or lines)}"[:400]) from None
     finally:
         logging.disable(level)
+    for part in ("offload_optimizer", "offload_param"):
+        offload = config["zero_optimization"].get(part) or {}
+        if offload.get("device") == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError(
+                f"{path}: zero_optimization.{part}.device 'nvme': this machine lacks libaio for it; use 'cpu'"
+            )
