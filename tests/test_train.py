@@ -241,9 +241,7 @@ def test_one_process_may_run_under_deepspeed_without_a_launcher(monkeypatch, con
     assert losses(tmp_path / "zero2") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
 
 
-def test_offload_to_a_disk_that_the_machine_cannot_drive_is_refused(
-    monkeypatch, config, tmp_path
-):
+def test_offload_to_a_disk_that_the_machine_cannot_drive_is_refused(monkeypatch, config, tmp_path):
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=True: False)
