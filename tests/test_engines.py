@@ -1,0 +1,638 @@
+"""The laws of an engine on 2 gloo ranks, for every engine and ZeRO stage.
+
+Starting processes and importing DeepSpeed takes longer than all of the training here. So three groups of processes
+measure everything once (`measured`, `resumed`, `alone`); the tests compare what they bring back.
+"""
+
+import copy
+import json
+import math
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune.data import EvaluationSet
+from finetune.scoring import score_choices, write
+from kozero import distributed
+from kozero.config import TrainingArguments
+from kozero.data.batches import collate
+from kozero.engines.base import Engine
+from kozero.loop import Trainer
+from kozero.pause import Pauses
+from kozero.runlog import RunLog
+from models.causal_lm import CausalLM
+from models.language_model import LanguageModel, export
+from tests.helpers import MemoryStore, toy_gpt2, word_tokenizer
+from tests.ranks import run_ranks
+from tests.toys import (
+    CAPACITY,
+    CLIP,
+    EIGHT_BY_ONE,
+    ENGINES,
+    FOUR_BY_TWO,
+    GLOBAL_BATCH,
+    LAYERS,
+    NUM_PAUSES,
+    PAUSE,
+    RATES,
+    SHAPE,
+    VOCAB,
+    Row,
+    Spelling,
+    arguments,
+    deal,
+    engine_for,
+    greedy,
+    random_ids,
+    reference,
+    steps,
+    text_logits,
+    toy,
+    training_rows,
+    until,
+)
+
+DTYPES = ["fp32", "bf16", "fp16"]
+PARTS = "h.0,wte,wpe,pause"  # a freeze plan
+CASES = {  # of training: optimizer, (micro batch, accumulation), freeze plan
+    "sgd": ("sgd", FOUR_BY_TWO, None),
+    "adamw": ("adamw", FOUR_BY_TWO, None),
+    "sgd, 8 x 1": ("sgd", EIGHT_BY_ONE, None),
+    "adamw, 8 x 1": ("adamw", EIGHT_BY_ONE, None),
+    "sgd, parts frozen": ("sgd", FOUR_BY_TWO, PARTS),
+    "adamw, parts frozen": ("adamw", FOUR_BY_TWO, PARTS),
+    "sgd, pause alone": ("sgd", FOUR_BY_TWO, "all_but:pause"),
+    "adamw, pause alone": ("adamw", FOUR_BY_TWO, "all_but:pause"),
+}
+RESUME_FREEZE, RESUME_STEPS, RESUME_AT = "h.0,wte", 5, 2
+SEED = 11
+END = 43  # ends three of the five texts, one rank's sooner than the other's
+
+
+# What the processes do ---------------------------------------------------------------------------------------------
+
+
+def train(engine: Engine, sizes: Any, rows_of_steps: list[list[Row]], optim: str, first: int = 0) -> list:
+    """Losses and norms of steps, whose rates go on from step `first`."""
+    done = []
+    for k, rows in enumerate(rows_of_steps, first):
+        stats = engine.train_step(deal(rows, sizes), RATES[optim] * SHAPE[k % len(SHAPE)])
+        done.append(stats)
+    return done
+
+
+def curve(done: list) -> dict[str, list]:
+    """Steps as plain lists."""
+    return {name: [getattr(stats, name) for stats in done] for name in ("loss", "grad_norm", "applied", "loss_scale")}
+
+
+def case(name: str, optim: str, shape: tuple[int, int], freeze: str | None, rows: list, **other: Any) -> dict:
+    """One training."""
+    engine, sizes = engine_for(toy(freeze), arguments(name, shape, optim=optim, **other))
+    done = curve(train(engine, sizes, rows, optim)) | {"state": engine.full_state_dict()}
+    engine.close()
+    return done
+
+
+def without_targets() -> list[list[Row]]:
+    """Steps in which rank 1 has no text at all in its second micro batch, then in neither."""
+    one, two = steps(2)
+    return [one[:6] + [[], []], two[:2] + [[], []] + two[4:6] + [[], []]]
+
+
+def skips(name: str, dtype: str) -> dict:
+    """A good step, three with an infinite loss in the first micro batch of rank 1 alone, and two good ones."""
+    said = arguments(name, optim="adamw", bf16=dtype == "bf16", fp16=dtype == "fp16")
+    module = toy()
+    module.poison = 1.0
+    module.register_forward_hook(poisoned)
+    engine, sizes = engine_for(module, said)
+    good = steps(3)
+    done = train(engine, sizes, good[:1], "adamw")
+    before, mine = engine.full_state_dict(), shards(module)
+    for _ in range(3):
+        module.poison = math.inf if distributed.rank() == 1 else 1.0
+        done += train(engine, sizes, good[1:2], "adamw", first=1)
+    after, mine_after = engine.full_state_dict(), shards(module)
+    done += train(engine, sizes, good[1:], "adamw", first=1)
+    engine.close()
+    kept = all(torch.equal(a, b) for a, b in zip(mine, mine_after, strict=True))
+    return curve(done) | {"before": before, "after": after, "mine kept": kept}
+
+
+def poisoned(module: CausalLM, args: tuple, loss: torch.Tensor) -> torch.Tensor:
+    """A forward hook that spoils one loss."""
+    factor, module.poison = module.poison, 1.0
+    return loss * factor
+
+
+def shards(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What this rank holds of every parameter."""
+    return [getattr(p, "ds_tensor", p).detach().clone() for p in module.parameters()]
+
+
+def evaluation(name: str, shape: tuple[int, int] = FOUR_BY_TWO) -> dict:
+    """Two steps, texts and choices, two steps."""
+    engine, sizes = engine_for(toy(), arguments(name, shape, optim="sgd"))
+    rows = steps()
+    done = train(engine, sizes, rows[:2], "sgd")
+    texts = write(engine, Spelling(END), prompts(), 1, max_new_tokens=8, do_sample=False)
+    in_pairs = write(engine, Spelling(END), prompts(), 2, max_new_tokens=8, do_sample=False)
+    scores = score_choices(engine, choices(), Pauses(PAUSE, NUM_PAUSES), CAPACITY, micro=2)
+    done += train(engine, sizes, rows[2:], "sgd", first=2)
+    engine.close()
+    return curve(done) | {"texts": texts, "in pairs": in_pairs, "scores": scores.values, "chosen": scores.predictions}
+
+
+def exported(name: str, freeze: str | None, folder: Path) -> dict:
+    """Train, export, and the logits of the live model."""
+    engine, sizes = engine_for(toy(freeze), arguments(name))
+    train(engine, sizes, steps(3), "sgd")
+    state = engine.full_state_dict()
+    if distributed.is_main():
+        pause = {"token": "w4", "token_id": PAUSE, "placement": "append", "num_pauses": 2, "num_inference_pauses": 2}
+        export(folder, LanguageModel(engine.module, word_tokenizer(VOCAB - 3), PAUSE, {}), state, pause, "# card")
+    with engine.evaluating():
+        logits = engine.module.lm(input_ids=ids_to_compare()).logits.clone()
+    engine.close()
+    return {"logits": logits}
+
+
+def resume_arguments(name: str, dtype: str, folder: Path) -> TrainingArguments:
+    """A run with dropout (see `toy`), accumulation and freezing, with a checkpoint in its middle."""
+    return arguments(
+        name,
+        output_dir=str(folder),
+        learning_rate=0.01,
+        warmup_steps=1,
+        max_steps=RESUME_STEPS,
+        logging_steps=1,
+        eval_steps=1,
+        save_steps=RESUME_AT,
+        save_total_limit=3,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+    )
+
+
+def trainer_for(engine: Engine, sizes: Any, said: TrainingArguments) -> Trainer:
+    """The training loop, with an evaluation in each step whose score falls, so that none of them asks to be saved."""
+    held_out = collate(steps(1)[0])
+
+    def evaluate(log: RunLog, step: int) -> dict[str, float]:
+        with engine.evaluating() as model:
+            loss = model(**held_out.inputs).item()
+        return {"loss": loss, "score": float(-step)}
+
+    return Trainer(engine, training_rows(), said, sizes, evaluate, "score", run={"seed": SEED})
+
+
+def fit(name: str, dtype: str, folder: Path, checkpoint: Path | None = None, seed: int = SEED) -> dict:
+    """Train to the end, from a checkpoint if there is one. Before it two updates overflow in fp16."""
+    distributed.seed_everything(seed)
+    said = resume_arguments(name, dtype, folder)
+    module = toy(RESUME_FREEZE, dropout=0.1)
+    if dtype == "fp16" and checkpoint is None:
+        module.poison, calls = 1.0, []
+
+        def spoil(module: CausalLM, args: tuple) -> None:
+            calls.extend([module.training] * module.training)
+            module.poison = math.inf if distributed.rank() == 1 and len(calls) in (3, 5) else 1.0
+
+        module.register_forward_pre_hook(spoil)
+        module.register_forward_hook(poisoned)
+    engine, sizes = engine_for(module, said)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = trainer_for(engine, sizes, said)
+    if checkpoint:
+        trainer.resume(checkpoint)
+    state = trainer.fit()
+    done = {"weights": engine.full_state_dict(), "state": copy.deepcopy(vars(state))}
+    engine.close()
+    return done
+
+
+def forgetful(name: str, checkpoint: Path) -> list[float]:
+    """Losses after a checkpoint when the random state is not restored."""
+    distributed.seed_everything(SEED + 1)
+    engine, sizes = engine_for(toy(RESUME_FREEZE, dropout=0.1), resume_arguments(name, "fp32", checkpoint))
+    engine.load(checkpoint)
+    trainer = trainer_for(engine, sizes, resume_arguments(name, "fp32", checkpoint))
+    losses = []
+    for step in range(RESUME_AT, RESUME_STEPS):
+        batches = trainer.rows.step(step * GLOBAL_BATCH, sizes, distributed.rank())
+        losses.append(engine.train_step(batches, trainer.lr_at(step)).loss)
+    engine.close()
+    return losses
+
+
+def attempt(work: Callable, *args: Any, **kwargs: Any) -> Any:
+    """What `work` returns, or its traceback: one failure must not take all tests with it."""
+    try:
+        return work(*args, **kwargs)
+    except Exception:
+        return traceback.format_exc()
+
+
+def measure(folder: Path) -> dict[tuple[str, str], Any]:
+    """Everything by (engine, what)."""
+    found = {}
+    rows = steps()
+    for name in ENGINES:
+        for what, (optim, shape, freeze) in CASES.items():
+            found[name, what] = attempt(case, name, optim, shape, freeze, rows)
+        found[name, "no targets"] = attempt(case, name, "sgd", FOUR_BY_TWO, None, without_targets())
+        for dtype in ("bf16", "fp16"):
+            half = {dtype: True}
+            found[name, dtype] = attempt(case, name, "sgd", FOUR_BY_TWO, None, rows, **half)
+            found[name, f"{dtype}, parts frozen"] = attempt(case, name, "adamw", FOUR_BY_TWO, PARTS, rows, **half)
+        for dtype in DTYPES:
+            found[name, f"skips {dtype}"] = attempt(skips, name, dtype)
+            found[name, f"run {dtype}"] = attempt(fit, name, dtype, folder / f"{name}-{dtype}")
+        found[name, "evaluation"] = attempt(evaluation, name)
+        found[name, "export"] = attempt(exported, name, None, folder / f"{name}-model")
+        found[name, "export, pause alone"] = attempt(exported, name, "all_but:pause", folder / f"{name}-pause")
+    return found
+
+
+def checkpoint_of(folder: Path, name: str, dtype: str) -> Path:
+    """The checkpoint in the middle of a run."""
+    return folder / f"{name}-{dtype}" / "checkpoints" / f"step-{RESUME_AT:06d}"
+
+
+def measure_resumed(folder: Path) -> dict[tuple[str, str], Any]:
+    """The same runs from their checkpoints, by (engine, dtype)."""
+    found = {}
+    for name in ENGINES:
+        for dtype in DTYPES:
+            again = folder / f"{name}-{dtype}-resumed"
+            found[name, dtype] = attempt(fit, name, dtype, again, checkpoint_of(folder, name, dtype), seed=SEED + 1)
+        found[name, "forgetful"] = attempt(forgetful, name, checkpoint_of(folder, name, "fp32"))
+    return found
+
+
+def measure_alone() -> dict[tuple[str, str], Any]:
+    """One process, where a rank has the micro batches of both."""
+    found = {}
+    for name in ENGINES:
+        found[name, "sgd"] = attempt(case, name, "sgd", (2, 4), None, steps())
+        found[name, "evaluation"] = attempt(evaluation, name, (2, 4))
+    return found
+
+
+# What is expected --------------------------------------------------------------------------------------------------
+
+
+@cache
+def expected(optim: str, freeze: str | None = None, num_steps: int = len(SHAPE)) -> tuple:
+    """The reference."""
+    return reference(steps(num_steps), optim, freeze)
+
+
+@cache
+def trained_lm():
+    """The reference's model after two steps."""
+    lm = toy_gpt2(LAYERS, VOCAB)
+    lm.load_state_dict(expected("sgd", None, 2)[2], strict=False)
+    return lm.eval()
+
+
+@cache
+def prompts() -> list[np.ndarray]:
+    """Five prompts of different lengths with their pauses: one rank has one more than the other."""
+    rng = np.random.default_rng(8)
+    return [Pauses(PAUSE, NUM_PAUSES).prompt(random_ids(rng, num)) for num in (3, 9, 1, 6, 5)]
+
+
+@cache
+def choices() -> EvaluationSet:
+    """Seven examples with three choices each; the last does not fit."""
+    rng = np.random.default_rng(9)
+    store, examples = [], []
+    for k in range(7):
+        prompt = random_ids(rng, CAPACITY if k == 6 else 2 + k)
+        store += [([], prompt, random_ids(rng, num)) for num in (2, 2, 2)]
+        examples.append(SimpleNamespace(label=k % 3))
+    return EvaluationSet(SimpleNamespace(labels=("a", "b", "c")), examples, MemoryStore(store))
+
+
+def ids_to_compare() -> torch.Tensor:
+    """(2, 10) ids with a pause in them."""
+    ids = torch.from_numpy(random_ids(np.random.default_rng(4), 20)).view(2, 10)
+    ids[:, 4:6] = PAUSE
+    return ids
+
+
+# Tests: training ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the runs lie."""
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    """What the two ranks measured."""
+    return run_ranks(measure, folder)
+
+
+@pytest.fixture(scope="module")
+def measured(both):
+    """What rank 0 measured, by engine and subject."""
+    return lambda *key: whole(both[0][key])
+
+
+@pytest.fixture(scope="module")
+def elsewhere(both):
+    """What rank 1 measured."""
+    return lambda *key: whole(both[1][key])
+
+
+@pytest.fixture(scope="module")
+def resumed(both, folder):
+    """The runs that were resumed in new processes."""
+    found = run_ranks(measure_resumed, folder)[0]
+    return lambda *key: whole(found[key])
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process measured."""
+    found = run_ranks(measure_alone, world_size=1)[0]
+    return lambda *key: whole(found[key])
+
+
+def whole(value: Any) -> Any:
+    """A measurement, unless it failed."""
+    if isinstance(value, str):
+        pytest.fail(f"in the processes:\n{value}", pytrace=False)
+    return value
+
+
+def close(found: list[float], wanted: list[float], tolerance: float = 1e-5) -> bool:
+    """Whether all numbers agree."""
+    return found == pytest.approx(wanted, rel=0, abs=tolerance)
+
+
+def points(folder: Path) -> dict[int, dict[str, Any]]:
+    """The curves of a run by step, without what depends on the clock and the machine."""
+    merged: dict[int, dict[str, Any]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        merged.setdefault(row.pop("step"), {}).update(row)
+    clock = ("time", "train/tokens_per_second", "train/step_time_seconds", "train/peak_memory_gib")
+    return {step: {name: v for name, v in point.items() if name not in clock} for step, point in merged.items()}
+
+
+def names_of(freeze: str | None, trainable: bool = True) -> set[str]:
+    """Names of the toy's parameters that train, or do not."""
+    return {name for name, p in toy(freeze).named_parameters() if p.requires_grad == trainable}
+
+
+every_engine = pytest.mark.parametrize("name", ENGINES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+halves = pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+
+
+def test_the_reference_clips_in_every_step_and_its_micro_batches_differ_in_targets():
+    for optim, freeze in [("sgd", None), ("adamw", None), ("sgd", PARTS)]:
+        assert min(expected(optim, freeze)[1]) > CLIP
+    targets = [[sum((text.predicts >= 0).sum() for text in row) for row in rows] for rows in steps()]
+    assert all(len({sum(step[k : k + 2]) for k in range(0, 8, 2)}) > 2 for step in targets)
+    assert any(len(row) > 1 for rows in steps() for row in rows)
+
+
+@pytest.mark.parametrize("what", CASES)
+@every_engine
+def test_losses_and_gradient_norms_are_those_of_plain_pytorch_text_by_text(measured, name, what):
+    optim, _, freeze = CASES[what]
+    losses, norms, _ = expected(optim, freeze)
+    found = measured(name, what)
+    assert close(found["loss"], losses)
+    assert close(found["grad_norm"], norms)
+    assert found["applied"] == [True] * len(losses)
+
+
+@pytest.mark.parametrize("what", [what for what in CASES if what.startswith("sgd")])
+@every_engine
+def test_weights_after_training_are_those_of_plain_pytorch(measured, name, what):
+    optim, _, freeze = CASES[what]
+    found = toy(freeze).plain_state(measured(name, what)["state"])
+    wanted = expected(optim, freeze)[2]
+    assert set(found) == set(wanted)
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=0)
+
+
+@every_engine
+def test_a_rank_with_no_targets_in_one_micro_batch_or_in_all_changes_nothing(measured, name):
+    losses, norms, _ = reference(without_targets(), "sgd")
+    found = measured(name, "no targets")
+    assert close(found["loss"], losses)
+    assert close(found["grad_norm"], norms)
+
+
+@every_engine
+def test_all_ranks_tell_the_same(measured, elsewhere, name):
+    for what in CASES:
+        here, there = measured(name, what), elsewhere(name, what)
+        assert all(here[key] == there[key] for key in ("loss", "grad_norm", "applied", "loss_scale"))
+
+
+@every_engine
+def test_one_process_trains_as_two_do(alone, name):
+    losses, norms, _ = expected("sgd")
+    found = alone(name, "sgd")
+    assert close(found["loss"], losses)
+    assert close(found["grad_norm"], norms)
+
+
+@halves
+@every_engine
+def test_sixteen_bits_stay_close_to_thirty_two(measured, name, dtype):
+    losses, norms, _ = expected("sgd")
+    found = measured(name, dtype)
+    assert close(found["loss"], losses, 2e-2)
+    assert close(found["grad_norm"], norms, 5e-2)
+    assert all(found["applied"])
+
+
+# Tests: updates that are skipped ------------------------------------------------------------------------------------
+
+
+@every_dtype
+@every_engine
+def test_an_infinite_loss_on_one_rank_skips_the_update_on_all(measured, elsewhere, name, dtype):
+    for found in (measured(name, f"skips {dtype}"), elsewhere(name, f"skips {dtype}")):
+        assert found["applied"] == [True, False, False, False, True, True]
+
+
+@every_dtype
+@every_engine
+def test_a_skipped_update_leaves_every_weight_bit_equal(measured, elsewhere, name, dtype):
+    found = measured(name, f"skips {dtype}")
+    assert all(torch.equal(found["after"][key], tensor) for key, tensor in found["before"].items())
+    assert found["mine kept"]
+    assert elsewhere(name, f"skips {dtype}")["mine kept"]
+
+
+@every_dtype
+@every_engine
+def test_training_goes_on_after_a_skipped_update_as_if_it_had_not_been(measured, name, dtype):
+    losses, norms, _ = expected("adamw")
+    found = measured(name, f"skips {dtype}")
+    tolerance = 1e-5 if dtype == "fp32" else 5e-2
+    assert close([found["loss"][k] for k in (0, 4, 5)], losses[:3], tolerance)
+    assert close([found["grad_norm"][k] for k in (0, 4, 5)], norms[:3], 2 * tolerance)
+
+
+@every_dtype
+@every_engine
+def test_the_loss_of_a_skipped_update_is_told_as_it_is(measured, name, dtype):
+    found = measured(name, f"skips {dtype}")
+    assert not any(math.isfinite(loss) for loss in found["loss"][1:4])
+    assert not any(math.isfinite(norm) for norm in found["grad_norm"][1:4])
+
+
+@every_engine
+def test_the_loss_scale_of_fp16_falls_after_overflows_and_is_one_otherwise(measured, name):
+    scales = measured(name, "skips fp16")["loss_scale"]
+    assert scales[0] > scales[4] > 1.0
+    assert scales[0] / scales[4] in (4.0, 8.0)  # three overflows; DeepSpeed forgives the first
+    assert set(measured(name, "skips bf16")["loss_scale"]) == {1.0}
+    assert set(measured(name, "skips fp32")["loss_scale"]) == {1.0}
+
+
+# Tests: resuming ----------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@every_engine
+def test_a_resumed_run_has_the_curves_of_one_that_never_stopped(measured, resumed, folder, name, dtype):
+    measured(name, f"run {dtype}"), resumed(name, dtype)
+    straight, again = points(folder / f"{name}-{dtype}"), points(folder / f"{name}-{dtype}-resumed")
+    rest = range(RESUME_AT + 1, RESUME_STEPS + 1)
+    assert list(again) == list(rest)
+    assert {step: straight[step] for step in rest} == again
+
+
+@every_dtype
+@every_engine
+def test_a_resumed_run_ends_with_the_very_same_weights_and_state(measured, resumed, name, dtype):
+    straight, again = measured(name, f"run {dtype}"), resumed(name, dtype)
+    assert straight["state"] == again["state"]
+    assert all(torch.equal(again["weights"][key], tensor) for key, tensor in straight["weights"].items())
+
+
+@every_engine
+def test_the_overflows_before_the_checkpoint_are_in_it(measured, resumed, name):
+    assert measured(name, "run fp16")["state"]["skipped_steps"] == 2
+    assert resumed(name, "fp16")["state"]["skipped_steps"] == 2
+
+
+@every_engine
+def test_dropout_would_differ_if_the_random_state_were_not_restored(measured, resumed, folder, name):
+    measured(name, "run fp32")
+    straight = points(folder / f"{name}-fp32")
+    losses = [straight[step]["train/loss"] for step in range(RESUME_AT + 1, RESUME_STEPS + 1)]
+    forgetful = resumed(name, "forgetful")
+    assert all(abs(a - b) > 1e-4 for a, b in zip(losses, forgetful, strict=True))
+
+
+# Tests: weights that come out ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "what", ["adamw, parts frozen", "adamw, pause alone", "bf16, parts frozen", "fp16, parts frozen"]
+)
+@every_engine
+def test_frozen_parameters_come_out_bit_equal_and_the_others_do_not(measured, name, what):
+    freeze = CASES.get(what, (None, None, PARTS))[2]
+    first, found = dict(toy(freeze).named_parameters()), measured(name, what)["state"]
+    assert {key for key in first if torch.equal(found[key], first[key])} == names_of(freeze, trainable=False)
+
+
+@every_engine
+def test_frozen_parameters_are_bit_equal_after_a_resumed_run(measured, resumed, name):
+    first = dict(toy(RESUME_FREEZE).named_parameters())
+    for found in (measured(name, "run fp32"), *(resumed(name, dtype) for dtype in DTYPES)):
+        for key in names_of(RESUME_FREEZE, trainable=False):
+            assert torch.equal(found["weights"][key], first[key])
+
+
+@pytest.mark.parametrize("what", [*CASES, "bf16", "fp16", "bf16, parts frozen", "fp16, parts frozen"])
+@every_engine
+def test_rank_0_gets_every_parameter_once_in_32_bit_and_the_others_none(measured, elsewhere, name, what):
+    freeze = CASES[what][2] if what in CASES else PARTS if "frozen" in what else None
+    state = measured(name, what)["state"]
+    assert set(state) == {key for key, _ in toy(freeze).named_parameters()}
+    assert "lm.lm_head.weight" not in state
+    assert {(t.dtype, t.device.type) for t in state.values()} == {(torch.float32, "cpu")}
+    assert elsewhere(name, what)["state"] is None
+
+
+@pytest.mark.parametrize("what", ["export", "export, pause alone"])
+@every_engine
+def test_the_exported_model_gives_the_logits_of_the_live_one(measured, elsewhere, folder, name, what):
+    live = measured(name, what)["logits"]
+    lm = AutoModelForCausalLM.from_pretrained(folder / f"{name}-{'pause' if 'pause' in what else 'model'}").eval()
+    with torch.no_grad():
+        logits = lm(ids_to_compare()).logits
+    spoken = torch.arange(VOCAB) != PAUSE  # the tokenizer has a token for each of the others
+    torch.testing.assert_close(logits[..., spoken], live[..., spoken], atol=1e-5, rtol=0)
+    torch.testing.assert_close(elsewhere(name, what)["logits"], live, atol=1e-5, rtol=0)
+
+
+# Tests: evaluation --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[(name, world) for name in ENGINES for world in (1, 2)], ids=lambda p: f"{p[0]}-{p[1]}")
+def evaluated(request, measured, alone):
+    """What an engine wrote and chose, on one rank and on two."""
+    name, world = request.param
+    return measured(name, "evaluation") if world == 2 else alone(name, "evaluation")
+
+
+def test_texts_are_those_of_greedy_writing_text_by_text(evaluated):
+    wanted = [" ".join(map(str, until(greedy(trained_lm(), prompt, 8), END))) for prompt in prompts()]
+    assert len({len(text.split()) for text in wanted}) > 2  # some end early
+    assert evaluated["texts"] == wanted
+    assert evaluated["in pairs"] == wanted
+
+
+def test_choices_are_those_of_scoring_text_by_text(evaluated):
+    data, chosen = choices(), []
+    for k in range(6):
+        scores = []
+        for row in data.store.rows[3 * k : 3 * k + 3]:
+            tokens = data.store.tokens.astype(np.int64)
+            prompt = Pauses(PAUSE, NUM_PAUSES).prompt(tokens[row[0] : row[2]])
+            target = tokens[row[2] : row[3]]
+            logits = text_logits(trained_lm(), np.concatenate([prompt, target]))[len(prompt) - 1 : -1]
+            scores.append(logits.log_softmax(-1)[range(len(target)), target].sum().item())
+        chosen.append("abc"[int(np.argmax(scores))])
+    assert len(set(chosen)) > 1
+    assert evaluated["chosen"] == [*chosen, ""]
+    right = sum(letter == "abcabc"[k] for k, letter in enumerate(chosen))
+    assert evaluated["scores"]["accuracy"] == pytest.approx(right / 7)
+
+
+def test_evaluation_changes_nothing_in_training(evaluated):
+    losses, norms, _ = expected("sgd")
+    assert close(evaluated["loss"], losses)
+    assert close(evaluated["grad_norm"], norms)
+
+
+@every_engine
+def test_training_after_evaluation_is_bit_equal_to_training_without(measured, name):
+    assert measured(name, "evaluation")["loss"] == measured(name, "sgd")["loss"]
