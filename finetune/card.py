@@ -5,14 +5,13 @@ import json
 LICENSES = {"skt/kogpt2-base-v2": "cc-by-nc-sa-4.0", "skt/ko-gpt-trinity-1.2B-v0.5": "cc-by-nc-sa-4.0"}
 
 
-def model_card(task: str, run: dict, scores: dict[str, float], step: int, pause: dict) -> str:
+def model_card(task: str, run: dict, data: tuple[str, str], scores: dict[str, float], step: int, pause: dict) -> str:
     """A short card: what it is, from what, on which data, with which settings and scores."""
     arguments = run["arguments"]
     base = arguments["model_name_or_path"]
     head = ["language: ko", "library_name: transformers", "pipeline_tag: text-generation", "tags: [kozero, gpt2]"]
     if base in LICENSES:
         head += [f"base_model: {base}", f"license: {LICENSES[base]}"]
-    data = arguments["train_file"] or ("hub" if arguments["from_hub"] else "the sample data of KoZeRO")
     paused = f"{pause['num_pauses']} x `{pause['token']}` after the prompt" if pause else "none"
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items())
     return f"""---
@@ -21,7 +20,8 @@ def model_card(task: str, run: dict, scores: dict[str, float], step: int, pause:
 # {task}, fine-tuned with KoZeRO
 
 - Start: {base or f"random weights of {arguments['config_file']}"}
-- Training data: {data}; scores on: {arguments["validation_file"] or "the validation side of it"}
+- Trained on: {data[0]}
+- Scored on: {data[1]}
 - Pauses: {paused}
 - Step {step}, seed {arguments["seed"]}, commit {run["git_commit"]}
 

@@ -15,7 +15,7 @@ from finetune.scoring import Scores, score
 from finetune.setup import inference_pauses, load_model, row_capacity
 from finetune.tasks import TASKS, Example
 from kozero import distributed
-from kozero.checkpoint import write_text
+from kozero.checkpoint import writable_folder, write_text
 from kozero.config import TrainingArguments, arg, batch_sizes, parse_arguments, require
 from kozero.engines import build_engine, prepare_engine
 from kozero.errors import run_main
@@ -39,6 +39,7 @@ class EvaluationArguments:
             self.per_device_eval_batch_size >= 1,
             f"--per_device_eval_batch_size {self.per_device_eval_batch_size}: must be 1 or more",
         )
+        require(self.timeout_seconds > 0, f"--timeout_seconds {self.timeout_seconds}: must be above 0")
 
     def as_training(self) -> TrainingArguments:
         """The part of a run's arguments that an engine needs; nothing is trained."""
@@ -57,11 +58,13 @@ def main() -> None:
         prog="finetune/evaluate.py", description="Score a model on a task.",
     )  # fmt: skip
     distributed.setup(arguments.timeout_seconds)
+    if arguments.output_file:
+        writable_folder("--output_file", Path(arguments.output_file).parent)
     training = arguments.as_training()
     settings = prepare_engine(training, batch_sizes(training, distributed.world_size()))
     task = TASKS[data_arguments.task]
     model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=0)
-    pauses = inference_pauses(model, pause_arguments.num_inference_pauses)
+    pauses = inference_pauses(model, pause_arguments)
     capacity = row_capacity(data_arguments.max_seq_length, task.max_seq_length, model.config.n_positions)
     source = sources(data_arguments, task)[1]
     data = evaluation_set(source, task, data_arguments, model.tokenizer)
@@ -83,8 +86,8 @@ def main() -> None:
 
 def save(path: Path, result: Scores, examples: list[Example], num_pauses: int, source: str) -> None:
     """Scores as JSON, predictions as JSON lines beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"data": source, "num_pauses": num_pauses, "scores": result.values}, indent=2))
+    found = {"data": source, "num_pauses": num_pauses, "scores": result.values}
+    write_text(path, json.dumps(found, indent=2, ensure_ascii=False))
     rows = (
         json.dumps({"id": example.id, "prediction": prediction}, ensure_ascii=False) + "\n"
         for example, prediction in zip(examples, result.predictions, strict=True)

@@ -55,14 +55,14 @@ def main() -> None:
     )  # fmt: skip
     distributed.setup()
     model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=arguments.seed)
-    pauses = inference_pauses(model, pause_arguments.num_inference_pauses)
+    pauses = inference_pauses(model, pause_arguments)
     engine = build_engine(model.module, TrainingArguments(), EngineSettings())
     distributed.seed_everything(arguments.seed)
     longest = model.config.n_positions - pauses.num - arguments.max_new_tokens
     require(
         longest > 0, f"--max_new_tokens {arguments.max_new_tokens}: the model has {model.config.n_positions} positions"
     )
-    for prompt in [arguments.prompt] if arguments.prompt is not None else map(str.strip, sys.stdin):
+    for prompt in [arguments.prompt] if arguments.prompt is not None else filter(None, map(str.strip, sys.stdin)):
         ids = np.asarray(model.tokenizer.encode(prompt, add_special_tokens=False), dtype=np.int64)
         require(len(ids) + pauses.num > 0, "--prompt: empty; give at least a word")
         require(len(ids) <= longest, f"--prompt: {len(ids)} tokens; at most {longest} leave room for the answer")

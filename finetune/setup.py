@@ -37,8 +37,10 @@ def row_capacity(max_seq_length: int, default: int, positions: int) -> int:
     return max_seq_length or min(default, positions)
 
 
-def inference_pauses(model: LanguageModel, num: int) -> Pauses:
-    """`num` pauses at inference; -1 takes the number that the model was trained with."""
+def inference_pauses(model: LanguageModel, arguments: PauseArguments) -> Pauses:
+    """--num_inference_pauses of them; -1 takes the number that the model was trained for."""
+    require(arguments.num_pauses == 0, "--num_pauses is for training; here it is --num_inference_pauses")
+    num = arguments.num_inference_pauses
     if num < 0:
         num = model.pause_settings.get("num_inference_pauses", 0)
     require(

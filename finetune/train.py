@@ -9,8 +9,12 @@ Reads top to bottom: arguments, model, data, engine, loop, export.
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from finetune.arguments import DataArguments, ModelArguments
 from finetune.card import model_card
@@ -19,7 +23,7 @@ from finetune.scoring import score, write
 from finetune.setup import load_model, row_capacity
 from finetune.tasks import TASKS, Source, Task
 from kozero import distributed, plan
-from kozero.checkpoint import Checkpoints, write_text
+from kozero.checkpoint import Checkpoints, RunState, writable_folder, write_text
 from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments, require
 from kozero.data.batches import TrainingRows, prefix_and_target
 from kozero.data.rows import fit
@@ -52,10 +56,22 @@ def main() -> None:
         prog="finetune/train.py", description="Fine-tune a Korean GPT-2 with pause tokens under ZeRO.",
     )  # fmt: skip
     distributed.setup(training.timeout_seconds)
+    with claim_output(training.output_dir) as output_dir:
+        train(training, model_arguments, data_arguments, pause_arguments, freeze_arguments, output_dir)
+
+
+def train(
+    training: TrainingArguments,
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    pause_arguments: PauseArguments,
+    freeze_arguments: FreezeArguments,
+    output_dir: Path,
+) -> None:
+    """Model, data, engine, loop, export."""
     sizes = batch_sizes(training, distributed.world_size())
     engine_settings = prepare_engine(training, sizes)  # before the model: a wrong JSON ends the run at once
     task = TASKS[data_arguments.task]
-    output_dir = prepare_output(training.output_dir)
     checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume)
     train_source, validation_source = sources(data_arguments, task)
     if train_source.path is None and train_source.hub is None:
@@ -95,7 +111,13 @@ def main() -> None:
 
     run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
     trainer = Trainer(
-        engine, rows, training, sizes, evaluate, task.best_score, resume_key(run, rows, sizes, engine_settings.stage)
+        engine,
+        rows,
+        training,
+        sizes,
+        evaluate,
+        task.best_score,
+        resume_key(run, rows, sizes, engine_settings.stage, shape),
     )
     if checkpoint:
         trainer.resume(checkpoint)
@@ -103,25 +125,38 @@ def main() -> None:
     save_run(output_dir, run | {"deepspeed": engine_settings.resolved, "parameters": counts})
     distributed.say(
         f"{task.name}: {len(rows):,} rows of {capacity} tokens ({rows.length.sum() / len(rows) / capacity:.1%} real), "
-        f"{sizes.global_batch} rows a step, {trainer.total_steps:,} steps; {len(validation.examples):,} validate"
+        f"{sizes.global_batch} rows a step on {sizes.world_size} ranks ({distributed.device().type}, {training.dtype}, "
+        f"ZeRO-{engine_settings.stage}), {trainer.total_steps:,} steps; {len(validation.examples):,} validate"
     )
     state = trainer.fit()
     trainer.load_best()
     pause = pause_settings(model, pause_arguments)
-    finish(engine, model, output_dir, pause, run, state.best_scores, state.best_step, task)
+    data = (str(train_source), str(validation_source))
+    card = model_card(task.name, run, data, state.best_scores, state.best_step, pause)
+    finish(engine, model, output_dir, pause, card, state)
+    tell_next(output_dir / "model", run["arguments"], output_dir)
 
 
-def prepare_output(name: str) -> Path:
-    """The output folder, made if need be; one that cannot be written is a UserError before anything long begins."""
-    folder = Path(name)
+@contextmanager
+def claim_output(name: str) -> Iterator[Path]:
+    """The output folder, made if need be and kept from other runs until this one ends.
+
+    Raises: UserError when it cannot be written or another run holds it, before anything long begins.
+    """
+    folder = writable_folder("--output_dir", Path(name))
+    lock = FileLock(folder / ".lock")
+    message = None
+    if distributed.is_main():
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            message = f"--output_dir {name}: another run is writing there; wait for it or choose another folder"
+    if message := distributed.broadcast(message):
+        raise UserError(message)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-probe-{distributed.rank()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {name}: cannot be written ({error.strerror})") from None
-    return folder
+        yield folder
+    finally:
+        lock.release()
 
 
 def freeze(model: LanguageModel, text: str | None, has_pause: bool) -> FreezePlan:
@@ -161,14 +196,15 @@ def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     """What the model writes after the first prompts of the validation set."""
     new_tokens = min(SAMPLE_TOKENS, data.task.max_new_tokens)
     fitted = fit(data.store, max(1, capacity - new_tokens), pauses.num)
-    prefixes = [prefix_and_target(data.store, fitted.cut, k)[0] for k in fitted.used[:NUM_SAMPLES].tolist()]
+    prefixes = [prefix_and_target(data.store, fitted.cut, k)[0] for k in fitted.used[:8].tolist()]
+    prefixes = list({prefix.tobytes(): prefix for prefix in prefixes}.values())[:NUM_SAMPLES]  # choices share a prompt
     prompts = [pauses.prompt(prefix) for prefix in prefixes]
     texts = write(engine, model.tokenizer, prompts, 1, max_new_tokens=new_tokens, do_sample=False) if prompts else []
     heads = [model.tokenizer.decode(prefix.tolist())[-60:] for prefix in prefixes]
     return " | ".join(f"{head} → {text.strip()}" for head, text in zip(heads, texts, strict=True))
 
 
-def resume_key(run: dict, rows: TrainingRows, sizes: BatchSizes, stage: int) -> dict:
+def resume_key(run: dict, rows: TrainingRows, sizes: BatchSizes, stage: int, shape: plan.ModelShape) -> dict:
     """What must not change between a run and its resumption: the rows, their order, the batch, the weights."""
     named = ("seed", "task", "batching", "freeze", "num_pauses", "optim", "gradient_accumulation_steps")
     return {name: run["arguments"][name] for name in named} | {
@@ -176,6 +212,7 @@ def resume_key(run: dict, rows: TrainingRows, sizes: BatchSizes, stage: int) -> 
         "capacity": rows.capacity,
         "global_batch": sizes.global_batch,
         "world_size": sizes.world_size,
+        "model": asdict(shape),
         "zero_stage": stage,
         "dtype": "bf16" if run["arguments"]["bf16"] else "fp16" if run["arguments"]["fp16"] else "fp32",
     }
@@ -200,24 +237,31 @@ def save_run(output_dir: Path, run: dict) -> None:
         write_text(output_dir / "run.json", json.dumps(run, indent=2, ensure_ascii=False))
 
 
-def finish(
-    engine: Engine, model: LanguageModel, output_dir: Path, pause: dict, run: dict, scores: dict, step: int, task: Task
-) -> None:
-    """Export the best weights and say what to do with them; the last line is the folder alone."""
-    state = engine.full_state_dict()
-    folder = output_dir / "model"
+def finish(engine: Engine, model: LanguageModel, output_dir: Path, pause: dict, card: str, state: RunState) -> None:
+    """Export the best weights, keep their scores, and let the engine go."""
+    weights = engine.full_state_dict()
     if distributed.is_main():
-        export(folder, model, state, pause, model_card(task.name, run, scores, step, pause))
-        write_text(output_dir / "scores.json", json.dumps({"step": step, "scores": scores}, indent=2))
-        print(f"best scores (step {step}): " + " ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-        print(f"curves:   tensorboard --logdir {output_dir}")
-        file = run["arguments"]["validation_file"]
-        data = f" --validation_file {file}" if file else ""
-        print(f"score:    python finetune/evaluate.py --model_name_or_path {folder} --task {task.name}{data}")
-        print(f"generate: python finetune/generate.py --model_name_or_path {folder} --prompt ...")
-        print(folder, flush=True)
+        export(output_dir / "model", model, weights, pause, card)
+        scores = {"step": state.best_step, "scores": state.best_scores}
+        write_text(output_dir / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False))
+        shown = " ".join(f"{name} {value:.4f}" for name, value in state.best_scores.items())
+        print(f"best scores (step {state.best_step}): {shown}")
     engine.close()
     distributed.shutdown()
+
+
+def tell_next(folder: Path, arguments: dict, output_dir: Path) -> None:
+    """The commands to go on with; the last line is the folder alone."""
+    if not distributed.is_main():
+        return
+    named = ("task", "train_file", "validation_file", "validation_fraction", "bad_rows", "max_seq_length")
+    defaults = asdict(DataArguments())
+    flags = [f"--{name} {arguments[name]}" for name in named if name == "task" or arguments[name] != defaults[name]]
+    flags += ["--from_hub"] if arguments["from_hub"] else []
+    print(f"curves:   tensorboard --logdir {output_dir}")
+    print(f"score:    python finetune/evaluate.py --model_name_or_path {folder} {' '.join(flags)}")
+    print(f"generate: python finetune/generate.py --model_name_or_path {folder} --prompt ...")
+    print(folder, flush=True)
 
 
 if __name__ == "__main__":

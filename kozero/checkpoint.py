@@ -107,6 +107,17 @@ class Checkpoints:
         for path in [p for p in self.all() if p != best][: -self.limit]:
             shutil.rmtree(path, ignore_errors=True)
 
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints later than `step`: a run that goes on from there writes its own. Collective."""
+        distributed.barrier()
+        if distributed.is_main():
+            for path in self.all():
+                if step_of(path) > step:
+                    aside = path.with_name(f"{path.name}.set-aside")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+        distributed.barrier()
+
     def to_resume(self, choice: str | None) -> Path | None:
         """The checkpoint that `--resume` means; None to begin at the beginning.
 
@@ -146,6 +157,21 @@ def read_state(folder: Path) -> dict:
         return saved
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / STATE}: damaged; resume from another checkpoint") from None
+
+
+def writable_folder(flag: str, folder: Path) -> Path:
+    """A folder, made if need be, in which a file could be written just now; `flag` named it.
+
+    Raises: UserError, before anything long begins.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-probe-{distributed.rank()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+    return folder
 
 
 def write_text(path: Path, text: str) -> None:

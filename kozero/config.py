@@ -142,7 +142,9 @@ def read_json(path: str | Path) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be a configuration") from None
+        raise UserError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not usable JSON ({error})"[:300]) from None
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:

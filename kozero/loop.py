@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kozero import distributed
-from kozero.checkpoint import Checkpoints, RunState
+from kozero.checkpoint import Checkpoints, RunState, step_of
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batches import TrainingRows
 from kozero.engines.base import Engine, StepStats
@@ -15,7 +15,7 @@ from kozero.errors import Diverged
 from kozero.optim import schedule
 from kozero.runlog import RunLog, peak_memory_gib
 
-MAX_SKIPPED = 50  # updates skipped in a row before the run gives up
+MAX_LOST = 50  # updates in a row without a finite loss and gradient before the run gives up
 
 
 @dataclass
@@ -49,9 +49,8 @@ class Meter:
     def point(self, stats: StepStats, lr: float, state: RunState, epoch: float) -> dict[str, float]:
         """The scalars of a point, by their TensorBoard names."""
         seconds = time.perf_counter() - self.started
-        finite = [loss for loss in self.losses if math.isfinite(loss)]
         return {
-            "train/loss": sum(finite) / len(finite) if finite else math.nan,
+            "train/loss": sum(self.losses) / len(self.losses),  # one that is not finite shows
             "train/learning_rate": lr,
             "train/grad_norm": stats.grad_norm,
             "train/loss_scale": stats.loss_scale,
@@ -92,8 +91,13 @@ class Trainer:
         self.state = RunState()
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint. Later ones of the same folder are set aside, and a best score counts only while
+        its checkpoint is here to be exported."""
         self.state = self.checkpoints.load(folder, self.engine, self.run)
+        self.checkpoints.set_aside_after(self.state.step)
+        best = self.checkpoints.named("best")
+        if best is None or step_of(best) != self.state.best_step:
+            self.state.best_score, self.state.best_scores, self.state.evaluations_since_best = None, {}, 0
 
     def fit(self) -> RunState:
         """Train to the end and return where the run stands."""
@@ -106,7 +110,7 @@ class Trainer:
 
     def steps(self, log: RunLog) -> None:
         """The loop itself."""
-        state, meter, skipped = self.state, Meter(), 0
+        state, meter, lost = self.state, Meter(), 0
         while state.step < self.total_steps:
             lr = self.lr_at(state.step)
             batches = self.rows.step(state.consumed_rows, self.sizes, distributed.rank())
@@ -116,12 +120,11 @@ class Trainer:
             state.real_tokens += tokens
             meter.tokens += tokens
             meter.losses.append(stats.loss)
+            lost = 0 if stats.applied and math.isfinite(stats.loss) else lost + 1
+            stop_when_lost(lost, stats, state.step)
             if not stats.applied:
                 state.skipped_steps += 1
-                skipped += 1
-                stop_when_lost(skipped, stats, state.step)
                 continue
-            skipped = 0
             state.step += 1
             log.progress(1)
             if state.step % self.every.logging == 0 or state.step == self.total_steps:
@@ -175,10 +178,10 @@ class Trainer:
             self.engine.load(best)
 
 
-def stop_when_lost(skipped: int, stats: StepStats, step: int) -> None:
+def stop_when_lost(lost: int, stats: StepStats, step: int) -> None:
     """End a run that no longer trains."""
-    if skipped >= MAX_SKIPPED:
+    if lost >= MAX_LOST:
         raise Diverged(
-            f"step {step}: {skipped} updates in a row were skipped, gradient norm {stats.grad_norm}, loss "
+            f"step {step}: {lost} updates in a row were not finite, gradient norm {stats.grad_norm}, loss "
             f"{stats.loss}, loss scale {stats.loss_scale}. Lower --learning_rate, or use --bf16 or 32 bit"
         )

@@ -4,6 +4,7 @@ plain transformers loads. Of the rest of the project only `kozero.errors` is use
 import copy
 import dataclasses
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,8 +173,11 @@ def load(
     check_vocabulary(len(tokenizer), lm.config.vocab_size, foreign=bool(model_name_or_path and tokenizer_name))
     if dropout is not None:
         set_dropout(lm, dropout)
-    settings = dict(getattr(lm.config, "pause", None) or {})
+    settings = getattr(lm.config, "pause", None) or {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{model_name_or_path}: 'pause' in its config.json is {settings!r}, not an object")
     token = settings.get("token", pause_token)
+    check_pause_token(token, tokenizer)
     pause_id = tokenizer.get_vocab().get(token)
     if pause_id is None and with_pauses:
         pause_id = add_pause_token(lm, tokenizer)
@@ -181,6 +185,14 @@ def load(
         reset_row(lm, pause_id, seed)
     silent = list(range(len(tokenizer), lm.config.vocab_size)) + ([pause_id] if with_pauses or settings else [])
     return LanguageModel(CausalLM(lm, silent), tokenizer, pause_id, settings)
+
+
+def check_pause_token(token: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A pause is a token that no text contains: neither a word nor one that means something already."""
+    if not isinstance(token, str) or not re.fullmatch(r"<[^<>\s]+>", token):
+        raise UserError(f"--pause_token {token!r}: not a spare token; name one like <unused0>")
+    if token in tokenizer.all_special_tokens and token != NEW_PAUSE:
+        raise UserError(f"--pause_token {token}: the tokenizer uses it already; name a spare one like <unused0>")
 
 
 def check_vocabulary(num_tokens: int, vocab_size: int, foreign: bool) -> None:

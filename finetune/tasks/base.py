@@ -107,7 +107,7 @@ class Source:
         """Whether examples of `group` belong to this side. A pure function of the group's name: no seed, no order."""
         if self.side == "all":
             return True
-        draw = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
+        draw = int.from_bytes(hashlib.sha256(group.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
         return (draw < self.validation_fraction) == (self.side == "validation")
 
 

@@ -106,8 +106,9 @@ def open_or_build(
 def is_whole(folder: Path) -> bool:
     """Whether a store is there and its files have the sizes that its meta names."""
     try:
-        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        meta = json.loads((folder / "meta.json").read_text())
+        whole = all((folder / name).stat().st_size == meta["sizes"][name] for name in ("tokens.bin", "rows.npy"))
+        return whole and meta["dtype"] in ("uint16", "uint32") and isinstance(meta["notes"], list)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
