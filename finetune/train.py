@@ -110,15 +110,8 @@ def train(
         return result.values
 
     run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
-    trainer = Trainer(
-        engine,
-        rows,
-        training,
-        sizes,
-        evaluate,
-        task.best_score,
-        resume_key(run, rows, sizes, engine_settings.stage, shape),
-    )
+    same = resume_key(run, rows, sizes, engine_settings.stage, shape)
+    trainer = Trainer(engine, rows, training, sizes, evaluate, task.best_score, same)
     if checkpoint:
         trainer.resume(checkpoint)
         distributed.say(f"resumed from {checkpoint} at step {trainer.state.step}")

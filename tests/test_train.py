@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -232,6 +233,46 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_half_written(monkeyp
         run(monkeypatch, config, tmp_path / "run", *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_going_on_from_an_older_step_sets_the_later_ones_aside(monkeypatch, config, tmp_path):
+    out = tmp_path / "run"
+    flags = ("--eval_steps", 1, "--save_total_limit", 9)
+    run(monkeypatch, config, out, *flags)
+    folder = out / "checkpoints"
+    run(monkeypatch, config, out, *flags, "--max_steps", 2, "--resume", folder / "step-000001")
+    assert sorted(p.name for p in folder.glob("step-??????")) == ["step-000001", "step-000002"]
+    assert (folder / "latest").read_text() == "step-000002" and (folder / "step-000004.set-aside").is_dir()
+
+
+def test_a_run_that_goes_on_in_another_folder_exports_the_weights_that_have_its_scores(monkeypatch, config, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(monkeypatch, config, first, "--learning_rate", 0, "--eval_steps", 1)  # step 1 stays the best
+    flags = ("--learning_rate", 0.1, "--max_steps", 5, "--eval_steps", 1)
+    run(monkeypatch, config, second, *flags, "--resume", first / "checkpoints/step-000004")
+    assert json.loads((second / "scores.json").read_text())["step"] == 5
+    weights = load_file(second / "model/model.safetensors")
+    before = load_file(first / "model/model.safetensors")
+    assert not torch.equal(weights["transformer.wte.weight"], before["transformer.wte.weight"])
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(monkeypatch, config, tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run/.lock"), pytest.raises(UserError, match="another run is writing there"):
+        run(monkeypatch, config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("token", ["</s>", "<pad>", "영화", ""])
+def test_a_token_that_means_something_is_no_pause(monkeypatch, config, tmp_path, token):
+    with pytest.raises(UserError, match="--pause_token"):
+        run(monkeypatch, config, tmp_path / "run", "--num_pauses", 1, f"--pause_token={token}")
+
+
+def test_evaluation_refuses_a_number_of_training_pauses(monkeypatch, config, tmp_path):
+    run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
+    flags = ("--model_name_or_path", tmp_path / "run/model", "--num_pauses", 5)
+    with pytest.raises(UserError, match="--num_inference_pauses"):
+        call(monkeypatch, evaluate.main, *flags)
 
 
 def test_one_process_may_run_under_deepspeed_without_a_launcher(monkeypatch, config, tmp_path):

@@ -1,0 +1,287 @@
+"""Checkpoints of a run: names, which are kept, what is refused. That a resumed run goes on exactly is in
+test_engines.py."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kozero import distributed
+from kozero.checkpoint import Checkpoints, RunState, random_state, restore_random_state
+from kozero.config import BatchSizes, TrainingArguments
+from kozero.data.batches import TrainingRows
+from kozero.engines.base import StepStats
+from kozero.errors import Diverged, UserError
+from kozero.loop import MAX_LOST, Trainer
+from kozero.pause import Pauses
+from tests.helpers import numbered_store
+
+RUN = {"seed": 1, "freeze": "wte"}
+
+
+class Steps:
+    """An engine that only counts its steps, and skips the ones it is told to."""
+
+    def __init__(self, skipped: tuple[int, ...] = ()) -> None:
+        self.done, self.skipped, self.rates = 0, skipped, []
+
+    def train_step(self, micro_batches, lr: float) -> StepStats:
+        self.done += 1
+        self.rates.append(lr)
+        return StepStats(1.0, 1.0, self.done - 1 not in self.skipped, 1.0)
+
+    def save(self, folder: Path) -> None:
+        (folder / "steps").write_text(str(self.done))
+
+    def load(self, folder: Path) -> None:
+        self.done = int((folder / "steps").read_text())
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """A process group of this process alone."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    distributed.setup()
+    yield
+    distributed.shutdown()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path, limit=2)
+
+
+def save(checkpoints: Checkpoints, *numbers: int, best: int = -1) -> None:
+    for step in numbers:
+        checkpoints.save(Steps(), RunState(step=step), RUN, step == best)
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.iterdir())
+
+
+# Names and what is kept ---------------------------------------------------------------------------------------------
+
+
+def test_the_newest_are_kept_up_to_the_limit(checkpoints):
+    save(checkpoints, 10, 20, 30, 40)
+    assert names(checkpoints) == ["latest", "step-000030", "step-000040"]
+
+
+def test_the_best_is_kept_beside_the_newest(checkpoints):
+    save(checkpoints, 10, 20, 30, 40, best=10)
+    assert names(checkpoints) == ["best", "latest", "step-000010", "step-000030", "step-000040"]
+
+
+def test_an_earlier_best_goes_when_there_is_a_better_one(checkpoints):
+    save(checkpoints, 10, best=10)
+    save(checkpoints, 20, 30, 40, best=30)
+    assert names(checkpoints) == ["best", "latest", "step-000020", "step-000030", "step-000040"]
+    save(checkpoints, 50)
+    assert names(checkpoints) == ["best", "latest", "step-000030", "step-000040", "step-000050"]
+
+
+def test_latest_and_best_name_their_checkpoints(checkpoints):
+    save(checkpoints, 10, 20, 30, best=20)
+    assert checkpoints.named("latest").name == "step-000030"
+    assert checkpoints.named("best").name == "step-000020"
+
+
+def test_a_pointer_to_a_folder_that_is_gone_or_elsewhere_is_none(checkpoints, tmp_path):
+    assert checkpoints.named("best") is None
+    save(checkpoints, 10)
+    for text in ("step-000099", "../step-000010", "", "step-000010.incomplete"):
+        (checkpoints.folder / "best").write_text(text)
+        assert checkpoints.named("best") is None
+
+
+def test_steps_beyond_a_million_are_in_their_order(checkpoints):
+    save(checkpoints, 999_999, 1_000_000)
+    assert checkpoints.newest().name == "step-1000000"
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(checkpoints):
+    checkpoints.save(Steps(), RunState(step=10, consumed_rows=1), RUN, False)
+    checkpoints.save(Steps(), RunState(step=10, consumed_rows=2), RUN, False)
+    assert checkpoints.load(checkpoints.newest(), Steps(), RUN).consumed_rows == 2
+
+
+# Half-written ones --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_its_last_file_is_no_checkpoint(checkpoints):
+    save(checkpoints, 10, 20)
+    (checkpoints.folder / "step-000020" / "state.json").unlink()
+    assert checkpoints.newest().name == "step-000010"
+    assert checkpoints.named("latest") is None
+
+
+def test_an_engine_that_fails_while_saving_leaves_the_older_checkpoint(checkpoints, monkeypatch):
+    save(checkpoints, 10)
+    monkeypatch.setattr(Steps, "save", lambda self, folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(checkpoints, 20)
+    assert checkpoints.newest().name == "step-000010"
+    assert names(checkpoints) == ["latest", "step-000010", "step-000020.incomplete"]
+
+
+def test_what_a_killed_save_left_is_written_over(checkpoints):
+    leftover = checkpoints.folder / "step-000020.incomplete"
+    leftover.mkdir(parents=True)
+    (leftover / "old").touch()
+    save(checkpoints, 20)
+    assert names(checkpoints) == ["latest", "step-000020"]
+    assert not (checkpoints.folder / "step-000020" / "old").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": {}}', '{"state": {"stop": 1}, "run": {}}', '{"run": {}}'])
+def test_a_damaged_state_is_refused_by_its_path(checkpoints, text):
+    save(checkpoints, 10)
+    file = checkpoints.folder / "step-000010" / "state.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"state.json: damaged"):
+        checkpoints.load(file.parent, Steps(), RUN)
+
+
+# Resuming -----------------------------------------------------------------------------------------------------------
+
+
+def test_auto_without_checkpoints_begins_at_the_beginning(checkpoints):
+    assert checkpoints.to_resume("auto") is None
+
+
+def test_auto_is_the_newest_whole_one(checkpoints):
+    save(checkpoints, 10, 20, best=10)
+    (checkpoints.folder / "step-000030.incomplete").mkdir()
+    assert checkpoints.to_resume("auto").name == "step-000020"
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(checkpoints):
+    assert checkpoints.to_resume(None) is None
+    save(checkpoints, 10)
+    with pytest.raises(UserError, match=r"--output_dir .*holds checkpoints of an earlier run.*--resume auto"):
+        checkpoints.to_resume(None)
+
+
+def test_a_named_folder_must_be_a_whole_checkpoint(checkpoints, tmp_path):
+    save(checkpoints, 10, 20)
+    folder = checkpoints.folder / "step-000010"
+    assert checkpoints.to_resume(str(folder)) == folder
+    with pytest.raises(UserError, match=r"--resume .*nowhere: not a whole checkpoint"):
+        checkpoints.to_resume(str(tmp_path / "nowhere"))
+
+
+def test_a_changed_setting_is_refused_by_name_with_both_values(checkpoints):
+    save(checkpoints, 10)
+    engine = Steps()
+    with pytest.raises(UserError, match="saved with freeze 'wte', this run has 'wpe'"):
+        checkpoints.load(checkpoints.newest(), engine, RUN | {"freeze": "wpe"})
+    assert engine.done == 0  # nothing was loaded
+
+
+def test_a_setting_that_the_checkpoint_does_not_know_is_refused(checkpoints):
+    save(checkpoints, 10)
+    with pytest.raises(UserError, match="saved with colour None, this run has 'red'"):
+        checkpoints.load(checkpoints.newest(), Steps(), RUN | {"colour": "red"})
+
+
+def test_the_state_of_the_run_comes_back(checkpoints):
+    state = RunState(7, 56, 2, 999, 0.5, 4, {"accuracy": 0.5}, 3)
+    checkpoints.save(Steps(), state, RUN, True)
+    assert checkpoints.load(checkpoints.newest(), Steps(), RUN) == state
+
+
+def test_every_random_generator_comes_back():
+    np.random.standard_normal()  # leaves a second one in store
+    state = json.loads(json.dumps({k: v for k, v in random_state().items() if k in ("python", "numpy")}))
+    state["torch"] = torch.get_rng_state()
+
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()
+
+    first = draw()
+    assert draw() != first
+    restore_random_state(state)
+    assert draw() == first
+
+
+# The loop -----------------------------------------------------------------------------------------------------------
+
+
+def trainer(folder: Path, engine: Steps, scores: list[float], **other) -> Trainer:
+    """A run of 6 steps that is evaluated and saved after each."""
+    folder.mkdir(exist_ok=True)
+    values = {"max_steps": 6, "logging_steps": 1, "eval_steps": 1, "save_steps": 1, "learning_rate": 1.0}
+    said = TrainingArguments(output_dir=str(folder), **values | other)
+    rows = TrainingRows(numbered_store(20), Pauses(7, 1), 16, "grouped", seed=0)
+    given = iter(scores)
+    sizes = BatchSizes(micro=2, accumulation=1, world_size=1)
+    return Trainer(engine, rows, said, sizes, lambda log, step: {"score": next(given)}, "score", RUN)
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_score_and_its_weights_can_come_back(tmp_path):
+    engine = Steps()
+    run = trainer(tmp_path, engine, [0.1, 0.4, 0.3, 0.4, 0.2, 0.1])
+    state = run.fit()
+    assert (state.step, state.best_step, state.best_scores) == (6, 2, {"score": 0.4})
+    assert run.checkpoints.named("best").name == "step-000002"
+    run.load_best()
+    assert engine.done == 2
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
+    trainer(tmp_path, Steps(), [0.6, 0.5, 0.4, 0.3, 0.2, 0.1], save_total_limit=9).fit()
+    again = trainer(tmp_path, Steps(), [0.4, 0.3, 0.2, 0.1], save_total_limit=9)
+    again.resume(again.checkpoints.folder / "step-000002")
+    assert [path.name for path in again.checkpoints.all()] == ["step-000001", "step-000002"]
+    assert again.checkpoints.newest().name == "step-000002"
+    assert (again.state.best_score, again.state.best_step) == (0.6, 1)
+    again.fit()
+    assert again.checkpoints.named("latest").name == "step-000006"
+
+
+def test_a_best_score_from_after_the_checkpoint_is_forgotten(tmp_path):
+    trainer(tmp_path, Steps(), [0.1, 0.2, 0.3, 0.9, 0.2, 0.1], save_total_limit=9).fit()
+    again = trainer(tmp_path, Steps(), [0.3, 0.2, 0.4, 0.1], save_total_limit=9)
+    again.resume(again.checkpoints.folder / "step-000002")
+    state = again.fit()
+    assert (state.best_score, state.best_step) == (0.4, 5)
+    assert again.checkpoints.named("best").name == "step-000005"
+
+
+def test_a_skipped_update_does_not_advance_the_rate_but_takes_its_rows(tmp_path):
+    engine = Steps(skipped=(1, 2))
+    state = trainer(tmp_path, engine, [0.0] * 6).fit()
+    assert engine.rates == pytest.approx([1, 5 / 6, 5 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert (state.step, state.skipped_steps, state.consumed_rows) == (6, 2, 16)
+
+
+def test_a_run_that_only_skips_ends(tmp_path):
+    engine = Steps(skipped=tuple(range(1000)))
+    with pytest.raises(Diverged, match=f"step 0: {MAX_LOST} updates in a row were not finite"):
+        trainer(tmp_path, engine, []).fit()
+    assert engine.done == MAX_LOST
+
+
+def test_a_run_whose_loss_stays_infinite_ends_even_if_its_gradients_are_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(Steps, "train_step", lambda self, batches, lr: StepStats(float("inf"), 1.0, True, 1.0))
+    with pytest.raises(Diverged, match="loss inf"):
+        trainer(tmp_path, Steps(), [], max_steps=999, eval_steps=999, save_steps=999).fit()
+
+
+def test_patience_ends_a_run_early_and_outlives_a_resume(tmp_path):
+    scores = [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    state = trainer(tmp_path / "straight", Steps(), scores, early_stopping_patience=3).fit()
+    assert state.step == 4
+    first = trainer(tmp_path / "first", Steps(), scores, early_stopping_patience=3)
+    first.total_steps = 2
+    first.fit()
+    again = trainer(tmp_path / "first", Steps(), scores[2:], early_stopping_patience=3)
+    again.resume(again.checkpoints.to_resume("auto"))
+    assert again.fit() == state
