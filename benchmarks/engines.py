@@ -12,7 +12,6 @@ import json
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,4 +104,4 @@ def run(name: str, arguments: BenchmarkArguments) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_main(main)

@@ -4,7 +4,6 @@ python finetune/evaluate.py --model_name_or_path runs/run/model --task nsmc --va
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,4 +95,4 @@ def save(path: Path, result: Scores, examples: list[Example], num_pauses: int, s
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_main(main)

@@ -8,7 +8,6 @@ Reads top to bottom: arguments, model, data, engine, loop, export.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -258,4 +257,4 @@ def tell_next(folder: Path, arguments: dict, output_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_main(main)

@@ -3,7 +3,8 @@
 # usage: source scripts/setup.sh [dev]     (dev: the test and lint tools too)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-wanted="requirements${1:+-$1}.txt"
+wanted=requirements.txt
+[ "${1:-}" != dev ] || wanted=requirements-dev.txt  # a script that sources this without arguments lends it its own
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "error: $python is older than 3.11; name a newer one with PYTHON=python3.12" >&2

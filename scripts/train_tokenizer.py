@@ -3,7 +3,6 @@
 python scripts/train_tokenizer.py --files reviews.txt --vocab_size 8192 --output_dir runs/tokenizer
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,4 +75,4 @@ def train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_main(main)

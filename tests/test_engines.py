@@ -200,7 +200,7 @@ def trainer_for(engine: Engine, sizes: Any, said: TrainingArguments) -> Trainer:
 def fit(
     name: str, dtype: str, folder: Path, checkpoint: Path | None = None, seed: int = SEED, save_steps: int = RESUME_AT
 ) -> dict:
-    """Train to the end, from a checkpoint in a copy of its run if there is one; before it two fp16 updates overflow."""
+    """Train to the end, from a checkpoint in a copy of its run if given. Two updates before it overflow in fp16."""
     distributed.seed_everything(seed)
     said = resume_arguments(name, dtype, folder)
     said.save_steps = save_steps
