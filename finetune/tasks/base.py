@@ -1,6 +1,7 @@
 """What a task is: how its published data read, and how an example becomes context, prompt and target."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Example:
     answer_span: tuple[int, int] | None = None
 
 
-class Task:
+class Task(ABC):
     """Base of the tasks. A subclass names its files and fields; everything else is shared."""
 
     name: str
@@ -40,13 +41,13 @@ class Task:
     labels: tuple[str, ...] = ()  # what a choice can be; empty: answers are generated
     best_score: str  # the score that decides which checkpoint is the best (higher is better)
 
+    @abstractmethod
     def read_file(self, path: Path) -> Iterator[Located | BadRow]:
         """Rows of a published file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
         """Examples of one row; raises BadRow (see readers) and EmptyText."""
-        raise NotImplementedError
 
     def choices(self, example: Example) -> list[tuple[str, str]]:
         """(prompt, target) for each label; the most likely target given its prompt wins."""

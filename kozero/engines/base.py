@@ -16,7 +16,8 @@ from kozero.data.batches import Batch
 @dataclass(frozen=True)
 class StepStats:
     """What one training step did. `loss` is the mean over all targets of the step, in nats; `grad_norm` is taken
-    before clipping; `applied` is False when the update was skipped because a gradient was not finite."""
+    before clipping; `applied` is False when the update was skipped because a gradient was not finite, and
+    `loss_scale` is the one that this step used."""
 
     loss: float
     grad_norm: float

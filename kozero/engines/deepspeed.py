@@ -61,6 +61,7 @@ class DeepSpeedEngine(Engine):
         in front of the step's own divisor, its targets."""
         self.engine.train()
         num_targets = count_targets(micro_batches)
+        scale = self.loss_scale()
         factor = distributed.world_size() * len(micro_batches) / num_targets
         total = torch.zeros((), device=self.device)
         for group in self.engine.optimizer.param_groups:
@@ -72,7 +73,7 @@ class DeepSpeedEngine(Engine):
             self.engine.step()
         loss = distributed.all_reduce(total) / num_targets
         norm = float(self.engine.get_global_grad_norm())
-        return StepStats(loss.item(), norm, self.engine.was_step_applied(), self.loss_scale())
+        return StepStats(loss.item(), norm, self.engine.was_step_applied(), scale)
 
     def loss_scale(self) -> float:
         """The dynamic scale of fp16, 1 otherwise."""
