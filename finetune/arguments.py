@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from finetune.tasks import TASKS
-from kozero.config import arg, require
+from kozero.config import arg, at_least, require
 
 
 @dataclass
@@ -49,8 +49,7 @@ class DataArguments:
     cache_dir: str = arg("~/.cache/kozero", "folder of tokenised data")
 
     def __post_init__(self) -> None:
-        for name in ("max_train_samples", "max_eval_samples", "max_seq_length"):
-            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
+        at_least(0, self, "max_train_samples", "max_eval_samples", "max_seq_length")
         require(
             0 < self.validation_fraction < 1,
             f"--validation_fraction {self.validation_fraction}: must be above 0 and below 1",

@@ -12,6 +12,7 @@ from kozero import distributed
 from kozero.config import require
 from kozero.data.readers import LeftOut
 from kozero.data.store import TextRow, TokenStore, file_hash, key_of, open_or_build, tokenizer_hash
+from kozero.errors import UserError
 
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
 SAMPLE_TOKENIZER = SAMPLE_DATA / "tokenizer"
@@ -70,12 +71,15 @@ def existing(path: Path) -> Path:
 
 
 def read(source: Source, task: Task, left_out: LeftOut, limit: int = 0) -> Iterator[Example]:
-    """Examples of a source, the first `limit` of them; refuses a source without any."""
+    """Examples of a source, the first `limit` of them; refuses a source without any and tells why there are none."""
     count = 0
     for example in islice(task.examples(source, left_out), limit or None):
         count += 1
         yield example
-    require(count > 0, f"{source}: no examples")
+    if not count:
+        split = "all groups are on the other side; change --validation_fraction or give --validation_file"
+        why = "; ".join(left_out.lines()) or (split if source.side != "all" else "it holds no rows")
+        raise UserError(f"{source}: no examples ({why})")
 
 
 def text_rows(example: Example, task: Task, kind: str) -> Iterator[TextRow]:

@@ -15,7 +15,7 @@ from finetune.setup import inference_pauses, load_model, row_capacity
 from finetune.tasks import TASKS, Example
 from kozero import distributed
 from kozero.checkpoint import writable_folder, write_text
-from kozero.config import TrainingArguments, arg, batch_sizes, parse_arguments, require
+from kozero.config import TrainingArguments, arg, at_least, batch_sizes, parse_arguments, require
 from kozero.engines import build_engine, prepare_engine
 from kozero.errors import run_main
 from kozero.pause import PauseArguments
@@ -34,10 +34,7 @@ class EvaluationArguments:
     local_rank: int = arg(-1, "set by the deepspeed launcher; leave it alone")
 
     def __post_init__(self) -> None:
-        require(
-            self.per_device_eval_batch_size >= 1,
-            f"--per_device_eval_batch_size {self.per_device_eval_batch_size}: must be 1 or more",
-        )
+        at_least(1, self, "per_device_eval_batch_size")
         require(self.timeout_seconds > 0, f"--timeout_seconds {self.timeout_seconds}: must be above 0")
 
     def as_training(self) -> TrainingArguments:

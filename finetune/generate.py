@@ -12,7 +12,7 @@ from finetune.arguments import ModelArguments
 from finetune.scoring import write
 from finetune.setup import inference_pauses, load_model
 from kozero import distributed
-from kozero.config import TrainingArguments, arg, parse_arguments, require
+from kozero.config import TrainingArguments, arg, at_least, parse_arguments, require
 from kozero.engines import EngineSettings, build_engine
 from kozero.errors import run_main
 from kozero.pause import PauseArguments
@@ -32,10 +32,8 @@ class GenerationArguments:
     seed: int = arg(42, "seed of the choices")
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens"):
-            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
-        require(self.temperature >= 0, f"--temperature {self.temperature}: must not be negative")
-        require(self.top_k >= 0, f"--top_k {self.top_k}: must not be negative")
+        at_least(1, self, "num_samples", "max_new_tokens")
+        at_least(0, self, "temperature", "top_k")
         require(0 < self.top_p <= 1, f"--top_p {self.top_p}: must be above 0 and at most 1")
         require(self.repetition_penalty > 0, f"--repetition_penalty {self.repetition_penalty}: must be above 0")
 

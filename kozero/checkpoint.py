@@ -10,7 +10,7 @@ import os
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,8 @@ class Checkpoints:
         torch.save(random_state(), staging / f"rng-rank{distributed.rank()}.pt")
         distributed.barrier()
         if distributed.is_main():
-            write_text(staging / STATE, json.dumps({"state": asdict(state), "run": run}, indent=2))
+            text = json.dumps({"state": asdict(state), "run": run, "sizes": file_sizes(staging)}, indent=2)
+            write_text(staging / STATE, text)
             shutil.rmtree(final, ignore_errors=True)
             staging.rename(final)
             write_text(self.folder / "latest", final.name)
@@ -71,8 +72,8 @@ class Checkpoints:
         return final
 
     def load(self, folder: Path, engine: Engine, run: dict) -> RunState:
-        """Restore engine and random state from a checkpoint and return where its run stood. Collective."""
-        saved = read_state(folder)
+        """Restore engine and random state from a whole checkpoint and return where its run stood. Collective."""
+        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
         for key, value in run.items():
             if saved["run"].get(key) != value:
                 raise UserError(f"{folder}: saved with {key} {saved['run'].get(key)!r}, this run has {value!r}")
@@ -89,12 +90,15 @@ class Checkpoints:
         except OSError:
             return None
         folder = self.folder / name
-        return folder if NAME.fullmatch(name) and is_whole(folder) else None
+        return folder if NAME.fullmatch(name) and damage(folder) is None else None
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, whatever `latest` says."""
-        whole = [path for path in self.all() if is_whole(path)]
-        return max(whole, key=step_of, default=None)
+        """The newest whole checkpoint, whatever `latest` says; tells which damaged ones it passes over."""
+        for path in reversed(self.all()):
+            if (found := damage(path)) is None:
+                return path
+            distributed.say(f"{path}: passed over, {found}")
+        return None
 
     def all(self) -> list[Path]:
         """Folders that are named like a checkpoint."""
@@ -124,7 +128,7 @@ class Checkpoints:
         Raises: UserError when there is none where one was named, or when a new run would mix with an old one.
         """
         if choice is None:
-            if self.newest():
+            if self.all():
                 raise UserError(
                     f"--output_dir {self.folder.parent}: holds checkpoints of an earlier run; go on with "
                     "--resume auto, or choose another folder"
@@ -133,30 +137,49 @@ class Checkpoints:
         if choice == "auto":
             return self.newest()
         folder = Path(choice)
-        if not is_whole(folder):
-            raise UserError(f"--resume {choice}: not a whole checkpoint (no {STATE} in it); see {self.folder}")
+        if found := damage(folder):
+            raise UserError(f"--resume {choice}: {found}; resume from another checkpoint, see {self.folder}")
         return folder
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether the last file of a checkpoint is there."""
-    return (folder / STATE).is_file()
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint but its state, by its path in the folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STATE)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def damage(folder: Path) -> str | None:
+    """What keeps a folder from being a whole checkpoint, None when nothing does."""
+    try:
+        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        check_types(RunState(**saved["state"]))
+        saved["run"].get("")
+        expected = dict(saved["sizes"])
+    except FileNotFoundError:
+        return f"not a whole checkpoint (no {STATE} in it)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE} is damaged ({type(error).__name__}: {error})"
+    found = file_sizes(folder)
+    for name, size in expected.items():
+        if found.get(name) != size:
+            return f"{name} is damaged: {found.get(name, 'no')} bytes, {size} were written"
+    return None
+
+
+def check_types(state: RunState) -> None:
+    """Raise TypeError for a value that no run writes."""
+    for f in fields(state):
+        value = getattr(state, f.name)
+        numbers = f.name in ("best_score", "best_scores")
+        values = value.values() if f.name == "best_scores" else [] if value is None and numbers else [value]
+        for one in values:
+            if isinstance(one, bool) or not isinstance(one, int | float if numbers else int):
+                raise TypeError(f"{f.name} is {value!r}")
 
 
 def step_of(folder: Path) -> int:
     """Step number in a checkpoint's name."""
     return int(folder.name.split("-")[1])
-
-
-def read_state(folder: Path) -> dict:
-    """The parsed state.json of a checkpoint."""
-    try:
-        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        RunState(**saved["state"])
-        saved["run"].get("")
-        return saved
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / STATE}: damaged; resume from another checkpoint") from None
 
 
 def writable_folder(flag: str, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """What a run is told: argument dataclasses, their command line and JSON form, and the arithmetic of a batch."""
 
+import codecs
 import dataclasses
 import json
 import math
@@ -68,22 +69,13 @@ class TrainingArguments:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} {value}: must be finite")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
-            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: must be 1 or more")
-        for name in [
-            "per_device_eval_batch_size",
-            "max_steps",
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "adam_epsilon",
-            "eval_steps",
-            "save_steps",
-            "early_stopping_patience",
-            "learning_rate",
-            "seed",
-        ]:
-            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
+        at_least(
+            1, self, "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"
+        )
+        at_least(
+            0, self, "per_device_eval_batch_size", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm",
+            "adam_epsilon", "eval_steps", "save_steps", "early_stopping_patience", "learning_rate", "seed",
+        )  # fmt: skip
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be in [0, 1)")
         require(self.num_train_epochs > 0, f"--num_train_epochs {self.num_train_epochs}: must be above 0")
@@ -121,6 +113,19 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def at_least(minimum: int, arguments: Any, *names: str) -> None:
+    """Refuse the first of the named arguments that is below `minimum`."""
+    for name in names:
+        value = getattr(arguments, name)
+        require(value >= minimum, f"--{name} {value}: must be {minimum} or more")
+
+
+def not_utf8(content: bytes) -> str:
+    """What to do about a file that does not begin like, or does not go on as, UTF-8."""
+    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "cp949"
+    return f"not UTF-8; if it is {encoding.upper()}, convert it: iconv -f {encoding} -t utf-8"
+
+
 def read_json(path: str | Path) -> Any:
     """Parse a UTF-8 JSON file; one that is missing, broken or names a key twice is a UserError with file and line."""
     path = Path(path)
@@ -138,7 +143,8 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it: iconv -f cp949 -t utf-8") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: {not_utf8(error.object)}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except RecursionError:

@@ -17,9 +17,15 @@ from kozero.errors import UserError
 
 T = TypeVar("T")
 
+# Of ranks that wait for one of them to read, download or tokenise, which may take as long as it likes. A rank that
+# dies meanwhile ends the wait at once: its connections close.
+PATIENCE = timedelta(days=7)
+patient: dist.ProcessGroup | None = None
+
 
 def setup(timeout_seconds: float = 600.0) -> None:
     """Join the process group that `torchrun` or `deepspeed` describes in the environment, or make one of one rank."""
+    global patient
     if dist.is_initialized():
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -30,6 +36,10 @@ def setup(timeout_seconds: float = 600.0) -> None:
         # Ranks of one machine share its cores; more threads than cores slows every rank down.
         torch.set_num_threads(max(1, usable_cores() // local_world_size()))
     if "WORLD_SIZE" in os.environ:
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(
+                f"WORLD_SIZE is set and {missing[0]} is not: start with torchrun or deepspeed, or unset WORLD_SIZE"
+            )
         try:
             dist.init_process_group(backend, timeout=timeout)
         except dist.DistNetworkError as error:
@@ -42,6 +52,7 @@ def setup(timeout_seconds: float = 600.0) -> None:
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for one process
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def shutdown() -> None:
@@ -110,10 +121,10 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The values of all ranks in rank order, on every rank."""
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -130,7 +141,7 @@ def machine_first(work: Callable[[], T]) -> T:
                 result = work()
             except UserError as error:
                 message = str(error)
-        if messages := [m for m in gather(message) if m]:
+        if messages := [m for m in gather(message, patient) if m]:
             raise UserError(messages[0])
     return result
 

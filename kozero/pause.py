@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kozero.config import arg, require
+from kozero.config import arg, at_least
 
 IGNORE = -100  # a position that predicts nothing; the ignore_index of torch's cross entropy
 
@@ -23,11 +23,8 @@ class PauseArguments:
     pause_token: str = arg("<unused0>", "token that pauses; a model that lacks it gets <pause> as a new token")
 
     def __post_init__(self) -> None:
-        require(self.num_pauses >= 0, f"--num_pauses {self.num_pauses}: must not be negative")
-        require(
-            self.num_inference_pauses >= -1,
-            f"--num_inference_pauses {self.num_inference_pauses}: must be -1 or more",
-        )
+        at_least(0, self, "num_pauses")
+        at_least(-1, self, "num_inference_pauses")
 
     @property
     def at_inference(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from kozero.errors import UserError, nearest
@@ -28,7 +29,7 @@ SPECIAL_TOKENS = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
-NEW_PAUSE = "<pause>"
+DEFAULT_PAUSE, NEW_PAUSE = "<unused0>", "<pause>"
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -105,10 +106,16 @@ def read_config(path: Path) -> GPT2Config:
             isinstance(getattr(config, k), int) and getattr(config, k) > 0
             for k in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
         ) and (config.n_inner is None or config.n_inner > 0)
+        rates = {name: getattr(config, name) for name in DROPOUTS}
     except Exception as error:  # the config checks types by several libraries' errors
         raise UserError(f"--config_file {path}: {first_line(error)}") from None
     if not whole or config.n_embd % config.n_head:
         raise UserError(f"--config_file {path}: sizes must be positive and n_embd a multiple of n_head")
+    if wrong := [name for name, rate in rates.items() if not 0 <= rate < 1]:
+        raise UserError(f"--config_file {path}: {wrong[0]} {rates[wrong[0]]}: must be in [0, 1)")
+    if config.activation_function not in ACT2FN:
+        name = config.activation_function
+        raise UserError(f"--config_file {path}: activation_function {name!r} is unknown{nearest(name, ACT2FN)}")
     return config
 
 
@@ -140,6 +147,14 @@ def load_weights(name: str, config: GPT2Config) -> GPT2LMHeadModel:
     return lm
 
 
+def random_weights(config: GPT2Config, seed: int, path: str) -> GPT2LMHeadModel:
+    """A model of a config file's sizes."""
+    try:
+        return build(config, seed)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise UserError(f"--config_file {path}: no model of these sizes can be built ({first_line(error)})") from None
+
+
 def load(
     model_name_or_path: str | None,
     config_file: str | None,
@@ -167,7 +182,7 @@ def load(
     if not config.tie_word_embeddings:
         raise UserError(f"{model_name_or_path or config_file}: tie_word_embeddings is false; the head must be tied")
     tokenizer = load_tokenizer(tokenizer_name or model_name_or_path)
-    lm = load_weights(model_name_or_path, config) if model_name_or_path else build(config, seed)
+    lm = load_weights(model_name_or_path, config) if model_name_or_path else random_weights(config, seed, config_file)
     # Without it GPT-2 looks for padding in every batch and warns; rows here are packed and generation passes its own.
     lm.config.pad_token_id = None
     check_vocabulary(len(tokenizer), lm.config.vocab_size, foreign=bool(model_name_or_path and tokenizer_name))
@@ -178,7 +193,11 @@ def load(
         raise UserError(f"{model_name_or_path}: 'pause' in its config.json is {settings!r}, not an object")
     token = settings.get("token", pause_token)
     check_pause_token(token, tokenizer)
+    if pause_token not in (token, DEFAULT_PAUSE):
+        raise UserError(f"--pause_token {pause_token}: {model_name_or_path} was trained with {token}; leave it out")
     pause_id = tokenizer.get_vocab().get(token)
+    if pause_id is None and settings:
+        raise UserError(f"{model_name_or_path}: its config.json pauses with {token}, which the tokenizer lacks")
     if pause_id is None and with_pauses:
         pause_id = add_pause_token(lm, tokenizer)
     if with_pauses and not settings:

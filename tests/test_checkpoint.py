@@ -122,6 +122,42 @@ def test_a_folder_without_its_last_file_is_no_checkpoint(checkpoints):
     assert checkpoints.named("latest") is None
 
 
+DAMAGE = {
+    "a file cut short": ("steps", "", "steps is damaged: 0 bytes, 1 were written"),
+    "a file that is gone": ("rng-rank0.pt", None, "rng-rank0.pt is damaged: no bytes"),
+    "a state cut short": ("state.json", '{"state": {"st', "state.json is damaged"),
+    "an empty state": ("state.json", "", "state.json is damaged"),
+    "a state of another form": ("state.json", "[]", "state.json is damaged"),
+    "a state without its run": ("state.json", '{"state": {}}', "state.json is damaged"),
+    "a step that is text": ("state.json", {"step": "20"}, "step is '20'"),
+    "a score that is text": ("state.json", {"best_scores": {"f1": "high"}}, "best_scores is"),
+    "a field of another version": ("state.json", {"steps": 3}, "state.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(checkpoints, capsys, case):
+    name, content, message = DAMAGE[case]
+    save(checkpoints, 10, 20)
+    folder = checkpoints.folder / "step-000020"
+    if isinstance(content, dict):
+        saved = json.loads((folder / name).read_text())
+        content = json.dumps(saved | {"state": saved["state"] | content})
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        checkpoints.to_resume(str(folder))
+    assert checkpoints.to_resume("auto").name == "step-000010"
+    assert message in capsys.readouterr().out
+    assert checkpoints.named("latest") is None
+
+
+def test_a_folder_of_damaged_checkpoints_alone_does_not_take_a_new_run(checkpoints):
+    save(checkpoints, 10)
+    (checkpoints.folder / "step-000010" / "state.json").unlink()
+    with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
+        checkpoints.to_resume(None)
+
+
 def test_an_engine_that_fails_while_saving_leaves_the_older_checkpoint(checkpoints, monkeypatch):
     save(checkpoints, 10)
     monkeypatch.setattr(Steps, "save", lambda self, folder: 1 / 0)
@@ -138,15 +174,6 @@ def test_what_a_killed_save_left_is_written_over(checkpoints):
     save(checkpoints, 20)
     assert names(checkpoints) == ["latest", "step-000020"]
     assert not (checkpoints.folder / "step-000020" / "old").exists()
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": {}}', '{"state": {"stop": 1}, "run": {}}', '{"run": {}}'])
-def test_a_damaged_state_is_refused_by_its_path(checkpoints, text):
-    save(checkpoints, 10)
-    file = checkpoints.folder / "step-000010" / "state.json"
-    file.write_text(text)
-    with pytest.raises(UserError, match=r"state.json: damaged"):
-        checkpoints.load(file.parent, Steps(), RUN)
 
 
 # Resuming -----------------------------------------------------------------------------------------------------------

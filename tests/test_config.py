@@ -146,10 +146,10 @@ def test_a_missing_file_is_named():
     assert "nowhere.json: no such file" in refused("nowhere.json")
 
 
-def test_a_file_that_is_not_utf8_is_named_by_byte(tmp_path):
+def test_a_file_that_is_not_utf8_is_named_by_line(tmp_path):
     path = tmp_path / "arguments.json"
-    path.write_bytes('{"freeze": "가"}'.encode("cp949"))
-    assert f"{path}: not UTF-8 at byte 12" in refused(str(path))
+    path.write_bytes('{\n"freeze": "가"}'.encode("cp949"))
+    assert f"{path}:2: not UTF-8" in refused(str(path))
 
 
 def test_endless_nesting_is_an_error_not_a_crash(json_file):

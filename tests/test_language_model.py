@@ -244,10 +244,20 @@ def test_an_exported_model_loads_again_with_its_pauses_and_weights(tmp_path, con
     torch.testing.assert_close(logits(again.module.lm), logits(model.module.lm), atol=1e-6, rtol=0)
 
 
-def test_its_own_pause_token_wins_over_the_command_line(tmp_path, config_file):
+def test_its_own_pause_token_wins_over_the_default_and_no_other_is_taken(tmp_path, config_file):
     folder = exported(tmp_path / "model", loaded(config=config_file(), pause_token="<unused3>"))
-    assert loaded(str(folder), pause_token="<unused0>").pause_settings["token"] == "<unused3>"
-    assert loaded(str(folder), pause_token="<unused0>").pause_id == loaded(str(folder)).pause_settings["token_id"]
+    for token in ("<unused0>", "<unused3>"):
+        again = loaded(str(folder), pause_token=token)
+        assert (again.pause_settings["token"], again.pause_id) == ("<unused3>", again.pause_settings["token_id"])
+    assert "was trained with <unused3>" in refused(str(folder), pause_token="<unused1>")
+
+
+def test_a_pause_token_that_the_tokenizer_lacks_is_refused(tmp_path, config_file):
+    folder = exported(tmp_path / "model", loaded(config=config_file()))
+    config = json.loads((folder / "config.json").read_text())
+    config["pause"]["token"] = "<gone>"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "<gone>, which the tokenizer lacks" in refused(str(folder))
 
 
 def test_a_model_that_meets_its_first_pauses_gets_a_fresh_row_by_seed(tmp_path, config_file):
@@ -334,10 +344,25 @@ def test_an_unknown_config_key_is_answered_with_the_nearest(config_file):
 
 @pytest.mark.parametrize(
     "change",
-    [{"n_layer": "zwei"}, {"n_layer": 0}, {"n_embd": -32}, {"n_head": 3}, {"n_positions": 0}, {"n_inner": -5}],
+    [
+        {"n_layer": "zwei"},
+        {"n_layer": 0},
+        {"n_embd": -32},
+        {"n_head": 3},
+        {"n_positions": 0},
+        {"n_inner": -5},
+        {"n_positions": 10**14},
+        {"resid_pdrop": 5},
+        {"attn_pdrop": "half"},
+        {"activation_function": "gelu_nwe"},
+    ],
 )
-def test_a_config_of_impossible_sizes_is_refused(config_file, change):
+def test_a_config_of_impossible_values_is_refused(config_file, change):
     assert "--config_file" in refused(config=config_file(**change))
+
+
+def test_an_unknown_activation_is_answered_with_the_nearest(config_file):
+    assert "did you mean 'gelu_new'" in refused(config=config_file(activation_function="gelu_nwe"))
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "bert"}', "{}", "[]"])

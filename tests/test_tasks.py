@@ -329,7 +329,7 @@ def test_a_file_in_another_encoding_is_named_by_line_with_the_way_to_convert_it(
 
 def test_json_in_another_encoding_is_named(tmp_path):
     (tmp_path / "data.json").write_bytes(json.dumps([PAIR], ensure_ascii=False).encode("cp949"))
-    assert "data.json: not UTF-8" in refused(NLI, tmp_path / "data.json")
+    assert "data.json:1: not UTF-8" in refused(NLI, tmp_path / "data.json")
 
 
 def test_an_empty_review_file_is_named_with_what_belongs_there(nsmc_file):
@@ -401,8 +401,7 @@ def test_a_place_that_is_no_place_is_named_with_its_value(json_file, start):
 
 def test_a_question_without_context_is_named(json_file):
     message = refused(KORQUAD, json_file(korquad_json(asked([{"text": "가", "answer_start": 0}]), context=None)))
-    assert "article 1" in message
-    assert "context" in message
+    assert "question q1: no field 'context'" in message
 
 
 def test_a_lone_half_of_a_character_is_refused_by_item(json_file):
@@ -425,6 +424,54 @@ def test_bad_questions_can_be_skipped(json_file):
     left_out = LeftOut()
     assert len(examples_of(KORQUAD, Source(path, skip_bad_rows=True), left_out)) == 1
     assert left_out.counts == {"bad row": 2}
+
+
+def test_what_is_not_in_the_published_form_costs_no_other_question(json_file):
+    good = asked([{"text": "1443년", "answer_start": 4}])
+    whole = korquad_json(good, good)
+    paragraph = whole["data"][0]["paragraphs"][0]
+    whole["data"] += [
+        "article",
+        {"title": "없음"},
+        {"paragraphs": [3, {"context": "가"}, paragraph | {"qas": [7, good]}]},
+    ]
+    left_out = LeftOut()
+    assert len(examples_of(KORQUAD, Source(json_file(whole), skip_bad_rows=True), left_out)) == 3
+    assert left_out.counts == {"bad row": 5}
+    assert "article 2: not a JSON object" in left_out.lines()[0]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"paragraphs": None}, "article 1: no list 'paragraphs'"),
+        ({"paragraphs": [{"context": "가"}]}, "article 1 paragraph 1: no list 'qas'"),
+        ({"paragraphs": [{"context": "가", "qas": [[]]}]}, "article 1 paragraph 1 question 1: not a JSON object"),
+    ],
+)
+def test_a_part_of_another_form_is_named(json_file, broken, message):
+    assert message in refused(KORQUAD, json_file({"data": [broken]}))
+
+
+def test_two_columns_of_one_name_are_refused(nsmc_file):
+    path = nsmc_file("id\tdocument\tlabel\tlabel\n1\t좋다\t1\t0\n")
+    assert "ratings.txt:1: two columns of one name" in refused(NSMC, path)
+
+
+def test_utf_16_is_answered_with_its_own_conversion(nsmc_file, tmp_path):
+    assert "iconv -f utf-16" in refused(NSMC, nsmc_file(HEADER + "1\t좋다\t1\n", "utf-16"))
+    (tmp_path / "data.json").write_text("[]", encoding="utf-16")
+    assert "iconv -f utf-16" in refused(NLI, tmp_path / "data.json")
+
+
+def test_no_examples_are_explained(nsmc_file):
+    with pytest.raises(UserError, match=r"no examples .left out 2 rows: empty text"):
+        list(read(Source(nsmc_file(HEADER + "1\t\t1\n2\t\t0\n")), NSMC, LeftOut()))
+    one = nsmc_file(HEADER + "1\t좋다\t1\n")
+    sides = [Source(one, side=side, validation_fraction=0.5) for side in ("train", "validation")]
+    empty = next(side for side in sides if not examples_of(NSMC, side))
+    with pytest.raises(UserError, match="--validation_fraction"):
+        list(read(empty, NSMC, LeftOut()))
 
 
 def test_the_command_line_choice_reaches_both_sources(nsmc_file):

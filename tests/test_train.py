@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import evaluate, generate, train
+from kozero import distributed
 from kozero.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +261,14 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(monk
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run/.lock"), pytest.raises(UserError, match="another run is writing there"):
         run(monkeypatch, config, tmp_path / "run")
+
+
+def test_a_half_described_launch_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is set and RANK is not: start with torchrun or deepspeed"):
+        distributed.setup()
 
 
 @pytest.mark.parametrize("token", ["</s>", "<pad>", "영화", ""])

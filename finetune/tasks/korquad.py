@@ -23,18 +23,10 @@ class Korquad(Task):
     def read_file(self, path: Path) -> Iterator[Located | BadRow]:
         """The published nested JSON, one row a question, in the flat form of the hub."""
         check_suffix(path, (".json",))
-        articles = read_json_object(path).get("data")
-        require(isinstance(articles, list), f"{path}: no list 'data'; is this a KorQuAD 1.0 file?")
-        for number, article in enumerate(articles, start=1):
-            where = f"{path} article {number}"
-            try:
-                for paragraph in article["paragraphs"]:
-                    for question in paragraph["qas"]:
-                        shared = {"title": article.get("title", where), "context": paragraph["context"]}
-                        answers = question.get("answers")
-                        yield f"{path} question {question.get('id')}", question | shared | {"answers": answers}
-            except (TypeError, KeyError, AttributeError) as error:
-                yield BadRow(f"{where}: not in KorQuAD's form ({type(error).__name__}: {error})")
+        whole = read_json_object(path)
+        require(isinstance(whole.get("data"), list), f"{path}: no list 'data'; is this a KorQuAD 1.0 file?")
+        for article in members(str(path), whole, "data", "article"):
+            yield from [article] if isinstance(article, BadRow) else questions_of(path, *article)
 
     def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
         """One question with its answers; the first is the one that is trained on."""
@@ -52,6 +44,32 @@ class Korquad(Task):
         yield Example(
             str(row.get("id", where)), str(row.get("title", "")), CONTEXT_MARK + context, prompt, targets, 0, span
         )
+
+
+def members(where: str, parent: dict, name: str, kind: str) -> Iterator[Located | BadRow]:
+    """The objects of the list `name` in `parent`, each with its place; what is not in that form is a BadRow."""
+    if not isinstance(parent.get(name), list):
+        yield BadRow(f"{where}: no list {name!r}")
+        return
+    for number, member in enumerate(parent[name], start=1):
+        place = f"{where} {kind} {number}"
+        yield (place, member) if isinstance(member, dict) else BadRow(f"{place}: not a JSON object")
+
+
+def questions_of(path: Path, where: str, article: dict) -> Iterator[Located | BadRow]:
+    """The questions of all paragraphs of an article, each with its title and its paragraph's text."""
+    for paragraph in members(where, article, "paragraphs", "paragraph"):
+        if isinstance(paragraph, BadRow):
+            yield paragraph
+            continue
+        place, content = paragraph
+        shared = {"title": article.get("title", where)} | {k: v for k, v in content.items() if k == "context"}
+        for question in members(place, content, "qas", "question"):
+            if isinstance(question, BadRow):
+                yield question
+            else:
+                number, row = question
+                yield f"{path} question {row['id']}" if "id" in row else number, row | shared
 
 
 def answers_of_row(where: str, row: dict) -> Iterator[tuple[str, int]]:

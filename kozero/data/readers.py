@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kozero.config import read_json, require
+from kozero.config import not_utf8, read_json, require
 from kozero.errors import UserError
 
 Row = dict[str, Any]
@@ -45,8 +45,8 @@ def decode_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}:{number}: not UTF-8 (EUC-KR?); convert it first: iconv -f cp949 -t utf-8") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: {not_utf8(error.object)}") from None
 
 
 def read_tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Located | BadRow]:
@@ -61,6 +61,7 @@ def read_tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Located | BadRow]
             header = fields
             missing = [name for name in columns if name not in header]
             require(not missing, f"{path}:1: no column {missing[0] if missing else ''!r}; found {', '.join(header)}")
+            require(len(set(header)) == len(header), f"{path}:1: two columns of one name in {', '.join(header)}")
         elif not line.strip():
             continue
         elif len(fields) != len(header):

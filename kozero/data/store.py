@@ -7,7 +7,6 @@ setting never meets an old store. It is built in a folder of its own and renamed
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def open_or_build(
         lock = FileLock(cache / f"{key}.lock")
         with lock:
             if not is_whole(folder):
-                building = cache / f"{key}.incomplete.{os.getpid()}"
+                building = cache / f"{key}.incomplete"  # of one process, that which holds the lock
                 shutil.rmtree(building, ignore_errors=True)
                 shutil.rmtree(folder, ignore_errors=True)
                 building.mkdir()
