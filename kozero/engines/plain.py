@@ -52,7 +52,7 @@ class PlainEngine(Engine):
         return self.update(distributed.all_reduce(total), lr)
 
     def no_sync(self, wanted: bool) -> nullcontext:
-        """Keep gradients on this rank for now."""
+        """Keep gradients on this rank, or send them round."""
         return self.wrapped.no_sync() if wanted and self.wrapped is not self.module else nullcontext()
 
     def update(self, loss: torch.Tensor, lr: float) -> StepStats:
