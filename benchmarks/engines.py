@@ -18,8 +18,9 @@ from pathlib import Path
 
 from transformers import GPT2Config
 
-from kozero.config import arg, describe_run, parse_arguments, read_json_object, require
-from kozero.errors import run_main
+from kozero.config import arg, describe_run, parse_arguments
+from kozero.errors import require, run_main
+from kozero.json_files import read_json_object
 from kozero.plan import ModelShape, state_bytes
 
 ROOT = Path(__file__).parent.parent

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from finetune.tasks import TASKS
-from kozero.config import arg, at_least, require
+from kozero.config import arg, at_least
+from kozero.errors import require
 
 
 @dataclass

@@ -9,10 +9,9 @@ from typing import Any
 from finetune.arguments import DataArguments
 from finetune.tasks import Example, Source, Task
 from kozero import distributed
-from kozero.config import require
 from kozero.data.readers import LeftOut
 from kozero.data.store import TextRow, TokenStore, file_hash, key_of, open_or_build, tokenizer_hash
-from kozero.errors import UserError
+from kozero.errors import UserError, require
 
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
 SAMPLE_TOKENIZER = SAMPLE_DATA / "tokenizer"

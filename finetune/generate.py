@@ -12,9 +12,9 @@ from finetune.arguments import ModelArguments
 from finetune.scoring import write
 from finetune.setup import inference_pauses, load_model
 from kozero import distributed
-from kozero.config import TrainingArguments, arg, at_least, parse_arguments, require
+from kozero.config import TrainingArguments, arg, at_least, parse_arguments
 from kozero.engines import EngineSettings, build_engine
-from kozero.errors import run_main
+from kozero.errors import require, run_main
 from kozero.pause import PauseArguments
 
 

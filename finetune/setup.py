@@ -3,7 +3,7 @@
 from finetune.arguments import ModelArguments
 from finetune.data import SAMPLE_TOKENIZER
 from kozero import distributed
-from kozero.config import require
+from kozero.errors import require
 from kozero.pause import PauseArguments, Pauses
 from models import language_model
 from models.language_model import LanguageModel

@@ -19,12 +19,12 @@ from finetune.setup import load_model, row_capacity
 from finetune.tasks import TASKS, Source, Task
 from kozero import distributed, plan
 from kozero.checkpoint import Checkpoints, RunState
-from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments, require
+from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments
 from kozero.data.batches import TrainingRows, prefix_and_target
 from kozero.data.rows import fit
 from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
-from kozero.errors import UserError, run_main
+from kozero.errors import UserError, require, run_main
 from kozero.folder import claim_output, save_run, write_text
 from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters, report
 from kozero.loop import Trainer

@@ -3,8 +3,9 @@
 import copy
 from typing import Any
 
-from kozero.config import BatchSizes, TrainingArguments, check_keys, read_json_object, require
-from kozero.errors import UserError
+from kozero.config import BatchSizes, TrainingArguments
+from kozero.errors import UserError, require
+from kozero.json_files import check_keys, read_json_object
 
 AUTO = "auto"
 # DeepSpeed itself accepts a misspelt key at the top in silence (0.19.8), so the ones it reads are listed here.

@@ -21,6 +21,12 @@ class Diverged(Exception):
     """Update after update had gradients that are not finite: the run no longer trains."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise a UserError unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`, did you mean X?` for the closest known word, or an empty string when none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

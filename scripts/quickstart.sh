@@ -3,9 +3,15 @@
 # ranks, score it, write a sentence. GPUs when there are two, else the CPU.
 # usage: bash scripts/quickstart.sh [output folder]         last line: the folder of the exported model
 set -euo pipefail
+out=${1:-}
+case "$out" in "" | /*) ;; *) out="$PWD/$out" ;; esac
 cd "$(dirname "$0")/.."
+out=${out:-runs/quickstart}
+if [ -n "$(ls -A "$out" 2>/dev/null)" ] && [ ! -f "$out/run.json" ]; then
+  echo "error: $out holds something else than a run; name another folder" >&2
+  exit 2
+fi
 source scripts/setup.sh
-out=${1:-runs/quickstart}
 ranks=2
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -ne 1 ] || ranks=1

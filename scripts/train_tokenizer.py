@@ -10,9 +10,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kozero.config import arg, parse_arguments, require
+from kozero.config import arg, parse_arguments
 from kozero.data.readers import decode_lines
-from kozero.errors import run_main
+from kozero.errors import require, run_main
 
 SPECIAL = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>"]  # ids 0 to 6, as in KoGPT2
 UNUSED = [f"<unused{n}>" for n in range(100)]

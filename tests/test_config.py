@@ -9,8 +9,9 @@ from finetune.arguments import DataArguments, ModelArguments
 from finetune.evaluate import EvaluationArguments
 from finetune.generate import GenerationArguments
 from finetune.train import FreezeArguments
-from kozero.config import BatchSizes, TrainingArguments, batch_sizes, describe_run, parse_arguments, read_json
+from kozero.config import BatchSizes, TrainingArguments, batch_sizes, describe_run, parse_arguments
 from kozero.errors import UserError
+from kozero.json_files import read_json
 from kozero.pause import PauseArguments
 
 CLASSES = (TrainingArguments, ModelArguments, DataArguments, PauseArguments, FreezeArguments)

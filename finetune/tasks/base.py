@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kozero.config import require
 from kozero.data.readers import BadRow, LeftOut, Located, read_hub
-from kozero.errors import UserError
+from kozero.errors import UserError, require
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.tasks.base import Example, Task, check_suffix, filled
-from kozero.config import read_json_object, require
 from kozero.data.readers import BadRow, Located, text_field
+from kozero.errors import require
+from kozero.json_files import read_json_object
 
 CONTEXT_MARK = "문맥: "
 

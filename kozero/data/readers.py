@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kozero.config import not_utf8, read_json, require
-from kozero.errors import UserError
+from kozero.errors import UserError, require
+from kozero.json_files import not_utf8, read_json
 
 Row = dict[str, Any]
 Located = tuple[str, Row]  # ("file:line" or "file item 3", the row)

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from kozero.config import BatchSizes, TrainingArguments, require
+from kozero.config import BatchSizes, TrainingArguments
 from kozero.ds_config import resolve
 from kozero.engines.base import Engine
+from kozero.errors import require
 
 # What a DeepSpeed JSON may say at stage 0, where the plain engine runs: what the command line decides anyway.
 STAGE_ZERO = {

@@ -1,0 +1,54 @@
+"""JSON that users write: errors name the file and line, a key that is written twice or unknown is refused."""
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+from kozero.errors import UserError, nearest, require
+
+
+def not_utf8(content: bytes) -> str:
+    """What to do about a file that does not begin like, or does not go on as, UTF-8."""
+    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "cp949"
+    return f"not UTF-8; if it is {encoding.upper()}, convert it: iconv -f {encoding} -t utf-8"
+
+
+def read_json(path: str | Path) -> Any:
+    """Parse a UTF-8 JSON file; one that is missing, broken or names a key twice is a UserError with file and line."""
+    path = Path(path)
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise UserError(f"{path}: key {sorted(twice)[0]!r} is written twice; remove one")
+        return dict(pairs)
+
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=no_duplicates)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: {not_utf8(error.object)}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not usable JSON ({error})"[:300]) from None
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """`read_json` of a file that must hold an object."""
+    value = read_json(path)
+    require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def check_keys(keys: Any, known: Any, where: str) -> None:
+    """Refuse the first unknown key, naming the nearest known one."""
+    for key in keys:
+        require(key in known, f"{where}: unknown key {key!r}{nearest(key, known)}")
