@@ -13,6 +13,7 @@ from kozero.data.readers import LeftOut
 from kozero.data.store import TextRow, TokenStore, file_hash, key_of, open_or_build, tokenizer_hash
 from kozero.errors import UserError, require
 
+HERE = "<file>"  # the source's path in a store's notes: another file of the same content has the same store
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
 SAMPLE_TOKENIZER = SAMPLE_DATA / "tokenizer"
 
@@ -56,9 +57,13 @@ def cached_store(source: Source, task: Task, kind: str, limit: int, tokenizer: A
             yield from text_rows(example, task, kind)
 
     cache = Path(cache_dir).expanduser()
-    store = distributed.machine_first(lambda: open_or_build(cache, key, rows, tokenizer, left_out.lines))
+
+    def notes() -> list[str]:
+        return [line.replace(str(source.path), HERE) for line in left_out.lines()]
+
+    store = distributed.machine_first(lambda: open_or_build(cache, key, rows, tokenizer, notes))
     for note in store.meta["notes"]:
-        distributed.say(f"{source}: {note}")
+        distributed.say(f"{source}: {note.replace(HERE, str(source.path))}")
     return store
 
 

@@ -14,7 +14,7 @@ from finetune.scoring import Scores, score
 from finetune.setup import inference_pauses, load_model, row_capacity
 from finetune.tasks import TASKS, Example
 from kozero import distributed
-from kozero.config import TrainingArguments, arg, at_least, batch_sizes, parse_arguments
+from kozero.config import TrainingArguments, arg, at_least, batch_sizes, check_timeout, parse_arguments
 from kozero.engines import build_engine, prepare_engine
 from kozero.errors import require, run_main
 from kozero.folder import writable_folder, write_text
@@ -35,7 +35,7 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         at_least(1, self, "per_device_eval_batch_size")
-        require(self.timeout_seconds > 0, f"--timeout_seconds {self.timeout_seconds}: must be above 0")
+        check_timeout(self.timeout_seconds)
 
     def as_training(self) -> TrainingArguments:
         """The part of a run's arguments that an engine needs; nothing is trained."""
@@ -56,8 +56,9 @@ def main() -> None:
     distributed.setup(arguments.timeout_seconds)
     if arguments.output_file:
         writable_folder("--output_file", Path(arguments.output_file).parent)
+        require(not Path(arguments.output_file).is_dir(), f"--output_file {arguments.output_file}: is a folder")
     training = arguments.as_training()
-    settings = prepare_engine(training, batch_sizes(training, distributed.world_size()))
+    settings = prepare_engine(training, batch_sizes(training, distributed.world_size()), trains=False)
     task = TASKS[data_arguments.task]
     model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=0)
     pauses = inference_pauses(model, pause_arguments)

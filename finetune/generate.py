@@ -4,6 +4,7 @@ python finetune/generate.py --model_name_or_path runs/run/model --prompt 긍정 
 """
 
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +13,10 @@ from finetune.arguments import ModelArguments
 from finetune.scoring import write
 from finetune.setup import inference_pauses, load_model
 from kozero import distributed
-from kozero.config import TrainingArguments, arg, at_least, parse_arguments
+from kozero.config import TrainingArguments, arg, at_least, check_seed, parse_arguments
 from kozero.engines import EngineSettings, build_engine
-from kozero.errors import require, run_main
+from kozero.errors import UserError, require, run_main
+from kozero.json_files import not_utf8
 from kozero.pause import PauseArguments
 
 
@@ -33,7 +35,12 @@ class GenerationArguments:
 
     def __post_init__(self) -> None:
         at_least(1, self, "num_samples", "max_new_tokens")
-        at_least(0, self, "temperature", "top_k")
+        at_least(0, self, "top_k")
+        check_seed(self.seed)
+        require(
+            self.temperature == 0 or self.temperature >= 0.01,
+            f"--temperature {self.temperature}: must be 0, or 0.01 or more",
+        )
         require(0 < self.top_p <= 1, f"--top_p {self.top_p}: must be above 0 and at most 1")
         require(self.repetition_penalty > 0, f"--repetition_penalty {self.repetition_penalty}: must be above 0")
 
@@ -60,7 +67,7 @@ def main() -> None:
     require(
         longest > 0, f"--max_new_tokens {arguments.max_new_tokens}: the model has {model.config.n_positions} positions"
     )
-    for prompt in [arguments.prompt] if arguments.prompt is not None else filter(None, map(str.strip, sys.stdin)):
+    for prompt in [arguments.prompt] if arguments.prompt is not None else prompts_of(sys.stdin.buffer):
         ids = np.asarray(model.tokenizer.encode(prompt, add_special_tokens=False), dtype=np.int64)
         require(len(ids) + pauses.num > 0, "--prompt: empty; give at least a word")
         require(len(ids) <= longest, f"--prompt: {len(ids)} tokens; at most {longest} leave room for the answer")
@@ -69,6 +76,17 @@ def main() -> None:
             distributed.say(f"{prompt} {text.strip()}")
     engine.close()
     distributed.shutdown()
+
+
+def prompts_of(lines: Iterable[bytes]) -> Iterator[str]:
+    """Lines that are not empty."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt = line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise UserError(f"standard input, line {number}: {not_utf8(line)}") from None
+        if prompt:
+            yield prompt
 
 
 if __name__ == "__main__":

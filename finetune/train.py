@@ -8,8 +8,11 @@ Reads top to bottom: arguments, model, data, engine, loop, export.
 """
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from finetune.arguments import DataArguments, ModelArguments
 from finetune.card import model_card
@@ -22,7 +25,7 @@ from kozero.checkpoint import Checkpoints, RunState
 from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments
 from kozero.data.batches import TrainingRows, prefix_and_target
 from kozero.data.rows import fit
-from kozero.engines import build_engine, prepare_engine
+from kozero.engines import EngineSettings, build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import UserError, require, run_main
 from kozero.folder import claim_output, save_run, write_text
@@ -52,8 +55,13 @@ def main() -> None:
         prog="finetune/train.py", description="Fine-tune a Korean GPT-2 with pause tokens under ZeRO.",
     )  # fmt: skip
     distributed.setup(training.timeout_seconds)
+    sizes = batch_sizes(training, distributed.world_size())
+    engine_settings = prepare_engine(training, sizes)  # before all else: a wrong JSON ends the run at once
     with claim_output(training.output_dir) as output_dir:
-        train(training, model_arguments, data_arguments, pause_arguments, freeze_arguments, output_dir)
+        train(
+            training, model_arguments, data_arguments, pause_arguments, freeze_arguments, sizes, engine_settings,
+            output_dir,
+        )  # fmt: skip
 
 
 def train(
@@ -62,13 +70,18 @@ def train(
     data_arguments: DataArguments,
     pause_arguments: PauseArguments,
     freeze_arguments: FreezeArguments,
+    sizes: BatchSizes,
+    engine_settings: EngineSettings,
     output_dir: Path,
 ) -> None:
     """Model, data, engine, loop, export."""
-    sizes = batch_sizes(training, distributed.world_size())
-    engine_settings = prepare_engine(training, sizes)  # before the model: a wrong JSON ends the run at once
     task = TASKS[data_arguments.task]
     checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume)
+    base = model_arguments.model_name_or_path
+    require(
+        base is None or Path(base).resolve() != (output_dir / "model").resolve(),
+        f"--model_name_or_path {base}: --output_dir would write over it; choose another --output_dir",
+    )
     train_source, validation_source = sources(data_arguments, task)
     if train_source.path is None and train_source.hub is None:
         raise UserError("--validation_file alone trains nothing; give --train_file too")
@@ -92,10 +105,11 @@ def train(
     rows = training_rows(train_source, task, data_arguments, training, model, pause_arguments, capacity)
     validation = evaluation_set(validation_source, task, data_arguments, model.tokenizer)
     inference = Pauses(model.pause_id or 0, pause_arguments.at_inference)
+    require_room(validation, inference, capacity)
     micro = training.per_device_eval_batch_size or training.per_device_train_batch_size
 
     if training.gradient_checkpointing:
-        model.module.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model.module.lm)
     engine = build_engine(model.module, training, engine_settings)
 
     def evaluate(log: RunLog, step: int) -> dict[str, float]:
@@ -106,14 +120,17 @@ def train(
         return result.values
 
     run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
-    same = resume_key(run, rows, sizes, engine_settings.stage, shape)
+    run["dtype"] = training.dtype
+    same = resume_key(run, rows, sizes, engine_settings.stage, shape, model.pause_id)
     trainer = Trainer(engine, rows, training, sizes, evaluate, task.best_score, same)
     if checkpoint:
         trainer.resume(checkpoint)
         distributed.say(f"resumed from {checkpoint} at step {trainer.state.step}")
     save_run(output_dir, run | {"deepspeed": engine_settings.resolved, "parameters": counts})
+    packed = data_arguments.batching == "packed"
+    filled = f"{rows.length.sum() / len(rows) / capacity:.1%} filled" if packed else "at most"
     distributed.say(
-        f"{task.name}: {len(rows):,} rows of {capacity} tokens ({rows.length.sum() / len(rows) / capacity:.1%} real), "
+        f"{task.name}: {len(rows):,} rows of {capacity} tokens ({filled}), "
         f"{sizes.global_batch} rows a step on {sizes.world_size} ranks ({distributed.device().type}, {training.dtype}, "
         f"ZeRO-{engine_settings.stage}), {trainer.total_steps:,} steps; {len(validation.examples):,} validate"
     )
@@ -171,17 +188,35 @@ def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     return " | ".join(f"{head} → {text.strip()}" for head, text in zip(heads, texts, strict=True))
 
 
-def resume_key(run: dict, rows: TrainingRows, sizes: BatchSizes, stage: int, shape: plan.ModelShape) -> dict:
-    """What must not change between a run and its resumption: the rows, their order, the batch, the weights."""
+def require_room(data: EvaluationSet, pauses: Pauses, capacity: int) -> None:
+    """Something of the validation set must fit, or its score would be known only after training."""
+    new_tokens = 0 if data.task.labels else data.task.max_new_tokens
+    fitted = fit(data.store, capacity - new_tokens, pauses.num)
+    kept = f" beside {pauses.num} pauses" + (f" and {new_tokens} tokens for the answer" if new_tokens else "")
+    require(len(fitted.used) > 0, f"no validation example fits {capacity} tokens{kept}; raise --max_seq_length")
+
+
+def checkpoint_activations(lm: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass; transformers renamed the call in 5.23."""
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def resume_key(
+    run: dict, rows: TrainingRows, sizes: BatchSizes, stage: int, shape: plan.ModelShape, pause_id: int | None
+) -> dict:
+    """What must not change between a run and its resumption: the rows, their order, the batch, the weights. Each by
+    the words that tell a user what to change back."""
     named = ("seed", "task", "batching", "freeze", "num_pauses", "optim", "gradient_accumulation_steps")
-    return {name: run["arguments"][name] for name in named} | {
-        "rows": rows.store.folder.name,
-        "capacity": rows.capacity,
-        "global_batch": sizes.global_batch,
-        "world_size": sizes.world_size,
-        "model": asdict(shape),
-        "zero_stage": stage,
-        "dtype": "bf16" if run["arguments"]["bf16"] else "fp16" if run["arguments"]["fp16"] else "fp32",
+    return {f"--{name}": run["arguments"][name] for name in named} | {
+        "data (files, --max_train_samples, --bad_rows, tokenizer)": rows.store.folder.name,
+        "row length (--max_seq_length)": rows.capacity,
+        "rows of a step (micro batch x accumulation x ranks)": sizes.global_batch,
+        "ranks": sizes.world_size,
+        "model sizes": asdict(shape),
+        "pause token id (--pause_token)": pause_id if run["arguments"]["num_pauses"] else None,
+        "ZeRO stage (--deepspeed_config)": stage,
+        "precision (--bf16, --fp16)": run["dtype"],
     }
 
 
@@ -217,11 +252,13 @@ def tell_next(folder: Path, arguments: dict, output_dir: Path) -> None:
         return
     named = ("task", "train_file", "validation_file", "validation_fraction", "bad_rows", "max_seq_length")
     defaults = asdict(DataArguments())
-    flags = [f"--{name} {arguments[name]}" for name in named if name == "task" or arguments[name] != defaults[name]]
+    said = [name for name in named if name == "task" or arguments[name] != defaults[name]]
+    flags = [word for name in said for word in (f"--{name}", str(arguments[name]))]
     flags += ["--from_hub"] if arguments["from_hub"] else []
-    print(f"curves:   tensorboard --logdir {output_dir}")
-    print(f"score:    python finetune/evaluate.py --model_name_or_path {folder} {' '.join(flags)}")
-    print(f"generate: python finetune/generate.py --model_name_or_path {folder} --prompt ...")
+    model = ["--model_name_or_path", str(folder)]
+    print("curves:   " + shlex.join(["tensorboard", "--logdir", str(output_dir)]))
+    print("score:    " + shlex.join(["python", "finetune/evaluate.py", *model, *flags]))
+    print("generate: " + shlex.join(["python", "finetune/generate.py", *model, "--prompt"]) + " ...")
     print(folder, flush=True)
 
 

@@ -11,15 +11,19 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from kozero import distributed
 from kozero.engines.base import Engine
-from kozero.errors import UserError
+from kozero.errors import UserError, first_line
 from kozero.folder import write_text
 
+# What libraries raise when a file of theirs is not what it should be.
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, SafetensorError, UnpicklingError)
 STATE = "state.json"  # written last: a folder without it is not a checkpoint
 NAME = re.compile(r"step-\d{6,}")
 
@@ -56,13 +60,19 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         distributed.barrier()
-        engine.save(staging)
-        torch.save(random_state(), staging / f"rng-rank{distributed.rank()}.pt")
+        try:
+            engine.save(staging)
+            torch.save(random_state(), staging / f"rng-rank{distributed.rank()}.pt")
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library's way to say that a disk is full
+            raise UserError(
+                f"{staging}: cannot be written ({first_line(error)}); make room and go on with --resume auto"
+            ) from None
         distributed.barrier()
         if distributed.is_main():
             text = json.dumps({"state": asdict(state), "run": run, "sizes": file_sizes(staging)}, indent=2)
             write_text(staging / STATE, text)
-            shutil.rmtree(final, ignore_errors=True)
+            for old in (final, final.with_name(f"{final.name}.set-aside")):
+                shutil.rmtree(old, ignore_errors=True)
             staging.rename(final)
             write_text(self.folder / "latest", final.name)
             if best:
@@ -76,11 +86,16 @@ class Checkpoints:
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
         for key, value in run.items():
             if saved["run"].get(key) != value:
-                raise UserError(f"{folder}: saved with {key} {saved['run'].get(key)!r}, this run has {value!r}")
-        engine.load(folder)
-        restore_random_state(
-            torch.load(folder / f"rng-rank{distributed.rank()}.pt", map_location="cpu", weights_only=True)
-        )
+                raise UserError(
+                    f"{folder}: saved with {key} {saved['run'].get(key)!r}, this run has {value!r}; give the same, or "
+                    "begin anew in another --output_dir"
+                )
+        try:
+            engine.load(folder)
+            random_file = folder / f"rng-rank{distributed.rank()}.pt"
+            restore_random_state(torch.load(random_file, map_location="cpu", weights_only=True))
+        except LOAD_ERRORS as error:
+            raise UserError(f"{folder}: damaged ({first_line(error)}); resume from another checkpoint") from None
         return RunState(**saved["state"])
 
     def named(self, pointer: str) -> Path | None:
@@ -125,8 +140,19 @@ class Checkpoints:
     def to_resume(self, choice: str | None) -> Path | None:
         """The checkpoint that `--resume` means; None to begin at the beginning.
 
-        Raises: UserError when there is none where one was named, or when a new run would mix with an old one.
+        Raises: UserError when there is none where one was named, or when a new run would mix with what is there.
         """
+        output_dir = self.folder.parent
+        for path in (self.folder, output_dir / "model"):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"--output_dir {output_dir}: {path.name} in it is a file; choose another folder")
+        found = self.chosen(choice)
+        if found is None and (output_dir / "model").exists():
+            raise UserError(f"--output_dir {output_dir}: holds a model already; choose another folder")
+        return found
+
+    def chosen(self, choice: str | None) -> Path | None:
+        """What `to_resume` finds."""
         if choice is None:
             if self.all():
                 raise UserError(

@@ -65,20 +65,20 @@ class TrainingArguments:
     local_rank: int = arg(-1, "set by the deepspeed launcher; leave it alone")
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} {value}: must be finite")
         at_least(
             1, self, "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"
         )
         at_least(
             0, self, "per_device_eval_batch_size", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm",
-            "adam_epsilon", "eval_steps", "save_steps", "early_stopping_patience", "learning_rate", "seed",
+            "eval_steps", "save_steps", "early_stopping_patience", "learning_rate",
         )  # fmt: skip
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be in [0, 1)")
         require(self.num_train_epochs > 0, f"--num_train_epochs {self.num_train_epochs}: must be above 0")
-        require(self.timeout_seconds > 0, f"--timeout_seconds {self.timeout_seconds}: must be above 0")
+        require(self.num_train_epochs <= 1e6, f"--num_train_epochs {self.num_train_epochs}: must be 1e6 or less")
+        check_timeout(self.timeout_seconds)
+        require(self.adam_epsilon > 0, f"--adam_epsilon {self.adam_epsilon}: must be above 0")
+        check_seed(self.seed)
         require(not (self.fp16 and self.bf16), "--fp16 and --bf16: choose one of the two")
 
     @property
@@ -104,6 +104,16 @@ class BatchSizes:
 def batch_sizes(arguments: TrainingArguments, world_size: int) -> BatchSizes:
     """The batch of a run on `world_size` ranks."""
     return BatchSizes(arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps, world_size)
+
+
+def check_seed(seed: int) -> None:
+    """A seed that torch and numpy take alike."""
+    require(0 <= seed < 2**32, f"--seed {seed}: must be from 0 to {2**32 - 1:,}")
+
+
+def check_timeout(seconds: float) -> None:
+    """A time that a process group takes."""
+    require(0 < seconds <= 1e7, f"--timeout_seconds {seconds}: must be above 0 and at most 1e7")
 
 
 def at_least(minimum: int, arguments: Any, *names: str) -> None:
@@ -132,19 +142,44 @@ def parse_arguments(*classes: type, prog: str, description: str, argv: list[str]
     for k, word in enumerate(argv):  # the deepspeed launcher puts --local_rank=0 before it
         bare = k == 0 or not argv[k - 1].startswith("--") or "=" in argv[k - 1]
         if bare and word.endswith(".json") and not word.startswith("-"):
-            argv = flags_of_file(word, parser) + argv[:k] + argv[k + 1 :]
+            flags = flags_of_file(word, parser)
+            try:
+                parser.parse_args(flags)
+            except UserError as error:
+                raise UserError(f"{word}: {error}") from None
+            argv = flags + argv[:k] + argv[k + 1 :]
             break
     *filled, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     flags = [option for action in parser._actions for option in action.option_strings]
     if unknown:
         name = unknown[0].split("=")[0]
         raise UserError(f"unknown argument {unknown[0]!r}{nearest(name, flags)}; --help lists all arguments")
+    for part in filled:
+        tidy(part)
     return tuple(filled)
+
+
+def tidy(arguments: Any) -> None:
+    """Refuse values that no argument can have, and put the home folder in the place of `~`."""
+    for f in dataclasses.fields(arguments):
+        value = getattr(arguments, f.name)
+        require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} {value}: must be finite")
+        if isinstance(value, str):
+            require(value != "", f"--{f.name}: is empty; give a value or leave it out")
+            require(value.isascii() or not has_lone_surrogate(value), f"--{f.name} {value!a}: is not UTF-8")
+            if value.startswith("~/"):
+                setattr(arguments, f.name, str(Path(value).expanduser()))
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text holds half a character: a byte of the command line that was not UTF-8, or JSON's \\ud800."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def flags_of_file(path: str, parser: ArgumentParser) -> list[str]:
     """The arguments of a JSON file as command-line flags, so that both are checked by the same parser."""
-    known = {action.dest for action in parser._actions} - {"help"}
+    known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    known -= {"help", "-h"}
     values = read_json_object(path)
     check_keys(values, known, path)
     flags = []

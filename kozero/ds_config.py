@@ -11,30 +11,37 @@ AUTO = "auto"
 # DeepSpeed itself accepts a misspelt key at the top in silence (0.19.8), so the ones it reads are listed here.
 KNOWN = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "optimizer", "scheduler", "fp16", "bf16", "torch_autocast", "zero_optimization", "data_types",
+    "optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "data_types",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients",
     "gradient_predivide_factor", "sparse_gradients", "communication_data_type",
     "seq_parallel_communication_data_type", "disable_allgather", "activation_checkpointing", "checkpoint", "aio",
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
     "tensorboard", "wandb", "comet", "csv_monitor", "compile", "graph_harvesting", "use_node_local_storage",
-    "load_universal_checkpoint", "timers",
+    "timers",
 }  # fmt: skip
+ELSEWHERE = {  # keys that would say something else than the command line
+    "scheduler": "the rate comes from --lr_scheduler_type and --warmup_steps",
+    "torch_autocast": "the precision comes from --bf16 and --fp16",
+    "load_universal_checkpoint": "--resume finds out what a checkpoint is",
+}
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd"}
 
 
-def resolve(arguments: TrainingArguments, sizes: BatchSizes) -> dict[str, Any]:
+def resolve(arguments: TrainingArguments, sizes: BatchSizes, trains: bool = True) -> dict[str, Any]:
     """The JSON of --deepspeed_config with every value in place; its optimizer block is compared and taken out, since
-    the engine is given an optimizer.
+    the engine is given an optimizer. Where nothing is trained (`trains`) what the JSON says of batches and clipping
+    means nothing.
 
     Raises: UserError for unknown keys, a stage that does not exist, a schedule, and all contradictions at once.
     """
     path = arguments.deepspeed_config
     config = copy.deepcopy(read_json_object(path))
+    for name, why in ELSEWHERE.items():
+        require(name not in config, f"{path}: {name!r} is set here; remove it, {why}")
     check_keys(config, KNOWN, path)
-    require(
-        "scheduler" not in config,
-        f"{path}: 'scheduler' is set here; remove it, the rate comes from --lr_scheduler_type and --warmup_steps",
-    )
+    for name in () if trains else (*BATCH_KEYS, "gradient_clipping", "optimizer"):
+        config.pop(name, None)
     for name in ("zero_optimization", "optimizer", "fp16", "bf16"):
         require(
             isinstance(config.get(name, {}), dict), f"{path}: {name!r} must be an object, found {config.get(name)!r}"

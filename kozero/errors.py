@@ -27,6 +27,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error of a library, short."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`, did you mean X?` for the closest known word, or an empty string when none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
@@ -48,6 +53,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_DIVERGED
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
     # Everything is written and closed by now. The usual teardown of the interpreter aborts about one run in ten with
     # several ranks ("terminate called without an active exception", from a thread of a C++ library), and a launcher

@@ -52,7 +52,7 @@ def writable_folder(flag: str, folder: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one move, so that a reader sees the old text or the new."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

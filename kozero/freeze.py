@@ -61,7 +61,9 @@ def expand(text: str, parts: set[str], num_layers: int, has_pause: bool) -> set[
         layers = re.fullmatch(r"h\.(\d+)(?:-(\d+))?", item)
         if layers:
             first, last = int(layers[1]), int(layers[2] or layers[1])
-            if first > last or last >= num_layers:
+            if first > last:
+                raise UserError(f"--freeze {item}: runs backwards; write h.{last}-{first}")
+            if last >= num_layers:
                 raise UserError(f"--freeze {item}: the model has {num_layers} layers, h.0 to h.{num_layers - 1}")
             names |= {f"h.{n}" for n in range(first, last + 1)}
         elif item == PAUSE and not has_pause:

@@ -11,10 +11,11 @@ from kozero.checkpoint import Checkpoints, RunState, step_of
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batches import TrainingRows
 from kozero.engines.base import Engine, StepStats
-from kozero.errors import Diverged
+from kozero.errors import Diverged, require
 from kozero.optim import schedule
 from kozero.runlog import RunLog, peak_memory_gib
 
+MAX_EPOCHS_PER_STEP = 100  # a larger step is a slip of the keyboard
 MAX_LOST = 50  # updates in a row without a finite loss and gradient before the run gives up
 
 
@@ -83,6 +84,12 @@ class Trainer:
     ) -> None:
         self.engine, self.rows, self.arguments, self.sizes = engine, rows, arguments, sizes
         self.evaluate, self.best_score, self.run = evaluate, best_score, run
+        require(
+            sizes.global_batch <= MAX_EPOCHS_PER_STEP * len(rows),
+            f"a step of {sizes.global_batch:,} rows (micro batch x accumulation x ranks) is more than "
+            f"{MAX_EPOCHS_PER_STEP} times all {len(rows):,} rows; lower --per_device_train_batch_size or "
+            "--gradient_accumulation_steps",
+        )
         self.total_steps = total_steps(arguments, len(rows), sizes)
         self.lr_at = schedule(arguments, self.total_steps)
         self.every = Intervals.of(arguments, self.total_steps)
@@ -95,15 +102,20 @@ class Trainer:
         its checkpoint is here to be exported."""
         self.state = self.checkpoints.load(folder, self.engine, self.run)
         self.checkpoints.set_aside_after(self.state.step)
-        best = self.checkpoints.named("best")
-        if best is None or step_of(best) != self.state.best_step:
-            self.state.best_score, self.state.best_scores, self.state.evaluations_since_best = None, {}, 0
+        best, state = self.checkpoints.named("best"), self.state
+        if best is None or step_of(best) != state.best_step:
+            state.best_score, state.best_scores, state.best_step, state.evaluations_since_best = None, {}, state.step, 0
 
     def fit(self) -> RunState:
         """Train to the end and return where the run stands."""
         log = RunLog(self.output_dir, self.total_steps, self.state.step)
         try:
+            if self.state.step >= self.total_steps and not self.state.best_scores:
+                self.evaluate_and_save(log)  # nothing is left to train, but the scores of these weights are not known
             self.steps(log)
+        except KeyboardInterrupt:
+            log.say(f"interrupted at step {self.state.step}; go on with --resume auto")
+            raise
         finally:
             log.close()
         return self.state
@@ -111,7 +123,7 @@ class Trainer:
     def steps(self, log: RunLog) -> None:
         """The loop itself."""
         state, meter, lost = self.state, Meter(), 0
-        while state.step < self.total_steps:
+        while state.step < self.total_steps and not self.patience_spent():
             lr = self.lr_at(state.step)
             batches = self.rows.step(state.consumed_rows, self.sizes, distributed.rank())
             stats = self.engine.train_step(batches, lr)
@@ -134,26 +146,27 @@ class Trainer:
                 log.progress(0, loss=f"{point['train/loss']:.4f}", lr=f"{lr:.2e}", tokens_per_s=rate)
                 meter = Meter()
             paused = time.perf_counter()
-            go_on = self.evaluate_and_save(log)
+            self.evaluate_and_save(log)
             meter.started += time.perf_counter() - paused  # speed is that of training alone
-            if not go_on:
-                log.say(f"stopped early: no better {self.best_score} in {state.evaluations_since_best} evaluations")
-                break
+        if state.step < self.total_steps:
+            log.say(f"stopped early: no better {self.best_score} in {state.evaluations_since_best} evaluations")
 
-    def evaluate_and_save(self, log: RunLog) -> bool:
-        """What is due after a step; False when the run should stop early."""
-        state, last, better = self.state, self.state.step == self.total_steps, False
+    def patience_spent(self) -> bool:
+        """Whether the run should stop early."""
+        patience = self.arguments.early_stopping_patience
+        return bool(patience) and self.state.evaluations_since_best >= patience
+
+    def evaluate_and_save(self, log: RunLog) -> None:
+        """What is due after a step."""
+        state, last, better = self.state, self.state.step >= self.total_steps, False
         if state.step % self.every.eval == 0 or last:
             scores = self.evaluate(log, state.step)
             log.scalars(state.step, {f"eval/{name}": value for name, value in scores.items()})
             shown = " ".join(f"{name} {value:.4f}" for name, value in scores.items())
             log.say(f"step {state.step}: {shown}")
             better = self.note_scores(scores)
-        patience = self.arguments.early_stopping_patience
-        stop = bool(patience) and state.evaluations_since_best >= patience
-        if better or last or stop or state.step % self.every.save == 0:
+        if better or last or self.patience_spent() or state.step % self.every.save == 0:
             self.checkpoints.save(self.engine, state, self.run, better)
-        return not stop
 
     def note_scores(self, scores: dict[str, float]) -> bool:
         """Remember scores; True when they are the best so far."""
@@ -183,5 +196,5 @@ def stop_when_lost(lost: int, stats: StepStats, step: int) -> None:
     if lost >= MAX_LOST:
         raise Diverged(
             f"step {step}: {lost} updates in a row were not finite, gradient norm {stats.grad_norm}, loss "
-            f"{stats.loss}, loss scale {stats.loss_scale}. Lower --learning_rate, or use --bf16 or 32 bit"
+            f"{stats.loss}, loss scale {stats.loss_scale}. Lower --learning_rate, or compute with more bits"
         )

@@ -78,7 +78,7 @@ def keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():  # torn inside a letter, perhaps
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

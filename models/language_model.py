@@ -1,9 +1,8 @@
 """A GPT-2 language model with its tokenizer: from the hub, a folder or a JSON config, and back into a folder that
-plain transformers loads. Of the rest of the project only `kozero.errors` is used."""
+plain transformers loads. Of the rest of the project only `kozero.errors` and `kozero.json_files` are used."""
 
 import copy
 import dataclasses
-import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -12,11 +11,19 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from kozero.errors import UserError, nearest
+from kozero.errors import UserError, first_line, nearest
+from kozero.json_files import read_json
 from models.causal_lm import CausalLM, build, reset_row, resize_vocabulary
 
 transformers_logging.disable_progress_bar()  # a bar for each file that is read or written hides what matters
@@ -80,19 +87,12 @@ def require_folder(name: str) -> None:
         raise UserError(f"{name}: no such folder")
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error of a library, short."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
-
-
 def read_config(path: Path) -> GPT2Config:
     """A GPT2Config from JSON; an unknown key or another architecture is a UserError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config_file {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"--config_file {path}: not JSON ({error})") from None
+        values = read_json(path)
+    except UserError as error:
+        raise UserError(f"--config_file {error}") from None
     if not isinstance(values, dict) or values.get("model_type") != "gpt2":
         found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
         raise UserError(f"--config_file {path}: model_type {found!r}; fine-tuning needs 'gpt2'")
@@ -125,7 +125,7 @@ def load_config(name: str) -> GPT2Config:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, hub errors
-        raise UserError(f"--model_name_or_path {name}: cannot be loaded ({first_line(error)}). {OFFLINE}") from None
+        raise cannot_load(name, error) from None
     if config.model_type != "gpt2":
         raise UserError(f"--model_name_or_path {name}: model_type {config.model_type!r}; fine-tuning needs 'gpt2'")
     if config.activation_function == "gelu_new":
@@ -138,13 +138,32 @@ def load_weights(name: str, config: GPT2Config) -> GPT2LMHeadModel:
     transformers reads with weights_only=True."""
     try:
         lm, loading = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
+            name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except Exception as error:  # OSError, ValueError, SafetensorError, hub errors
-        raise UserError(f"--model_name_or_path {name}: cannot be loaded ({first_line(error)}). {OFFLINE}") from None
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"--model_name_or_path {name}: {len(missing)} weights are missing, the first is {missing[0]}")
+        raise cannot_load(name, error) from None
+    extra = {key for key in loading["unexpected_keys"] if re.match(r"(transformer\.)?h\.\d+\.(ln|attn\.c|mlp)", key)}
+    mismatched = {str(key[0]) for key in loading["mismatched_keys"]}
+    broken = {k for k, tensor in lm.state_dict().items() if not torch.isfinite(tensor).all()}
+    for wrong, what in (
+        (loading["missing_keys"], "are missing"),
+        (mismatched, "have another shape than its config.json says"),
+        (extra, "are of layers that its config.json does not have"),
+        (broken, "are not finite"),
+    ):
+        if wrong:
+            raise UserError(f"--model_name_or_path {name}: {len(wrong)} weights {what}, the first is {min(wrong)}")
+    lm.generation_config = GenerationConfig()  # what may be written is the model's business here, not a file's
     return lm
+
+
+def cannot_load(name: str, error: Exception) -> UserError:
+    """What to say when a model's folder or the hub does not give what it should."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = f"{type(error).__name__}: {' '.join(lines[:2])}"[:250]
+    way_out = "" if Path(name).is_dir() else f". {OFFLINE}"
+    return UserError(f"--model_name_or_path {name}: cannot be loaded ({reason}){way_out}")
 
 
 def random_weights(config: GPT2Config, seed: int, path: str) -> GPT2LMHeadModel:
@@ -188,9 +207,7 @@ def load(
     check_vocabulary(len(tokenizer), lm.config.vocab_size, foreign=bool(model_name_or_path and tokenizer_name))
     if dropout is not None:
         set_dropout(lm, dropout)
-    settings = getattr(lm.config, "pause", None) or {}
-    if not isinstance(settings, dict):
-        raise UserError(f"{model_name_or_path}: 'pause' in its config.json is {settings!r}, not an object")
+    settings = pause_settings_of(lm.config, model_name_or_path)
     token = settings.get("token", pause_token)
     check_pause_token(token, tokenizer)
     if pause_token not in (token, DEFAULT_PAUSE):
@@ -204,6 +221,22 @@ def load(
         reset_row(lm, pause_id, seed)
     silent = list(range(len(tokenizer), lm.config.vocab_size)) + ([pause_id] if with_pauses or settings else [])
     return LanguageModel(CausalLM(lm, silent), tokenizer, pause_id, settings)
+
+
+def pause_settings_of(config: GPT2Config, name: str | None) -> dict[str, Any]:
+    """The pauses that a model was trained with, empty when with none."""
+    settings = getattr(config, "pause", None) or {}
+    numbers = ("num_pauses", "num_inference_pauses")
+    right = isinstance(settings, dict) and (
+        not settings
+        or (
+            isinstance(settings.get("token"), str)
+            and all(type(settings.get(k)) is int and settings[k] >= 0 for k in numbers)
+        )
+    )
+    if not right:
+        raise UserError(f"{name}: 'pause' in its config.json is {settings!r}; it needs token, {' and '.join(numbers)}")
+    return settings
 
 
 def check_pause_token(token: Any, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -273,5 +306,9 @@ def export(
     lm.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     staging.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from kozero.config import arg, parse_arguments
 from kozero.data.readers import decode_lines
 from kozero.errors import require, run_main
+from kozero.folder import writable_folder
 
 SPECIAL = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>"]  # ids 0 to 6, as in KoGPT2
 UNUSED = [f"<unused{n}>" for n in range(100)]
@@ -34,6 +35,7 @@ def main() -> None:
     require(bool(arguments.files), "--files: name at least one text file")
     smallest = len(SPECIAL) + len(UNUSED) + 1
     require(arguments.vocab_size > smallest, f"--vocab_size {arguments.vocab_size}: must be above {smallest}")
+    writable_folder("--output_dir", Path(arguments.output_dir))
     tokenizer = train(lines(arguments.files, arguments.column), arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output_dir)
     sample = next(lines(arguments.files, arguments.column))[:40]

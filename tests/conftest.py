@@ -1,4 +1,4 @@
-"""What every test shares: no network, few threads, a cache of its own."""
+"""What every test shares: no network, few threads."""
 
 import os
 

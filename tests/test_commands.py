@@ -49,6 +49,13 @@ def losses(folder):
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
+def test_quickstart_does_not_take_a_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = shell(f"bash scripts/quickstart.sh {tmp_path}")
+    assert done.returncode == 2 and "holds something else" in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 def test_both_readmes_give_the_same_commands():
     assert commands("README.md") == commands("README.ko.md")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +45,9 @@ def json_file(tmp_path):
 
 
 def test_nothing_given_is_the_default_of_every_class():
-    assert parse() == tuple(c() for c in CLASSES)
+    found = parse()
+    found[2].cache_dir = found[2].cache_dir.replace(str(Path.home()), "~")
+    assert found == tuple(c() for c in CLASSES)
 
 
 def test_flags_fill_the_class_that_knows_them():
@@ -254,3 +257,40 @@ def test_the_batch_of_a_run_comes_from_its_arguments_and_ranks():
 @pytest.mark.parametrize(("flags", "dtype"), [({}, "fp32"), ({"bf16": True}, "bf16"), ({"fp16": True}, "fp16")])
 def test_the_precision_has_one_name(flags, dtype):
     assert TrainingArguments(**flags).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_file", ""], "--train_file: is empty"),
+        (["--output_dir", ""], "--output_dir: is empty"),
+        (["--train_file", "\udcff\udcfe"], "--train_file '\\udcff\\udcfe': is not UTF-8"),
+        (["--seed", str(2**32)], "--seed 4294967296: must be from 0"),
+        (["--timeout_seconds", "1e30"], "--timeout_seconds 1e+30: must be"),
+        (["--timeout_seconds", "nan"], "--timeout_seconds nan: must be"),
+        (["--num_train_epochs", "1e308"], "--num_train_epochs 1e+308: must be"),
+        (["--learning_rate", "inf"], "--learning_rate inf: must be finite"),
+        (["--adam_epsilon", "0"], "--adam_epsilon 0.0: must be above 0"),
+    ],
+)
+def test_a_value_that_no_run_can_have_is_named(flags, message):
+    assert message in refused(*flags)
+
+
+def test_a_wrong_type_in_a_file_names_the_file(tmp_path):
+    path = tmp_path / "arguments.json"
+    path.write_text('{"max_steps": 1.5}')
+    message = refused(str(path))
+    assert str(path) in message and "--max_steps" in message
+
+
+def test_a_file_may_use_the_other_names_of_an_argument(tmp_path):
+    path = tmp_path / "arguments.json"
+    path.write_text('{"train_batch_size": 3}')
+    assert parse(str(path))[0].per_device_train_batch_size == 3
+
+
+def test_the_home_folder_is_meant_in_every_path(tmp_path):
+    path = tmp_path / "arguments.json"
+    path.write_text('{"output_dir": "~/runs"}')
+    assert parse(str(path))[0].output_dir == str(Path.home() / "runs")

@@ -6,6 +6,7 @@ import pytest
 
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.ds_config import resolve
+from kozero.engines import prepare_engine
 from kozero.errors import UserError
 from tests.helpers import ROOT
 
@@ -217,3 +218,34 @@ def test_the_arguments_are_not_changed_and_the_file_is_read_anew(tmp_path):
     assert repr(arguments) == before
     assert first == resolve(arguments, BatchSizes(4, 1, 1))
     assert first["train_batch_size"] == 4
+
+
+@pytest.mark.parametrize("name", ["torch_autocast", "load_universal_checkpoint"])
+def test_what_the_command_line_decides_is_not_said_here(refused, name):
+    assert name in refused({name: {"enabled": True}, "zero_optimization": {"stage": 2}})
+
+
+def test_where_nothing_trains_batches_and_clipping_mean_nothing(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"train_batch_size": 999, "gradient_clipping": 0.1, "zero_optimization": {"stage": 3}}))
+    found = resolve(TrainingArguments(deepspeed_config=str(path)), BatchSizes(8, 1, 1), trains=False)
+    assert found["train_batch_size"] == 8 and found["zero_optimization"] == {"stage": 3}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "'overlap_com', did you mean 'overlap_comm'"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memori": True}}},
+            "'pin_memori', did you mean 'pin_memory'",
+        ),
+        ({"zero_optimization": {"stage": 1}, "fp16": {"loss_scal": 8}}, "'loss_scal', did you mean 'loss_scale'"),
+    ],
+)
+def test_an_unknown_key_inside_a_section_is_answered_with_the_nearest(tmp_path, value, says):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError) as caught:
+        prepare_engine(TrainingArguments(deepspeed_config=str(path)), BatchSizes(8, 1, 1))
+    assert says in str(caught.value)

@@ -85,7 +85,7 @@ def test_the_pause_row_alone_can_train():
         ("transformer.h.0", "no such part"),
         ("h.4", "the model has 4 layers, h.0 to h.3"),
         ("h.2-4", "the model has 4 layers"),
-        ("h.3-1", "the model has 4 layers"),
+        ("h.3-1", "write h.1-3"),
         ("lm_head", "lm_head and wte are one tied parameter"),
         ("all_but:lm_head", "lm_head and wte are one tied parameter"),
         ("wte,wpe,h.0-3,ln_f", "nothing is left to train"),

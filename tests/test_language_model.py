@@ -330,12 +330,12 @@ def test_a_hub_name_offline_is_one_line_with_the_way_out():
 
 
 def test_a_missing_config_is_named():
-    assert "--config_file /nowhere.json: cannot be read" in refused(config="/nowhere.json")
+    assert "--config_file /nowhere.json: no such file" in refused(config="/nowhere.json")
 
 
 @pytest.mark.parametrize("text", [" ", '{"n_layer" 2}'])
 def test_a_config_that_is_no_json_is_named(config_file, text):
-    assert "config.json: not JSON" in refused(config=config_file(text))
+    assert "config.json:1: not JSON" in refused(config=config_file(text))
 
 
 def test_an_unknown_config_key_is_answered_with_the_nearest(config_file):
@@ -425,3 +425,45 @@ def test_a_run_needs_one_model(config_file, both):
 def test_random_weights_need_a_tokenizer(config_file):
     with pytest.raises(UserError, match="needs --tokenizer_name_or_path"):
         load(None, config_file(), None, pause_token="<unused0>", with_pauses=False, seed=0)
+
+
+def test_weights_of_layers_that_the_config_does_not_have_are_not_dropped(tmp_path, config_file):
+    folder = exported(tmp_path / "model", loaded(config=config_file(n_layer=2)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
+    assert "of layers that its config.json does not have" in refused(str(folder))
+
+
+def test_weights_of_another_shape_are_named(tmp_path, config_file):
+    folder = exported(tmp_path / "model", loaded(config=config_file()))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_positions": 32}))
+    assert "wpe" in refused(str(folder))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, config_file):
+    model = loaded(config=config_file())
+    with torch.no_grad():
+        model.module.lm.transformer.ln_f.bias[3] = torch.nan
+    assert "are not finite" in refused(str(exported(tmp_path / "model", model)))
+
+
+@pytest.mark.parametrize(
+    "pause", ["yes", {"token": "<unused0>"}, {"token": "<unused0>", "num_pauses": "2", "num_inference_pauses": 2}]
+)
+def test_pause_settings_of_another_form_are_refused(tmp_path, config_file, pause):
+    folder = exported(tmp_path / "model", loaded(config=config_file()))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pause": pause}))
+    assert "'pause' in its config.json" in refused(str(folder))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"model_type": "gpt2", "n_layer": 2, "n_layer": 3}'])
+def test_a_config_file_is_read_as_strictly_as_every_other(config_file, text):
+    assert "config.json" in refused(config=config_file(text))
+
+
+def test_a_replaced_export_leaves_nothing_behind(tmp_path, config_file):
+    for _ in range(2):
+        exported(tmp_path / "model", loaded(config=config_file()))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["model"]

@@ -483,3 +483,9 @@ def test_the_command_line_choice_reaches_both_sources(nsmc_file):
 def test_reading_stops_at_the_limit(nsmc_file):
     path = nsmc_file(HEADER + "1\t좋다\t1\n2\t나쁘다\t0\n3\t넷\t9\n")
     assert [e.id for e in read(Source(path), NSMC, LeftOut(), limit=2)] == ["1", "2"]
+
+
+def test_a_label_of_thousands_of_digits_is_a_bad_row(nsmc_file, json_file):
+    assert "out of range" in refused(NSMC, nsmc_file(HEADER + f"1\t좋다\t{'1' * 5000}\n"))
+    line = json.dumps(PAIR)[:-1] + ', "extra": ' + "1" * 5000 + "}"
+    assert "not JSON" in refused(NLI, json_file(line, "data.jsonl"))

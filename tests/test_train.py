@@ -1,6 +1,7 @@
 """finetune/train.py, evaluate.py and generate.py as a user calls them, in this process."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import evaluate, generate, train
 from kozero import distributed
+from kozero.engines import build_engine
 from kozero.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -308,3 +310,121 @@ def test_an_old_run_is_not_mixed_with_a_new_one(monkeypatch, config, tmp_path):
         run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
     with pytest.raises(UserError, match="num_pauses"):
         run(monkeypatch, config, tmp_path / "run", "--max_steps", 2, "--resume", "auto", "--num_pauses", 4)
+
+
+# What is there stays --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_of_this_run_is_not_written_over(monkeypatch, config, tmp_path):
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds a model already"):
+        run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
+    assert (tmp_path / "run/model/notes.txt").read_text() == "mine"
+
+
+def test_a_run_does_not_write_over_the_model_that_it_starts_from(monkeypatch, config, tmp_path):
+    run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
+    flags = ("--model_name_or_path", tmp_path / "run/model", "--output_dir", tmp_path / "run", "--resume", "auto")
+    with pytest.raises(UserError, match="would write over it"):
+        call(monkeypatch, train.main, *flags, "--cache_dir", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model"])
+def test_a_file_in_the_place_of_a_folder_is_found_before_training(monkeypatch, config, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("")
+    with pytest.raises(UserError, match=f"{name} in it is a file"):
+        run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
+
+
+def test_a_resumed_run_keeps_its_pause_token(monkeypatch, config, tmp_path):
+    run(monkeypatch, config, tmp_path / "run", "--max_steps", 1, "--num_pauses", 1)
+    flags = ("--num_pauses", 1, "--pause_token", "<unused5>", "--max_steps", 2, "--resume", "auto")
+    with pytest.raises(UserError, match="--pause_token"):
+        run(monkeypatch, config, tmp_path / "run", *flags)
+
+
+@pytest.mark.parametrize("stage", [(), ("--deepspeed_config", "ds_configs/zero2.json")], ids=["plain", "zero2"])
+def test_a_resumed_run_takes_decay_and_betas_from_its_own_command_line(monkeypatch, config, tmp_path, stage):
+    built = []
+    monkeypatch.setattr(train, "build_engine", lambda *given: built.append(build_engine(*given)) or built[-1])
+    run(monkeypatch, config, tmp_path / "run", *stage, "--max_steps", 1)
+    changed = ("--weight_decay", 0.9, "--adam_beta1", 0.1, "--max_steps", 2, "--resume", "auto")
+    run(monkeypatch, config, tmp_path / "run", *stage, *changed)
+    optimizer = built[-1].optimizer if not stage else built[-1].engine.optimizer
+    groups = optimizer.param_groups
+    assert groups[0]["weight_decay"] == 0.9 and all(group["betas"] == (0.1, 0.999) for group in groups)
+
+
+def test_a_finished_run_without_its_best_checkpoint_is_scored_anew(monkeypatch, config, tmp_path):
+    flags = ("--eval_steps", 1, "--learning_rate", 0)
+    run(monkeypatch, config, tmp_path / "run", *flags)
+    (tmp_path / "run/checkpoints/best").unlink()
+    run(monkeypatch, config, tmp_path / "run", *flags, "--resume", "auto")
+    found = json.loads((tmp_path / "run/scores.json").read_text())
+    assert found["step"] == 4 and "accuracy" in found["scores"]
+
+
+def test_a_run_that_stopped_early_stays_stopped(monkeypatch, config, tmp_path):
+    flags = ("--learning_rate", 0, "--early_stopping_patience", 1, "--eval_steps", 1)
+    run(monkeypatch, config, tmp_path / "run", *flags)
+    before = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    run(monkeypatch, config, tmp_path / "run", *flags, "--resume", "auto")
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == before
+    assert max(losses(tmp_path / "run")) == 2
+
+
+def test_curves_torn_inside_a_letter_do_not_keep_a_run_from_going_on(monkeypatch, config, tmp_path):
+    run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
+    with (tmp_path / "run/metrics.jsonl").open("ab") as file:
+        file.write('{"step": 1, "text": "가'.encode()[:-1])
+    run(monkeypatch, config, tmp_path / "run", "--max_steps", 2, "--resume", "auto")
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["rng-rank0.pt", "weights.safetensors"])
+def test_a_checkpoint_whose_bytes_are_gone_is_one_line(monkeypatch, config, tmp_path, name):
+    run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
+    path = tmp_path / "run/checkpoints/step-000001" / name
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=r"step-000001: damaged .*resume from another checkpoint") as error:
+        run(monkeypatch, config, tmp_path / "run", "--max_steps", 2, "--resume", "auto")
+    assert "\n" not in str(error.value)
+
+
+def test_a_validation_set_of_which_nothing_fits_is_found_before_training(monkeypatch, config, tmp_path):
+    flags = ("--num_inference_pauses", 200, "--max_seq_length", 128)
+    with pytest.raises(UserError, match="no validation example fits 128 tokens beside 200 pauses"):
+        run(monkeypatch, config, tmp_path / "run", *flags)
+    with pytest.raises(UserError, match="32 tokens for the answer"):
+        run(monkeypatch, config, tmp_path / "run", "--max_seq_length", 40, task="korquad")
+
+
+def test_a_step_of_more_rows_than_the_data_has_is_a_slip(monkeypatch, config, tmp_path):
+    with pytest.raises(UserError, match="--gradient_accumulation_steps"):
+        run(monkeypatch, config, tmp_path / "run", "--gradient_accumulation_steps", 10**9)
+
+
+def test_the_next_commands_can_be_pasted(monkeypatch, config, tmp_path, capsys):
+    run(monkeypatch, config, tmp_path / "한글 폴더", "--max_steps", 1)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("score:"))
+    assert str(tmp_path / "한글 폴더/model") in shlex.split(line)
+
+
+def test_scores_do_not_go_into_a_folder(monkeypatch, config, tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        call(monkeypatch, evaluate.main, "--model_name_or_path", tmp_path, "--output_file", tmp_path)
+
+
+def test_a_prompt_that_is_not_utf8_is_named_by_line():
+    with pytest.raises(UserError, match="standard input, line 2: not UTF-8"):
+        list(generate.prompts_of(["가\n".encode(), b"\xff\xfe\n"]))
+
+
+def test_notes_of_a_cache_name_the_file_that_is_read(monkeypatch, config, tmp_path, capsys):
+    for name in ("first.txt", "second.txt"):
+        (tmp_path / name).write_text(HEADER + "1\t\t1\n2\t좋다\t1\n3\t나쁘다\t0\n")
+        files = ("--train_file", tmp_path / name, "--validation_file", SAMPLE / "nsmc/ratings_test.txt")
+        run(monkeypatch, config, tmp_path / name.split(".")[0], "--max_steps", 1, *files)
+    assert f"(first: {tmp_path}/second.txt:2)" in capsys.readouterr().out

@@ -116,9 +116,9 @@ def check_label(where: str, label: object, names: tuple[str, ...]) -> int:
     if isinstance(label, str) and label in names:
         return names.index(label)
     text = str(label).strip()
-    if isinstance(label, bool) or not text.isdecimal() or int(text) >= len(names):
+    if isinstance(label, bool) or not text.isdecimal() or len(text) > 9 or int(text) >= len(names):
         known = ", ".join(f"{k} ({name})" for k, name in enumerate(names))
-        raise BadRow(f"{where}: label {label!r} is out of range; known: {known}")
+        raise BadRow(f"{where}: label {label!r:.60} is out of range; known: {known}")
     return int(text)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kozero.errors import UserError, require
+from kozero.errors import UserError, first_line, require
 from kozero.json_files import not_utf8, read_json
 
 Row = dict[str, Any]
@@ -79,8 +79,8 @@ def read_jsonl(path: Path) -> Iterator[Located | BadRow]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield BadRow(f"{where}: not JSON ({getattr(error, 'msg', 'nested too deeply')})")
+        except (ValueError, RecursionError) as error:
+            yield BadRow(f"{where}: not JSON ({getattr(error, 'msg', first_line(error))})")
             continue
         yield (where, row) if isinstance(row, dict) else BadRow(f"{where}: not a JSON object")
 

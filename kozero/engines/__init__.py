@@ -24,11 +24,11 @@ class EngineSettings:
     resolved: dict = field(default_factory=dict)
 
 
-def prepare_engine(arguments: TrainingArguments, sizes: BatchSizes) -> EngineSettings:
-    """Check everything about the engine that can be known before a model exists."""
+def prepare_engine(arguments: TrainingArguments, sizes: BatchSizes, trains: bool = True) -> EngineSettings:
+    """Check everything about the engine that can be known before a model exists; see `resolve` for `trains`."""
     if not arguments.deepspeed_config:
         return EngineSettings()
-    resolved = resolve(arguments, sizes)
+    resolved = resolve(arguments, sizes, trains)
     stage = resolved["zero_optimization"]["stage"]
     if stage == 0:
         extra = sorted(set(resolved) - STAGE_ZERO) + sorted(set(resolved["zero_optimization"]) - {"stage"})

@@ -26,7 +26,8 @@ from kozero.config import TrainingArguments
 from kozero.data.batches import Batch
 from kozero.engines.base import Engine, StepStats, count_targets
 from kozero.errors import UserError
-from kozero.optim import build_optimizer, parameter_groups
+from kozero.json_files import check_keys
+from kozero.optim import build_optimizer, parameter_groups, settings_kept
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import; quiet so
 
@@ -34,6 +35,9 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils import safe_get_full_fp32_param
 
 TAG = "deepspeed"  # name of DeepSpeed's own folder in a checkpoint
@@ -55,7 +59,10 @@ class DeepSpeedEngine(Engine):
             if half and not p.requires_grad
         }
         optimizer = build_optimizer(parameter_groups(module, arguments.weight_decay), arguments)
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=complete(config))
+        try:
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=complete(config))
+        except (ImportError, AssertionError, ValueError, TypeError, KeyError) as error:  # of settings, not of memory
+            raise UserError(f"{arguments.deepspeed_config}: DeepSpeed refuses it: {one_line(error)}") from None
         self.module = self.engine.module
         self.stage = self.engine.zero_optimization_stage()
         self.lockstep = self.stage == 3
@@ -97,7 +104,8 @@ class DeepSpeedEngine(Engine):
 
     def load(self, folder: Path) -> None:
         """Weights, optimizer shards and loss scale."""
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        with settings_kept(self.engine.optimizer):
+            loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise UserError(f"{folder}: DeepSpeed found nothing to load in it")
 
@@ -149,16 +157,36 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def one_line(error: Exception) -> str:
+    """What a library's error says, without the name of a class that pydantic puts in front."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[1:3] or lines or [type(error).__name__])[:300]
+
+
+SECTIONS = {  # of the JSON, with DeepSpeed's own description of each
+    "zero_optimization": DeepSpeedZeroConfig,
+    "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+    "fp16": DeepSpeedFP16Config,
+    "bf16": DeepSpeedBF16Config,
+}
+
+
 def check_config(config: dict[str, Any], path: str) -> None:
     """Let DeepSpeed read the JSON before a model is loaded; its complaint becomes one line."""
     prepare()
+    for place, kind in SECTIONS.items():
+        section = config
+        for name in place.split("."):
+            section = section.get(name) or {}
+        known = set(kind.model_fields) | {f.alias for f in kind.model_fields.values() if f.alias}
+        check_keys(section if isinstance(section, dict) else {}, known, f"{path} {place}")
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         DeepSpeedConfig(complete(config))
     except Exception as error:  # pydantic's and DeepSpeed's own, which share no base
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{path}: DeepSpeed refuses it: {' '.join(lines[1:3] or lines)}"[:400]) from None
+        raise UserError(f"{path}: DeepSpeed refuses it: {one_line(error)}") from None
     finally:
         logging.disable(level)
     for part in ("offload_optimizer", "offload_param"):

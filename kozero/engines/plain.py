@@ -13,7 +13,7 @@ from kozero import distributed
 from kozero.config import TrainingArguments
 from kozero.data.batches import Batch
 from kozero.engines.base import Engine, StepStats, count_targets, cpu_copy
-from kozero.optim import build_optimizer, parameter_groups
+from kozero.optim import build_optimizer, parameter_groups, settings_kept
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -92,7 +92,8 @@ class PlainEngine(Engine):
             for name, parameter in self.module.named_parameters():
                 parameter.copy_(saved[name])
         state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        with settings_kept(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
     def weights(self) -> dict[str, torch.Tensor]:
