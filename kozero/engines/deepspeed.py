@@ -172,15 +172,20 @@ SECTIONS = {  # of the JSON, with DeepSpeed's own description of each
 }
 
 
-def check_config(config: dict[str, Any], path: str) -> None:
-    """Let DeepSpeed read the JSON before a model is loaded; its complaint becomes one line."""
-    prepare()
+def check_sections(config: dict[str, Any], path: str) -> None:
+    """Refuse an unknown key inside a section, with the nearest known one."""
     for place, kind in SECTIONS.items():
         section = config
         for name in place.split("."):
             section = section.get(name) or {}
         known = set(kind.model_fields) | {f.alias for f in kind.model_fields.values() if f.alias}
         check_keys(section if isinstance(section, dict) else {}, known, f"{path} {place}")
+
+
+def check_config(config: dict[str, Any], path: str) -> None:
+    """Let DeepSpeed read the JSON before a model is loaded; its complaint becomes one line."""
+    check_sections(config, path)
+    prepare()
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
