@@ -121,7 +121,7 @@ def train(
 
     run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
     run["dtype"] = training.dtype
-    same = resume_key(run, rows, sizes, engine_settings.stage, shape, model.pause_id)
+    same = resume_key(run, rows, sizes, shape, model.pause_id)
     trainer = Trainer(engine, rows, training, sizes, evaluate, task.best_score, same)
     if checkpoint:
         trainer.resume(checkpoint)
@@ -202,20 +202,16 @@ def checkpoint_activations(lm: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def resume_key(
-    run: dict, rows: TrainingRows, sizes: BatchSizes, stage: int, shape: plan.ModelShape, pause_id: int | None
-) -> dict:
+def resume_key(run: dict, rows: TrainingRows, sizes: BatchSizes, shape: plan.ModelShape, pause_id: int | None) -> dict:
     """What must not change between a run and its resumption: the rows, their order, the batch, the weights. Each by
-    the words that tell a user what to change back."""
-    named = ("seed", "task", "batching", "freeze", "num_pauses", "optim", "gradient_accumulation_steps")
+    the words that tell a user what to change back. Ranks and ZeRO stage may change where the engine can follow."""
+    named = ("seed", "task", "batching", "freeze", "num_pauses", "optim")
     return {f"--{name}": run["arguments"][name] for name in named} | {
         "data (files, --max_train_samples, --bad_rows, tokenizer)": rows.store.folder.name,
         "row length (--max_seq_length)": rows.capacity,
         "rows of a step (micro batch x accumulation x ranks)": sizes.global_batch,
-        "ranks": sizes.world_size,
         "model sizes": asdict(shape),
         "pause token id (--pause_token)": pause_id if run["arguments"]["num_pauses"] else None,
-        "ZeRO stage (--deepspeed_config)": stage,
         "precision (--bf16, --fp16)": run["dtype"],
     }
 

@@ -92,8 +92,10 @@ class Checkpoints:
                 )
         try:
             engine.load(folder)
-            random_file = folder / f"rng-rank{distributed.rank()}.pt"
-            restore_random_state(torch.load(random_file, map_location="cpu", weights_only=True))
+            files = sorted(folder.glob("rng-rank*.pt"))
+            if len(files) == distributed.world_size():  # else every rank goes on with a stream of its own
+                random_file = folder / f"rng-rank{distributed.rank()}.pt"
+                restore_random_state(torch.load(random_file, map_location="cpu", weights_only=True))
         except LOAD_ERRORS as error:
             raise UserError(f"{folder}: damaged ({first_line(error)}); resume from another checkpoint") from None
         return RunState(**saved["state"])

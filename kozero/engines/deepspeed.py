@@ -10,8 +10,12 @@ tests). Its `grad_accum_dtype: fp32` would change that, but selects another opti
 gradients that are not finite.
 """
 
+import json
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +30,7 @@ from kozero.config import TrainingArguments
 from kozero.data.batches import Batch
 from kozero.engines.base import Engine, StepStats, count_targets
 from kozero.errors import UserError
+from kozero.folder import write_text
 from kozero.json_files import check_keys
 from kozero.optim import build_optimizer, parameter_groups, settings_kept
 
@@ -40,7 +45,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils import safe_get_full_fp32_param
 
-TAG = "deepspeed"  # name of DeepSpeed's own folder in a checkpoint
+# Names in a checkpoint: DeepSpeed's own folder, its form for other ranks and stages, and how the first is cut up.
+TAG, UNIVERSAL, LAYOUT = "deepspeed", "universal", "layout.json"
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about settings that we make on purpose
 warnings.filterwarnings("ignore", message=r".*is deprecated\. Please use", category=FutureWarning)  # its collectives
 
@@ -101,11 +107,27 @@ class DeepSpeedEngine(Engine):
     def save(self, folder: Path) -> None:
         """DeepSpeed's own checkpoint; every rank writes its shard."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if distributed.is_main():
+            write_text(folder / LAYOUT, json.dumps(self.layout()))
+
+    def layout(self) -> dict[str, int]:
+        """What decides how a checkpoint is cut up."""
+        return {"zero_stage": self.stage, "ranks": distributed.world_size()}
 
     def load(self, folder: Path) -> None:
-        """Weights, optimizer shards and loss scale."""
+        """Weights, optimizer shards and loss scale. What other ranks wrote, or stage 1 for stage 2 and back, comes in
+        by way of DeepSpeed's universal checkpoint; stage 3 cuts parameters another way, which that does not join."""
+        if not (folder / LAYOUT).exists():
+            raise UserError(f"{folder}: not saved by DeepSpeed; resume without --deepspeed_config, or at stage 0")
+        saved = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
+        if (saved["zero_stage"] == 3) != (self.stage == 3):
+            raise UserError(f"{folder}: saved at ZeRO-{saved['zero_stage']}, which ZeRO-{self.stage} cannot go on from")
+        as_it_is = saved == self.layout()
+        tag = TAG if as_it_is else universal(folder)
+        self.engine._config.load_universal_checkpoint = not as_it_is
         with settings_kept(self.engine.optimizer):
-            loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+            loaded, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        self.engine._config.load_universal_checkpoint = False
         if loaded is None:
             raise UserError(f"{folder}: DeepSpeed found nothing to load in it")
 
@@ -130,6 +152,30 @@ class DeepSpeedEngine(Engine):
             with deepspeed.zero.GatheredParameters([parameter]):
                 return parameter.data.clone()
         return parameter.data
+
+
+def universal(folder: Path) -> str:
+    """Make DeepSpeed's universal form of a checkpoint beside it, each parameter and its states in files of their own,
+    and return its tag. Collective."""
+    target = folder / UNIVERSAL
+    if distributed.is_main() and not target.exists():
+        staging = folder / f"{UNIVERSAL}.incomplete"
+        shutil.rmtree(staging, ignore_errors=True)
+        told = {
+            "input_folder": folder / TAG,
+            "output_folder": staging,
+            "num_extract_workers": 1,
+            "num_merge_workers": 1,
+        }
+        flags = [f"--{name}={value}" for name, value in told.items()]
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *flags, "--inject_missing_state"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            staging.rename(target)
+    distributed.barrier()
+    if not target.exists():
+        raise UserError(f"{folder}: DeepSpeed cannot convert it for other ranks; resume on as many as before")
+    return UNIVERSAL
 
 
 def prepare() -> None:

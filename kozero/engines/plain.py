@@ -13,6 +13,7 @@ from kozero import distributed
 from kozero.config import TrainingArguments
 from kozero.data.batches import Batch
 from kozero.engines.base import Engine, StepStats, count_targets, cpu_copy
+from kozero.errors import UserError
 from kozero.optim import build_optimizer, parameter_groups, settings_kept
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +87,9 @@ class PlainEngine(Engine):
             torch.save(state, folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
-        """Every rank reads the files of rank 0."""
+        """Every rank reads the files of rank 0, however many they are."""
+        if not (folder / "weights.safetensors").exists():
+            raise UserError(f"{folder}: saved under DeepSpeed; resume with the same --deepspeed_config")
         with torch.no_grad():
             saved = load_file(folder / "weights.safetensors")
             for name, parameter in self.module.named_parameters():
