@@ -69,26 +69,23 @@ class TransformerConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Refuse the first value that is out of range."""
+        whole, above_0 = "a whole number of 1 or more", "a number above 0"
         for key in SIZES:
-            self.require(key, is_whole(getattr(self, key), 1), "a whole number of 1 or more")
+            self.require(key, is_whole(getattr(self, key), 1), whole)
         for key in ("capacity_factor", "initializer_range", "LN_eps"):
-            self.require(key, is_number(getattr(self, key)) and getattr(self, key) > 0, "a number above 0")
+            self.require(key, is_number(getattr(self, key)) and getattr(self, key) > 0, above_0)
+        factorised = self.embedding_size is not None
+        self.require("embedding_size", not factorised or is_whole(self.embedding_size, 1), f"{whole}, or null for none")
         self.require("dropout_prob", is_number(self.dropout_prob) and 0 <= self.dropout_prob < 1, "a number in [0, 1)")
         self.require("ln_pos", is_whole(self.ln_pos) and self.ln_pos <= 1, "0 (pre-norm) or 1 (post-norm)")
         self.require("causal", isinstance(self.causal, bool), "true or false")
-        known = ", ".join(ACTIVATIONS)
-        self.require("act_fn", self.act_fn in ACTIVATIONS, f"one of {known}{nearest(str(self.act_fn), ACTIVATIONS)}")
-        divides = f"a divisor of hidden_size {self.hidden_size}"
-        self.require("num_heads", self.hidden_size % self.num_heads == 0, divides)
-        self.require("embedding_size", self.embedding_size is None or is_whole(self.embedding_size, 1),
-                     "a whole number of 1 or more, or null for none")  # fmt: skip
-        self.require("pad_token_id", self.pad_token_id is None or self.is_token(self.pad_token_id),
-                     f"a token below vocab_size {self.vocab_size}, or null for none")  # fmt: skip
         self.require("tie_word_embeddings", self.tie_word_embeddings is True, "true: heads are tied to the embedding")
-
-    def is_token(self, token_id: Any) -> bool:
-        """Has the vocabulary this id?"""
-        return is_whole(token_id) and token_id < self.vocab_size
+        known = list(ACTIVATIONS)
+        self.require("act_fn", self.act_fn in known, f"one of {', '.join(known)}{nearest(str(self.act_fn), known)}")
+        divides = self.hidden_size % self.num_heads == 0
+        self.require("num_heads", divides, f"a divisor of hidden_size {self.hidden_size}")
+        known_token = self.pad_token_id is None or (is_whole(self.pad_token_id) and self.pad_token_id < self.vocab_size)
+        self.require("pad_token_id", known_token, f"a token below vocab_size {self.vocab_size}, or null for none")
 
     def require(self, key: str, condition: bool, what: str) -> None:
         """Raise a UserError that says what `key` must be, unless `condition` holds."""
