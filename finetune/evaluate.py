@@ -14,10 +14,10 @@ from finetune.scoring import Scores, score
 from finetune.setup import inference_pauses, load_model, row_capacity
 from finetune.tasks import TASKS, Example
 from kozero import distributed
-from kozero.checkpoint import writable_folder, write_text
 from kozero.config import TrainingArguments, arg, at_least, batch_sizes, parse_arguments, require
 from kozero.engines import build_engine, prepare_engine
 from kozero.errors import run_main
+from kozero.folder import writable_folder, write_text
 from kozero.pause import PauseArguments
 
 

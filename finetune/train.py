@@ -8,12 +8,8 @@ Reads top to bottom: arguments, model, data, engine, loop, export.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from finetune.arguments import DataArguments, ModelArguments
 from finetune.card import model_card
@@ -22,13 +18,14 @@ from finetune.scoring import score, write
 from finetune.setup import load_model, row_capacity
 from finetune.tasks import TASKS, Source, Task
 from kozero import distributed, plan
-from kozero.checkpoint import Checkpoints, RunState, writable_folder, write_text
+from kozero.checkpoint import Checkpoints, RunState
 from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments, require
 from kozero.data.batches import TrainingRows, prefix_and_target
 from kozero.data.rows import fit
 from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import UserError, run_main
+from kozero.folder import claim_output, save_run, write_text
 from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters, report
 from kozero.loop import Trainer
 from kozero.pause import PauseArguments, Pauses
@@ -129,28 +126,6 @@ def train(
     tell_next(output_dir / "model", run["arguments"], output_dir)
 
 
-@contextmanager
-def claim_output(name: str) -> Iterator[Path]:
-    """The output folder, made if need be and kept from other runs until this one ends.
-
-    Raises: UserError when it cannot be written or another run holds it, before anything long begins.
-    """
-    folder = writable_folder("--output_dir", Path(name))
-    lock = FileLock(folder / ".lock")
-    message = None
-    if distributed.is_main():
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            message = f"--output_dir {name}: another run is writing there; wait for it or choose another folder"
-    if message := distributed.broadcast(message):
-        raise UserError(message)
-    try:
-        yield folder
-    finally:
-        lock.release()
-
-
 def freeze(model: LanguageModel, text: str | None, has_pause: bool) -> FreezePlan:
     """Compile and apply the plan; the pause row becomes its own parameter where it trains without its embedding."""
     freeze_plan = compile_plan(text, model.config.n_layer, has_pause)
@@ -221,12 +196,6 @@ def pause_settings(model: LanguageModel, arguments: PauseArguments) -> dict:
         "num_pauses": arguments.num_pauses,
         "num_inference_pauses": arguments.at_inference,
     }
-
-
-def save_run(output_dir: Path, run: dict) -> None:
-    """Keep the resolved run beside its results."""
-    if distributed.is_main():
-        write_text(output_dir / "run.json", json.dumps(run, indent=2, ensure_ascii=False))
 
 
 def finish(engine: Engine, model: LanguageModel, output_dir: Path, pause: dict, card: str, state: RunState) -> None:

@@ -6,7 +6,6 @@ output_dir/checkpoints/best           name of the one with the best score
 """
 
 import json
-import os
 import random
 import re
 import shutil
@@ -19,6 +18,7 @@ import torch
 from kozero import distributed
 from kozero.engines.base import Engine
 from kozero.errors import UserError
+from kozero.folder import write_text
 
 STATE = "state.json"  # written last: a folder without it is not a checkpoint
 NAME = re.compile(r"step-\d{6,}")
@@ -180,31 +180,6 @@ def check_types(state: RunState) -> None:
 def step_of(folder: Path) -> int:
     """Step number in a checkpoint's name."""
     return int(folder.name.split("-")[1])
-
-
-def writable_folder(flag: str, folder: Path) -> Path:
-    """A folder, made if need be, in which a file could be written just now; `flag` named it.
-
-    Raises: UserError, before anything long begins.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-probe-{distributed.rank()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
-    return folder
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one move, so that a reader sees the old text or the new."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def random_state() -> dict:

@@ -72,7 +72,7 @@ class Trainer:
 
     Args:
         evaluate: scores of the current weights by name (collective), e.g. {"accuracy": 0.8}.
-        best_score: which of them decides the best checkpoint; higher is better.
+        best_score: which of them decides the best checkpoint. Without any score the last one is the best.
         run: what must be the same when this run is resumed.
         objectives: names of the module's objectives, where it has several: each gets its own curve.
         extra: more scalars for a point of the curves, by name; asked on rank 0 alone.
@@ -89,12 +89,13 @@ class Trainer:
         run: dict,
         objectives: tuple[str, ...] = (),
         extra: Callable[[], dict[str, float]] = dict,
+        lower_is_better: bool = False,
     ) -> None:
         self.engine, self.rows, self.arguments, self.sizes = engine, rows, arguments, sizes
         self.evaluate, self.best_score, self.run = evaluate, best_score, run
-        self.objectives, self.extra = objectives, extra
+        self.objectives, self.extra, self.lower_is_better = objectives, extra, lower_is_better
         self.total_steps = total_steps(arguments, len(rows), sizes)
-        self.lr_at = schedule(arguments, self.total_steps)
+        self.lr_at = schedule(arguments, arguments.scheduler_num_steps or self.total_steps)
         self.every = Intervals.of(arguments, self.total_steps)
         self.output_dir = Path(arguments.output_dir)
         self.checkpoints = Checkpoints(self.output_dir, arguments.save_total_limit)
@@ -156,8 +157,8 @@ class Trainer:
         if state.step % self.every.eval == 0 or last:
             scores = self.evaluate(log, state.step)
             log.scalars(state.step, {f"eval/{name}": value for name, value in scores.items()})
-            shown = " ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            log.say(f"step {state.step}: {shown}")
+            if shown := " ".join(f"{name} {value:.4f}" for name, value in scores.items()):
+                log.say(f"step {state.step}: {shown}")
             better = self.note_scores(scores)
         patience = self.arguments.early_stopping_patience
         stop = bool(patience) and state.evaluations_since_best >= patience
@@ -167,8 +168,9 @@ class Trainer:
 
     def note_scores(self, scores: dict[str, float]) -> bool:
         """Remember scores; True when they are the best so far."""
-        state, score = self.state, scores[self.best_score]
-        if state.best_score is not None and not score > state.best_score:
+        state, score = self.state, scores.get(self.best_score, 0.0)
+        signed = -1.0 if self.lower_is_better else 1.0
+        if scores and state.best_score is not None and not signed * score > signed * state.best_score:
             state.evaluations_since_best += 1
             return False
         state.best_score, state.best_step, state.evaluations_since_best = score, state.step, 0
