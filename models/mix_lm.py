@@ -53,6 +53,8 @@ class MixLmConfig(PreTrainedConfig):
     pad_token_id: int = 3
 
     def __post_init__(self, **kwargs) -> None:
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise UserError(f"model_type {kwargs['model_type']!r}: a Mix LM needs {self.model_type!r}")
         super().__post_init__(**kwargs)
         self.check_sizes()
         self.check_choices()
@@ -343,7 +345,7 @@ def visible_keys(padding: torch.Tensor | None, length: int, causal: bool, device
     if causal:
         earlier = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
         visible = earlier if visible is None else visible & earlier
-    if padding is not None:  # a query without any key is a division by zero: a position always sees itself
+    if padding is not None:  # a position always sees itself: kernels may give NaN for a query without any key
         visible = visible | torch.eye(length, dtype=torch.bool, device=device)
     return visible
 

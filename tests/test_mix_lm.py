@@ -1,5 +1,6 @@
 """The Mix LM encoder against equations written out by hand, a masked-kernel reference, and what padding must not do."""
 
+import itertools
 import json
 import math
 
@@ -19,6 +20,7 @@ from models.mix_lm import (
     MixLmEncoder,
     SpatialGating,
     TinyAttention,
+    visible_keys,
 )
 from tests.helpers import ROOT
 
@@ -261,6 +263,16 @@ def test_a_text_of_nothing_but_padding_is_harmless(changes):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_query_sees_a_key_and_real_ones_only_real_keys(causal):
+    padding = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool().unsqueeze(-1)
+    visible = visible_keys(padding, 5, causal, padding.device).squeeze(1)
+    for text, query, key in itertools.product(range(3), range(5), range(5)):
+        real = not padding[text, key] and (key <= query or not causal)
+        assert visible[text, query, key] == (real or key == query)
+    assert visible_keys(None, 5, False, padding.device) is None
+
+
 @pytest.mark.parametrize("changes", [{}, {"causal": True}, {"causal": True, "ln_pos": 1}])
 @torch.no_grad()
 def test_a_causal_encoder_never_looks_ahead(changes):
@@ -416,6 +428,7 @@ def test_positions_have_two_spellings():
         ("causal", "no", "true or false"),
         ("pad_token_id", 40, "0 to 39"),
         ("pad_token_id", None, "0 to 39"),
+        ("model_type", "gpt2", "needs 'kozero_mix_lm'"),
     ],
 )
 def test_a_wrong_value_is_one_line(key, value, advice):
