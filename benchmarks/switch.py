@@ -68,8 +68,8 @@ class LoopSwitch(SwitchFeedForward):
         outputs, kept = torch.zeros_like(flat), 0
         for expert, (w_in, w_out) in enumerate(zip(self.w_in, self.w_out, strict=True)):
             places = (choice == expert).nonzero().squeeze(1)[:capacity]
-            y = self.act_fn(flat[places] @ w_in) @ w_out * gate[places].unsqueeze(1)
-            outputs = outputs.index_put((places,), y.to(outputs.dtype))
+            y = self.act_fn(flat[places] @ w_in) @ w_out
+            outputs[places] = (y * gate[places].unsqueeze(1)).to(outputs.dtype)
             kept += len(places)
         load = choice.bincount(minlength=len(self.w_in)) / len(flat)
         return outputs.view_as(hidden), router_losses(logits, load), load, torch.tensor(1 - kept / len(flat))
