@@ -234,6 +234,14 @@ def test_lower_precision_routes_alike_and_stays_near(monkeypatch, dtype):
     torch.testing.assert_close(outputs[True], outputs[False])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_router_of_low_precision_weights_computes_in_32_bit(dtype):
+    layer, hidden = switch().to(dtype), torch.randn(1, 9, 16).to(dtype)
+    losses = layer(hidden)[1]
+    expected = router_losses(hidden[0].float() @ layer.router.weight.float().T, layer(hidden)[2])
+    torch.testing.assert_close(losses, expected)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_encoder_trains_in_lower_precision(dtype, autocast):
@@ -321,6 +329,16 @@ def test_padding_changes_nothing(training):
         torch.testing.assert_close(wide[name], narrow[name])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_token_sees_what_stands_at_padding(causal):
+    model = encoder(causal=causal).train()
+    ids, mask = texts(9, 4)
+    ids, mask = ids.flip(1), mask.flip(1)  # to the left, where causal tokens look
+    other = torch.where(mask.bool(), ids, ids % 39 + 1)
+    before, after = (model(x, mask).last_hidden_state[mask.bool()] for x in (ids, other))
+    assert torch.equal(before, after)
+
+
 def test_a_later_token_changes_nothing_earlier_when_causal():
     ids, _ = texts(10)
     changed = ids.clone()
@@ -375,12 +393,15 @@ def test_every_parameter_has_a_gradient_and_checkpointing_changes_none(changes):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_dropout_works_in_training_only():
-    model = encoder(dropout_prob=0.5, capacity_factor=3.0)
+@pytest.mark.parametrize("place", ["embeddings.dropout", "layers.0.attention.dropout", "layers.0.dropout"])
+def test_dropout_works_in_training_only(place):
+    model = encoder(capacity_factor=3.0)
     ids, _ = texts(8)
+    assert torch.equal(model.train()(ids).last_hidden_state, model(ids).last_hidden_state)
+    model.get_submodule(place).p = 0.5
     assert not torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state)
-    model.eval()
-    assert torch.equal(model(ids).last_hidden_state, model(ids).last_hidden_state)
+    assert torch.equal(model.eval()(ids).last_hidden_state, model(ids).last_hidden_state)
+    assert all(m.p == 0.3 for m in encoder(dropout_prob=0.3).modules() if isinstance(m, nn.Dropout))
 
 
 def test_initial_weights():
@@ -497,30 +518,30 @@ def loss_of(model: nn.Module, rank: int) -> torch.Tensor:
     return output.last_hidden_state.square().sum() + output.router_losses.sum()
 
 
-def gradients_of_ranks(wrapper: str, changes: dict) -> dict[str, torch.Tensor]:
-    """Mean gradients of two steps with a wrapper."""
-    model = encoder(**changes).train()
-    names = dict(model.named_parameters())
-    wrapped = model
-    if wrapper == "ddp":
-        wrapped = DistributedDataParallel(model)
-    else:
-        for layer in model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-    for _ in range(2):  # DDP finds in the second step that a parameter had no gradient in the first
-        model.zero_grad()
-        loss_of(wrapped, distributed.rank()).backward()
-    names = dict(model.named_parameters())
-    return {name: p.grad.full_tensor() if wrapper == "fsdp" else p.grad for name, p in names.items()}
+def gradients_of_ranks(cases: list[tuple[str, dict]]) -> list[dict[str, torch.Tensor]]:
+    """Mean gradients of the second step of each wrapper: in it DDP finds that a parameter had none in the first."""
+    found = []
+    for wrapper, changes in cases:
+        model = encoder(**changes).train()
+        wrapped = DistributedDataParallel(model) if wrapper == "ddp" else model
+        for module in [*model.layers, model] if wrapper == "fsdp" else []:
+            fully_shard(module)
+        for _ in range(2):
+            model.zero_grad()
+            loss_of(wrapped, distributed.rank()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        found.append({name: g.full_tensor() if wrapper == "fsdp" else g for name, g in gradients.items()})
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wrapper", "changes"), [("ddp", {"layer_group": 2}), ("fsdp", {}), ("fsdp", {"ln_pos": 0})])
-def test_two_ranks_have_the_mean_gradient(wrapper, changes):
-    model = encoder(**changes).train()
-    for rank in range(2):
-        (loss_of(model, rank) / 2).backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
-    for found in run_ranks(gradients_of_ranks, wrapper, changes):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+def test_two_ranks_have_the_mean_gradient():
+    cases = [("ddp", {"layer_group": 2}), ("fsdp", {}), ("fsdp", {"ln_pos": PRE_NORM, "embedding_size": 8})]
+    of_ranks = run_ranks(gradients_of_ranks, cases)
+    for case, (_, changes) in enumerate(cases):
+        model = encoder(**changes).train()
+        for rank in range(2):
+            (loss_of(model, rank) / 2).backward()
+        expected = {name: p.grad for name, p in model.named_parameters()}
+        for found in of_ranks:
+            torch.testing.assert_close(found[case], expected, rtol=1e-4, atol=1e-5)
