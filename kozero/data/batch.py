@@ -1,11 +1,15 @@
 """What a rank computes in one forward pass, and the stream of rows that it is cut from, whatever the objective."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from kozero.config import BatchSizes
+
+PAD_MULTIPLE = 8  # rows are padded to the longest of their batch, rounded up to this
 
 
 @dataclass
@@ -37,3 +41,20 @@ class Rows(Protocol):
 
     def num_tokens(self, consumed: int, group: int) -> int:
         """Real tokens of the `group` rows that begin after `consumed`, over all ranks."""
+
+
+def deal(consumed: int, sizes: BatchSizes, rank: int) -> list[list[int]]:
+    """Places of a rank's micro batches: the global batch is dealt out to rank 0, 1, ..., then again."""
+    starts = range(rank * sizes.micro, sizes.global_batch, sizes.micro * sizes.world_size)
+    return [list(range(consumed + start, consumed + start + sizes.micro)) for start in starts]
+
+
+def padded(rows: Sequence[np.ndarray], most: int, value: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as (B, T) int64 with `value` behind them, and (B, T) 1 where they are. T is that of the
+    longest rounded up, `most` at most."""
+    length = min(most, -(-max(map(len, rows)) // PAD_MULTIPLE) * PAD_MULTIPLE)
+    filled = np.full((len(rows), length), value, dtype=np.int64)
+    mask = np.zeros((len(rows), length), dtype=np.int64)
+    for k, row in enumerate(rows):
+        filled[k, : len(row)], mask[k, : len(row)] = row, 1
+    return filled, mask
