@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import HfArgumentParser
 
@@ -29,6 +29,8 @@ def arg(default: Any, help: str, **metadata: Any) -> Any:
 class TrainingArguments:
     """How a run trains. Names and meanings are those of transformers' TrainingArguments wherever both have one."""
 
+    smallest_batch: ClassVar[int] = 1  # 0 where it can be searched for
+
     output_dir: str = arg("runs/run", "folder for checkpoints, curves and the exported model")
     deepspeed_config: str | None = arg(
         None, "DeepSpeed JSON, e.g. ds_configs/zero2.json; without it: plain PyTorch (DDP for several ranks)"
@@ -43,6 +45,7 @@ class TrainingArguments:
     num_train_epochs: float = arg(3.0, "passes over the training rows, rounded up to whole steps; see --max_steps")
     max_steps: int = arg(0, "optimizer updates in all; 0: as many as --num_train_epochs takes")
     learning_rate: float = arg(5e-5, "peak learning rate")
+    scheduler_num_steps: int = arg(0, "updates after which the rate is 0, at least those of the run; 0: as many")
     lr_scheduler_type: str = arg("linear", "rate after the warm-up", choices=["linear", "cosine", "constant"])
     warmup_steps: float = arg(0.0, "optimizer updates of linear warm-up; below 1: that share of all updates")
     optim: str = arg("adamw", "optimizer", choices=["adamw", "sgd"])
@@ -65,13 +68,16 @@ class TrainingArguments:
     local_rank: int = arg(-1, "set by the deepspeed launcher; leave it alone")
 
     def __post_init__(self) -> None:
-        at_least(
-            1, self, "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"
-        )
+        at_least(self.smallest_batch, self, "per_device_train_batch_size")
+        at_least(1, self, "gradient_accumulation_steps", "logging_steps", "save_total_limit")
         at_least(
             0, self, "per_device_eval_batch_size", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm",
-            "eval_steps", "save_steps", "early_stopping_patience", "learning_rate",
+            "scheduler_num_steps", "eval_steps", "save_steps", "early_stopping_patience", "learning_rate",
         )  # fmt: skip
+        require(
+            not 0 < self.scheduler_num_steps < self.max_steps,
+            f"--scheduler_num_steps {self.scheduler_num_steps}: must be the run's {self.max_steps} steps or more",
+        )
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be in [0, 1)")
         require(self.num_train_epochs > 0, f"--num_train_epochs {self.num_train_epochs}: must be above 0")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from kozero.errors import UserError
 
@@ -126,6 +127,15 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value, group)
     return values
+
+
+def gather_rows(mine: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(B, H) rows of this rank to (world * B, H) rows of all, and the number of this rank's first. The gradient of a
+    row comes back from every rank that used it."""
+    if world_size() == 1:
+        return mine, 0
+    whole = torch.cat([mine if r == rank() else torch.zeros_like(mine) for r in range(world_size())])
+    return differentiable_all_reduce(whole), rank() * len(mine)
 
 
 def machine_first(work: Callable[[], T]) -> T:

@@ -9,7 +9,7 @@ from pathlib import Path
 from kozero import distributed
 from kozero.checkpoint import Checkpoints, RunState, step_of
 from kozero.config import BatchSizes, TrainingArguments
-from kozero.data.batches import TrainingRows
+from kozero.data.batch import Rows
 from kozero.engines.base import Engine, StepStats
 from kozero.errors import Diverged, require
 from kozero.optim import schedule
@@ -44,14 +44,19 @@ class Meter:
     """Sums since the last point of the curves."""
 
     started: float = field(default_factory=time.perf_counter)
-    losses: list[float] = field(default_factory=list)
+    losses: list[tuple[float, ...]] = field(default_factory=list)
     tokens: int = 0
 
-    def point(self, stats: StepStats, lr: float, state: RunState, epoch: float) -> dict[str, float]:
+    def point(
+        self, stats: StepStats, lr: float, state: RunState, epoch: float, objectives: tuple[str, ...]
+    ) -> dict[str, float]:
         """The scalars of a point, by their TensorBoard names."""
         seconds = time.perf_counter() - self.started
+        means = [sum(values) / len(values) for values in zip(*self.losses, strict=True)]  # one not finite shows
+        parts = {f"train/{name}_loss": mean for name, mean in zip(objectives, means, strict=True)} if objectives else {}
         return {
-            "train/loss": sum(self.losses) / len(self.losses),  # one that is not finite shows
+            "train/loss": sum(means),
+            **parts,
             "train/learning_rate": lr,
             "train/grad_norm": stats.grad_norm,
             "train/loss_scale": stats.loss_scale,
@@ -68,19 +73,24 @@ class Trainer:
 
     Args:
         evaluate: scores of the current weights by name (collective), e.g. {"accuracy": 0.8}.
-        best_score: which of them decides the best checkpoint; higher is better.
+        best_score: which of them decides the best checkpoint. Without any score the last one is the best.
         run: what must be the same when this run is resumed.
+        objectives: names of the module's objectives, where it has several: each gets its own curve.
+        extra: more scalars for a point of the curves, by name; asked on rank 0 alone.
     """
 
     def __init__(
         self,
         engine: Engine,
-        rows: TrainingRows,
+        rows: Rows,
         arguments: TrainingArguments,
         sizes: BatchSizes,
         evaluate: Callable[[RunLog, int], dict[str, float]],
         best_score: str,
         run: dict,
+        objectives: tuple[str, ...] = (),
+        extra: Callable[[], dict[str, float]] = dict,
+        lower_is_better: bool = False,
     ) -> None:
         self.engine, self.rows, self.arguments, self.sizes = engine, rows, arguments, sizes
         self.evaluate, self.best_score, self.run = evaluate, best_score, run
@@ -90,8 +100,9 @@ class Trainer:
             f"{MAX_EPOCHS_PER_STEP} times all {len(rows):,} rows; lower --per_device_train_batch_size or "
             "--gradient_accumulation_steps",
         )
+        self.objectives, self.extra, self.lower_is_better = objectives, extra, lower_is_better
         self.total_steps = total_steps(arguments, len(rows), sizes)
-        self.lr_at = schedule(arguments, self.total_steps)
+        self.lr_at = schedule(arguments, arguments.scheduler_num_steps or self.total_steps)
         self.every = Intervals.of(arguments, self.total_steps)
         self.output_dir = Path(arguments.output_dir)
         self.checkpoints = Checkpoints(self.output_dir, arguments.save_total_limit)
@@ -127,11 +138,11 @@ class Trainer:
             lr = self.lr_at(state.step)
             batches = self.rows.step(state.consumed_rows, self.sizes, distributed.rank())
             stats = self.engine.train_step(batches, lr)
+            tokens = self.rows.num_tokens(state.consumed_rows, self.sizes.global_batch)
             state.consumed_rows += self.sizes.global_batch
-            tokens = self.step_tokens(state.consumed_rows)
             state.real_tokens += tokens
             meter.tokens += tokens
-            meter.losses.append(stats.loss)
+            meter.losses.append(stats.losses)
             lost = 0 if stats.applied and math.isfinite(stats.loss) else lost + 1
             stop_when_lost(lost, stats, state.step)
             if not stats.applied:
@@ -140,8 +151,8 @@ class Trainer:
             state.step += 1
             log.progress(1)
             if state.step % self.every.logging == 0 or state.step == self.total_steps:
-                point = meter.point(stats, lr, state, state.consumed_rows / len(self.rows))
-                log.scalars(state.step, point)
+                point = meter.point(stats, lr, state, state.consumed_rows / len(self.rows), self.objectives)
+                log.scalars(state.step, point | (self.extra() if distributed.is_main() else {}))
                 rate = f"{point['train/tokens_per_second']:,.0f}"
                 log.progress(0, loss=f"{point['train/loss']:.4f}", lr=f"{lr:.2e}", tokens_per_s=rate)
                 meter = Meter()
@@ -162,27 +173,22 @@ class Trainer:
         if state.step % self.every.eval == 0 or last:
             scores = self.evaluate(log, state.step)
             log.scalars(state.step, {f"eval/{name}": value for name, value in scores.items()})
-            shown = " ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            log.say(f"step {state.step}: {shown}")
+            if shown := " ".join(f"{name} {value:.4f}" for name, value in scores.items()):
+                log.say(f"step {state.step}: {shown}")
             better = self.note_scores(scores)
         if better or last or self.patience_spent() or state.step % self.every.save == 0:
             self.checkpoints.save(self.engine, state, self.run, better)
 
     def note_scores(self, scores: dict[str, float]) -> bool:
         """Remember scores; True when they are the best so far."""
-        state, score = self.state, scores[self.best_score]
-        if state.best_score is not None and not score > state.best_score:
+        state, score = self.state, scores.get(self.best_score, 0.0)
+        signed = -1.0 if self.lower_is_better else 1.0
+        if scores and state.best_score is not None and not signed * score > signed * state.best_score:
             state.evaluations_since_best += 1
             return False
         state.best_score, state.best_step, state.evaluations_since_best = score, state.step, 0
         state.best_scores = dict(scores)
         return True
-
-    def step_tokens(self, consumed: int) -> int:
-        """Real tokens of the last step over all ranks, counted from row lengths, so that nothing travels for it."""
-        group = self.sizes.global_batch
-        places = range(consumed - group, consumed)
-        return int(sum(self.rows.length[self.rows.row_at(place, group)] for place in places))
 
     def load_best(self) -> None:
         """Put the weights of the best checkpoint back into the engine, if another is the last."""

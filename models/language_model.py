@@ -17,6 +17,7 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.activations import ACT2FN
@@ -28,13 +29,15 @@ from models.causal_lm import CausalLM, build, reset_row, resize_vocabulary
 
 transformers_logging.disable_progress_bar()  # a bar for each file that is read or written hides what matters
 
-# What KoGPT2's own tokenizer files leave out; its authors pass them by hand.
+# What KoGPT2's own tokenizer files leave out (its authors pass them by hand), and BERT's names.
 SPECIAL_TOKENS = {
-    "bos_token": "</s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "pad_token": "<pad>",
-    "mask_token": "<mask>",
+    "bos_token": ("</s>",),
+    "eos_token": ("</s>",),
+    "unk_token": ("<unk>", "[UNK]"),
+    "pad_token": ("<pad>", "[PAD]"),
+    "mask_token": ("<mask>", "[MASK]"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
 }
 DEFAULT_PAUSE, NEW_PAUSE = "<unused0>", "<pause>"
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -55,10 +58,12 @@ class LanguageModel:
         return self.module.lm.config
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a folder or hub name, with KoGPT2's special tokens where its files name none.
+def load_tokenizer(name: str, writes: bool = True) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a folder or hub name, with the usual special tokens where its files name none.
 
-    Raises: UserError when it is not there or has no end-of-text token.
+    Args: writes: it is for a model that writes, and so has to end a text.
+
+    Raises: UserError when it is not there or has no end-of-text token that it needs.
     """
     require_folder(name)
     try:
@@ -66,12 +71,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     except Exception as error:  # OSError, ValueError, or the tokenizer library's own bare Exception
         raise UserError(f"tokenizer {name}: cannot be loaded ({first_line(error)}). {OFFLINE}") from None
     vocabulary = tokenizer.get_vocab()
-    for role, token in SPECIAL_TOKENS.items():
-        if getattr(tokenizer, role) is None and token in vocabulary:
-            setattr(tokenizer, role, token)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {name}: no end-of-text token; its vocabulary lacks {SPECIAL_TOKENS['eos_token']}")
-    if tokenizer.pad_token_id is None:
+    for role, tokens in SPECIAL_TOKENS.items():
+        for token in tokens:
+            if getattr(tokenizer, role) is None and token in vocabulary:
+                setattr(tokenizer, role, token)
+    if writes and tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {name}: no end-of-text token; its vocabulary lacks </s>")
+    if writes and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -89,13 +95,7 @@ def require_folder(name: str) -> None:
 
 def read_config(path: Path) -> GPT2Config:
     """A GPT2Config from JSON; an unknown key or another architecture is a UserError."""
-    try:
-        values = read_json(path)
-    except UserError as error:
-        raise UserError(f"--config_file {error}") from None
-    if not isinstance(values, dict) or values.get("model_type") != "gpt2":
-        found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"--config_file {path}: model_type {found!r}; fine-tuning needs 'gpt2'")
+    values = read_model_json(path, "gpt2")
     known = {f.name for f in dataclasses.fields(GPT2Config)} | {"model_type"}
     for key in values:
         if key not in known:
@@ -117,6 +117,18 @@ def read_config(path: Path) -> GPT2Config:
         name = config.activation_function
         raise UserError(f"--config_file {path}: activation_function {name!r} is unknown{nearest(name, ACT2FN)}")
     return config
+
+
+def read_model_json(path: Path, model_type: str) -> dict[str, Any]:
+    """The values of a model's JSON config, which must name its `model_type`."""
+    try:
+        values = read_json(path)
+    except UserError as error:
+        raise UserError(f"--config_file {error}") from None
+    if not isinstance(values, dict) or values.get("model_type") != model_type:
+        found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"--config_file {path}: model_type {found!r}; {model_type!r} is needed here")
+    return values
 
 
 def load_config(name: str) -> GPT2Config:
@@ -301,9 +313,14 @@ def export(
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=silent or None,
     )
+    save_folder(folder, lm, tokenizer, card)
+
+
+def save_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str) -> None:
+    """Model, tokenizer and card in a folder that appears whole or not at all."""
     staging = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(staging, ignore_errors=True)
-    lm.save_pretrained(staging)
+    model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
     old = folder.with_name(folder.name + ".old")

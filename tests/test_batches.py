@@ -46,7 +46,7 @@ def test_targets_are_given_by_flat_place_id_and_text(batch):
     assert batch.inputs["target_index"].tolist() == [1, 3, 9, 10]  # 8 positions a row
     assert batch.inputs["target_ids"].tolist() == [13, 22, 33, 34]
     assert batch.texts.tolist() == [4, 9, 5, 5]
-    assert batch.num_targets == 4
+    assert batch.num_targets == (4,)
 
 
 def test_real_tokens_are_counted_without_padding(batch):
@@ -72,7 +72,7 @@ def test_rows_are_padded_to_a_given_length():
 def test_rows_without_texts_predict_nothing():
     empty = collate([[], []], length=8)
     assert empty.inputs["input_ids"].shape == (2, 8)
-    assert (empty.num_targets, empty.num_tokens) == (0, 0)
+    assert (empty.num_targets, empty.num_tokens) == ((0,), 0)
 
 
 def training_rows(
@@ -197,7 +197,7 @@ def test_every_rank_makes_as_many_forward_passes_the_last_may_be_empty():
     assert len({len(batches) for batches in ranks}) == 1
     shapes = {tuple(batch.inputs["input_ids"].shape) for batches in ranks for batch in batches}
     assert shapes == {(4, 16)}
-    assert ranks[-1][-1].num_targets == 0
+    assert ranks[-1][-1].num_targets == (0,)
 
 
 def test_evaluation_counts_what_was_cut_and_what_does_not_fit():

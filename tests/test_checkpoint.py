@@ -31,7 +31,7 @@ class Steps:
     def train_step(self, micro_batches, lr: float) -> StepStats:
         self.done += 1
         self.rates.append(lr)
-        return StepStats(1.0, 1.0, self.done - 1 not in self.skipped, 1.0)
+        return StepStats((1.0,), 1.0, self.done - 1 not in self.skipped, 1.0)
 
     def save(self, folder: Path) -> None:
         (folder / "steps").write_text(str(self.done))
@@ -297,7 +297,7 @@ def test_a_run_that_only_skips_ends(tmp_path):
 
 
 def test_a_run_whose_loss_stays_infinite_ends_even_if_its_gradients_are_finite(tmp_path, monkeypatch):
-    monkeypatch.setattr(Steps, "train_step", lambda self, batches, lr: StepStats(float("inf"), 1.0, True, 1.0))
+    monkeypatch.setattr(Steps, "train_step", lambda self, batches, lr: StepStats((float("inf"),), 1.0, True, 1.0))
     with pytest.raises(Diverged, match="loss inf"):
         trainer(tmp_path, Steps(), [], max_steps=999, eval_steps=999, save_steps=999).fit()
 

@@ -159,7 +159,7 @@ def train(model: CausalLM, steps: int = 3) -> None:
     optimizer = build_optimizer(parameter_groups(model, 0.5), arguments)
     batch = paused_batch()
     for _step in range(steps):
-        (model(**batch.inputs) / batch.num_targets).backward()
+        (model(**batch.inputs) / batch.num_targets[0]).backward()
         optimizer.step()
         optimizer.zero_grad()
 

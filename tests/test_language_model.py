@@ -367,7 +367,7 @@ def test_an_unknown_activation_is_answered_with_the_nearest(config_file):
 
 @pytest.mark.parametrize("text", ['{"model_type": "bert"}', "{}", "[]"])
 def test_a_config_of_another_architecture_is_refused(config_file, text):
-    assert "fine-tuning needs 'gpt2'" in refused(config=config_file(text))
+    assert "'gpt2' is needed here" in refused(config=config_file(text))
 
 
 def test_a_config_whose_head_is_not_tied_is_refused(config_file):

@@ -1,4 +1,4 @@
-"""Batches of tensors: what a rank computes in a step, as a pure function of the rows consumed so far."""
+"""Batches of packed texts: what a rank computes in a step, as a pure function of the rows consumed so far."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from kozero.config import BatchSizes
+from kozero.data.batch import Batch
 from kozero.data.rows import epoch_order, fit, grouped_order, pack
 from kozero.data.store import TokenStore
 from kozero.pause import IGNORE, Pauses
@@ -15,26 +16,15 @@ PAD_MULTIPLE = 8  # rows of a batch are padded to their longest, rounded up to t
 
 
 @dataclass
-class Batch:
-    """One forward pass. B rows of T tokens, N positions that predict something.
+class PackedBatch(Batch):
+    """B rows of T tokens, N positions that predict something.
 
-    `inputs` are the arguments of the model: input_ids (B, T), position_ids (B, T) that restart at every text of a
-    row, target_index (N,) places in the flattened (B * T) positions, target_ids (N,) what they must predict.
-    `texts` (N,) tells for each of them the number of its text.
+    `inputs`: input_ids (B, T), position_ids (B, T) that restart at every text of a row, target_index (N,) places in
+    the flattened (B * T) positions, target_ids (N,) what they must predict. `texts` (N,) tells for each of them the
+    number of its text.
     """
 
-    inputs: dict[str, torch.Tensor]
     texts: torch.Tensor
-    num_tokens: int  # real tokens, without padding
-
-    @property
-    def num_targets(self) -> int:
-        """N."""
-        return len(self.texts)
-
-    def to(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The model's arguments on a device."""
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
 
 
 @dataclass
@@ -46,7 +36,7 @@ class Text:
     number: int
 
 
-def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) -> Batch:
+def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) -> PackedBatch:
     """Lay texts side by side in rows and pad at the end, to `length`, or to the longest row rounded up, `most` at most.
     A row without texts is all padding and predicts nothing."""
     longest = max((sum(len(text.ids) for text in row) for row in rows), default=0)
@@ -74,17 +64,12 @@ def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) 
         "target_index": torch.from_numpy(index),
         "target_ids": torch.from_numpy(predicts.ravel()[index]),
     }
-    return Batch(inputs, torch.from_numpy(numbers.ravel()[index]), num_tokens)
+    return PackedBatch(inputs, (len(index),), num_tokens, torch.from_numpy(numbers.ravel()[index]))
 
 
 @dataclass
 class TrainingRows:
-    """The rows of a training run, and which of them make up a step.
-
-    A row holds one or more examples of the store. The stream of rows is epoch after epoch, each in an order that
-    depends on (seed, epoch) alone; a step takes the next `global_batch` of them, so the place in the stream is one
-    number, whatever the number of ranks.
-    """
+    """The Rows (see batch.py) of a token store, one or more examples a row."""
 
     store: TokenStore
     pauses: Pauses
@@ -118,7 +103,7 @@ class TrainingRows:
             self._orders[epoch, group] = order
         return self._orders[epoch, group]
 
-    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[Batch]:
+    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[PackedBatch]:
         """The micro batches of one rank in the step that begins after `consumed` rows.
 
         The global batch is dealt out in micro batches, first to rank 0, 1, ..., then again; which rows belong to a
@@ -129,6 +114,10 @@ class TrainingRows:
         starts = range(rank * sizes.micro, sizes.global_batch, stride)
         least = self.capacity if self.batching == "packed" else 0
         return [collate([self.texts(n) for n in numbers[k : k + sizes.micro]], least, self.capacity) for k in starts]
+
+    def num_tokens(self, consumed: int, group: int) -> int:
+        """Counted from row lengths, so that nothing travels between ranks for it."""
+        return int(sum(self.length[self.row_at(place, group)] for place in range(consumed, consumed + group)))
 
     def row_at(self, place: int, group: int) -> int:
         """Number of the row at a place of the stream."""
@@ -157,7 +146,7 @@ def prefix_and_target(store: TokenStore, cut: np.ndarray, number: int) -> tuple[
 
 def evaluation_batches(
     store: TokenStore, pauses: Pauses, capacity: int, micro: int, rank: int, world_size: int
-) -> tuple[Iterator[Batch], int, int]:
+) -> tuple[Iterator[PackedBatch], int, int]:
     """Packed batches over a whole store, each example once, the same number of batches on every rank (a sharded
     model needs all ranks in every forward pass); the last ones of a rank may be empty.
 
@@ -167,7 +156,7 @@ def evaluation_batches(
     rows = pack(fitted.length, fitted.used, capacity, seed=0)
     num_batches = -(-len(rows) // (micro * world_size))
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[PackedBatch]:
         for k in range(num_batches):
             start = (k * world_size + rank) * micro
             texts = [[text_of(store, fitted.cut, pauses, int(n)) for n in row] for row in rows[start : start + micro]]

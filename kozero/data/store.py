@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -82,24 +83,32 @@ def open_or_build(
 
     Args: notes: asked after the last row, kept in the store's meta: what a reader has to know about its rows.
     """
-    folder = cache / key
+    write = partial(write_store, rows=build, tokenizer=tokenizer, notes=notes)
+    return TokenStore(build_once(cache, key, is_whole, write))
+
+
+def build_once(cache: Path, key: str, is_whole: Callable[[Path], bool], write: Callable[[Path], None]) -> Path:
+    """The folder `key` below `cache`; `write` fills it when it is not there or not whole. Safe with many processes: one
+    writes, the others wait; a folder has its name only when it is whole.
+
+    Raises: UserError when the cache cannot be written.
+    """
+    folder, building = cache / key, cache / f"{key}.incomplete"  # that of the one process that holds the lock
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / f"{key}.lock")
-        with lock:
+        with FileLock(cache / f"{key}.lock"):
             if not is_whole(folder):
-                building = cache / f"{key}.incomplete"  # of one process, that which holds the lock
                 shutil.rmtree(building, ignore_errors=True)
                 shutil.rmtree(folder, ignore_errors=True)
                 building.mkdir()
                 try:
-                    write_store(building, build(), tokenizer, notes)
+                    write(building)
                     building.rename(folder)
                 finally:
                     shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise UserError(f"--cache_dir {cache}: cannot be written ({error.strerror or error})") from None
-    return TokenStore(folder)
+    return folder
 
 
 def is_whole(folder: Path) -> bool:
@@ -112,12 +121,14 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def write_store(folder: Path, rows: Iterable[TextRow], tokenizer: Any, notes: Callable[[], list[str]] = list) -> None:
-    """Tokenise `rows` into `folder`, one batch in memory at a time; every target ends in the tokenizer's eos."""
+def write_store(
+    folder: Path, rows: Callable[[], Iterable[TextRow]], tokenizer: Any, notes: Callable[[], list[str]] = list
+) -> None:
+    """Tokenise `rows()` into `folder`, one batch in memory at a time; every target ends in the tokenizer's eos."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     index, position = [], 0
     with (folder / "tokens.bin").open("wb") as file:
-        for ids, places in encode(rows, tokenizer):
+        for ids, places in encode(rows(), tokenizer):
             file.write(np.asarray(ids, dtype=dtype).tobytes())
             index.extend(places_at(places, position))
             position += len(ids)

@@ -10,26 +10,34 @@ import torch
 from torch import nn
 
 from kozero import distributed
-from kozero.data.batches import Batch
+from kozero.data.batch import Batch
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one training step did. `loss` is the mean over all targets of the step, in nats; `grad_norm` is taken
-    before clipping; `applied` is False when the update was skipped because a gradient was not finite, and
-    `loss_scale` is the one that this step used."""
+    """What one training step did.
 
-    loss: float
+    `losses` are the means over all targets of the step, in nats, one an objective; `grad_norm` is taken before
+    clipping; `applied` is False when the update was skipped because a gradient was not finite; `loss_scale` is the
+    one that this step used.
+    """
+
+    losses: tuple[float, ...]
     grad_norm: float
     applied: bool
     loss_scale: float
+
+    @property
+    def loss(self) -> float:
+        """What the step made smaller."""
+        return sum(self.losses)
 
 
 class Engine(ABC):
     """One model with its optimizer, sharded one way. It is given a module that is on no device and wraps it in the
     order that its library demands; from then on it owns both. Every method is collective.
 
-    The module's forward takes the `inputs` of a Batch and returns the sum of the losses of its targets.
+    The module's forward takes the `inputs` of a Batch and returns the sums of the losses of its objectives.
     """
 
     module: nn.Module  # unwrapped, for generation and export
@@ -37,8 +45,8 @@ class Engine(ABC):
 
     @abstractmethod
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepStats:
-        """Exactly one optimizer update at rate `lr`. The loss is the sum over all targets of all micro batches and
-        ranks, divided by their number, however they are spread."""
+        """Exactly one optimizer update at rate `lr`. The loss of an objective is the sum over all targets of all micro
+        batches and ranks, divided by their number, however they are spread."""
 
     @contextmanager
     @abstractmethod
@@ -63,9 +71,9 @@ class Engine(ABC):
 
 
 def count_targets(micro_batches: Sequence[Batch]) -> torch.Tensor:
-    """Targets of the step over all micro batches and ranks, on the device, so that no rank waits for its copy."""
-    mine = sum(batch.num_targets for batch in micro_batches)
-    return distributed.all_reduce(torch.tensor(float(mine), device=distributed.device())).clamp(min=1.0)
+    """(K,) targets of the step over all micro batches and ranks, on the device, so that no rank waits for its copy."""
+    mine = torch.tensor([batch.num_targets for batch in micro_batches], dtype=torch.float32).sum(0)
+    return distributed.all_reduce(mine.to(distributed.device())).clamp(min=1.0)
 
 
 def cpu_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

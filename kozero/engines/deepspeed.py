@@ -27,7 +27,7 @@ from torch import nn
 
 from kozero import distributed
 from kozero.config import TrainingArguments
-from kozero.data.batches import Batch
+from kozero.data.batch import Batch
 from kozero.engines.base import Engine, StepStats, count_targets
 from kozero.errors import UserError
 from kozero.folder import write_text
@@ -80,17 +80,17 @@ class DeepSpeedEngine(Engine):
         num_targets = count_targets(micro_batches)
         scale = self.loss_scale()
         factor = distributed.world_size() * len(micro_batches) / num_targets
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros_like(num_targets)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         for batch in micro_batches:
-            loss = self.engine(**batch.to(self.device))
-            self.engine.backward(loss * factor)
-            total += loss.detach()
+            sums = self.engine(**batch.to(self.device))
+            self.engine.backward((sums * factor).sum())
+            total += sums.detach()
             self.engine.step()
-        loss = distributed.all_reduce(total) / num_targets
+        losses = distributed.all_reduce(total) / num_targets
         norm = float(self.engine.get_global_grad_norm())
-        return StepStats(loss.item(), norm, self.engine.was_step_applied(), scale)
+        return StepStats(tuple(losses.tolist()), norm, self.engine.was_step_applied(), scale)
 
     def loss_scale(self) -> float:
         """The dynamic scale of fp16, 1 otherwise."""

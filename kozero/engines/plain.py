@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kozero import distributed
 from kozero.config import TrainingArguments
-from kozero.data.batches import Batch
+from kozero.data.batch import Batch
 from kozero.engines.base import Engine, StepStats, count_targets, cpu_copy
 from kozero.errors import UserError
 from kozero.optim import build_optimizer, parameter_groups, settings_kept
@@ -42,21 +42,21 @@ class PlainEngine(Engine):
         """One update; gradients travel once, with the last micro batch."""
         self.module.train()
         num_targets = count_targets(micro_batches)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros_like(num_targets)
         for k, batch in enumerate(micro_batches):
             last = k == len(micro_batches) - 1
             with self.no_sync(not last), self.autocast():
-                loss = self.wrapped(**batch.to(self.device)) / num_targets
+                losses = self.wrapped(**batch.to(self.device)) / num_targets
                 # DDP averages over ranks, the step's loss is a sum over them.
-                self.scaler.scale(loss * distributed.world_size()).backward()
-            total += loss.detach()
+                self.scaler.scale(losses.sum() * distributed.world_size()).backward()
+            total += losses.detach()
         return self.update(distributed.all_reduce(total), lr)
 
     def no_sync(self, wanted: bool) -> nullcontext:
         """Keep gradients on this rank, or send them round."""
         return self.wrapped.no_sync() if wanted and self.wrapped is not self.module else nullcontext()
 
-    def update(self, loss: torch.Tensor, lr: float) -> StepStats:
+    def update(self, losses: torch.Tensor, lr: float) -> StepStats:
         """Clip and step, unless a gradient is not finite; all ranks hold the same gradients and decide alike."""
         scale = self.scaler.get_scale()
         self.scaler.unscale_(self.optimizer)
@@ -69,7 +69,7 @@ class PlainEngine(Engine):
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepStats(loss.item(), norm.item(), applied, scale)
+        return StepStats(tuple(losses.tolist()), norm.item(), applied, scale)
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:

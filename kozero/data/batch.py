@@ -1,0 +1,60 @@
+"""What a rank computes in one forward pass, and the stream of rows that it is cut from, whatever the objective."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from kozero.config import BatchSizes
+
+PAD_MULTIPLE = 8  # rows are padded to the longest of their batch, rounded up to this
+
+
+@dataclass
+class Batch:
+    """One forward pass of a module with K objectives, of which most have one.
+
+    `inputs` are the arguments of the module, which returns the sum of the losses of each objective: (K,), or a scalar
+    for one. `num_targets` are the K numbers of targets that the sums run over.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    num_targets: tuple[int, ...]
+    num_tokens: int  # real tokens, without padding
+
+    def to(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The module's arguments on a device."""
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+
+
+class Rows(Protocol):
+    """The stream of rows of a run: epoch after epoch, in an order that depends on (seed, epoch) alone, so that a place
+    in it is one number, whatever the number of ranks."""
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+
+    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[Batch]:
+        """The micro batches of one rank in the step that begins after `consumed` rows."""
+
+    def num_tokens(self, consumed: int, group: int) -> int:
+        """Real tokens of the `group` rows that begin after `consumed`, over all ranks."""
+
+
+def deal(consumed: int, sizes: BatchSizes, rank: int) -> list[list[int]]:
+    """Places of a rank's micro batches: the global batch is dealt out to rank 0, 1, ..., then again."""
+    starts = range(rank * sizes.micro, sizes.global_batch, sizes.micro * sizes.world_size)
+    return [list(range(consumed + start, consumed + start + sizes.micro)) for start in starts]
+
+
+def padded(rows: Sequence[np.ndarray], most: int, value: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as (B, T) int64 with `value` behind them, and (B, T) 1 where they are. T is that of the
+    longest rounded up, `most` at most."""
+    length = min(most, -(-max(map(len, rows)) // PAD_MULTIPLE) * PAD_MULTIPLE)
+    filled = np.full((len(rows), length), value, dtype=np.int64)
+    mask = np.zeros((len(rows), length), dtype=np.int64)
+    for k, row in enumerate(rows):
+        filled[k, : len(row)], mask[k, : len(row)] = row, 1
+    return filled, mask

@@ -1,0 +1,226 @@
+"""Runs of sentences that fill a row, and blocks of a stream of documents: a corpus cut up without losing its tail."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from kozero.data.order import permute
+from kozero.data.store import build_once
+from pretrain.corpus import Shard
+
+GROUPS = 50  # of rows that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A shard cut into chunks of at most `room` tokens.
+
+    A chunk is a run of units of one document; a unit is a sentence, or a part of one that is longer than `room`.
+    `units` (U + 1,) places in the shard's tokens; `chunks` (C + 1,) numbers of the units where chunks begin; chunks
+    from `num_train` on belong to held-out documents.
+    """
+
+    shard: Shard
+    units: np.ndarray
+    chunks: np.ndarray
+    num_train: int
+
+    def __getitem__(self, number: int) -> list[np.ndarray]:
+        """The ids of each unit of a chunk."""
+        first, last = int(self.chunks[number]), int(self.chunks[number + 1])
+        places = self.units[first : last + 1].tolist()
+        tokens = self.shard.tokens[places[0] : places[-1]].astype(np.int64)
+        return [tokens[a - places[0] : b - places[0]] for a, b in pairwise(places)]
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of chunks."""
+        return self.units[self.chunks[numbers + 1]] - self.units[self.chunks[numbers]]
+
+
+def num_held_out(num_documents: int, fraction: float) -> int:
+    """Documents at the end of a shard that validate: none of a single one."""
+    return min(num_documents - 1, int(np.ceil(fraction * num_documents))) if num_documents > 1 else 0
+
+
+def cut(shard: Shard, room: int, fraction: float) -> Chunks:
+    """The chunks of a shard, cut once and kept beside it."""
+    folder = build_once(
+        shard.folder.parent, f"{shard.folder.name}-{room}", cut_is_whole, partial(write_cut, shard=shard, room=room)
+    )
+    units, chunks, documents = (np.load(folder / name, mmap_mode="r") for name in CUT_FILES)
+    held_out = num_held_out(shard.num_documents, fraction)
+    return Chunks(shard, units, chunks, int(documents[shard.num_documents - held_out]))
+
+
+CUT_FILES = ("units.npy", "chunks.npy", "chunk_of_document.npy")
+
+
+def cut_is_whole(folder: Path) -> bool:
+    """Whether the last file is there."""
+    return (folder / CUT_FILES[-1]).is_file()
+
+
+def write_cut(folder: Path, shard: Shard, room: int) -> None:
+    """Cut greedily: a chunk takes sentences of its document while they fit."""
+    units, unit_of_sentence = split_long(np.asarray(shard.sentences), room)
+    ends = unit_of_sentence[np.asarray(shard.documents)]  # (D + 1,) units where documents begin
+    chunks = [0]
+    if len(units) > 1:
+        fits = np.searchsorted(units, units[:-1] + room, side="right") - 1
+        fits = np.maximum(fits, np.arange(1, len(units)))  # a unit without tokens is no reason to stop
+        inside = np.repeat(ends[1:], np.diff(ends))
+        following = np.minimum(fits, inside).tolist()
+        while chunks[-1] < len(following):
+            chunks.append(following[chunks[-1]])
+    starts = np.asarray(chunks, dtype=np.int64)
+    for name, values in zip(CUT_FILES, (units, starts, np.searchsorted(starts, ends)), strict=True):
+        np.save(folder / name, values)
+
+
+def split_long(sentences: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Break sentences of more than `room` tokens into parts of about one length.
+
+    Returns: (U + 1,) places of the units, (S + 1,) the unit in which each sentence begins.
+    """
+    lengths = np.diff(sentences)
+    parts = np.maximum(1, -(-lengths // room))
+    begins = np.concatenate([[0], np.cumsum(parts)])
+    number = np.arange(begins[-1]) - np.repeat(begins[:-1], parts)
+    places = np.repeat(sentences[:-1], parts) + number * np.repeat(lengths, parts) // np.repeat(parts, parts)
+    return np.append(places, sentences[-1]), begins
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A shard as a stream of documents with `separator` behind each, cut every `size` tokens.
+
+    Blocks [0, num_train) are those of the training documents, the rest those of the held-out ones; the last block of
+    either part is as long as what is left.
+    """
+
+    shard: Shard
+    size: int
+    separator: int
+    fraction: float
+    ends: np.ndarray = field(init=False)  # (D + 1,) places in the stream where documents begin
+    bounds: tuple[int, int, int] = field(init=False)  # places of the first token, the first held-out one, the end
+
+    def __post_init__(self) -> None:
+        places = np.asarray(self.shard.sentences)[np.asarray(self.shard.documents)]
+        ends = places + np.arange(len(places))
+        held_out = num_held_out(self.shard.num_documents, self.fraction)
+        object.__setattr__(self, "ends", ends)
+        object.__setattr__(self, "bounds", (0, int(ends[len(ends) - 1 - held_out]), int(ends[-1])))
+
+    @property
+    def num_train(self) -> int:
+        """Blocks of training documents."""
+        return -(-self.bounds[1] // self.size)
+
+    def __len__(self) -> int:
+        return self.num_train + -(-(self.bounds[2] - self.bounds[1]) // self.size)
+
+    def span(self, number: int) -> tuple[int, int]:
+        """Places [start, end) of a block in the stream."""
+        part = int(number >= self.num_train)
+        start = self.bounds[part] + (number - part * self.num_train) * self.size
+        return start, min(start + self.size, self.bounds[part + 1])
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of blocks."""
+        return np.array([end - start for start, end in map(self.span, numbers.tolist())], dtype=np.int64)
+
+    def __getitem__(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, next ids) of each part of a document in a block; the token after a part is its last target."""
+        start, end = self.span(number)
+        first = int(np.searchsorted(self.ends, start, side="right")) - 1
+        parts = []
+        while start < end:
+            stop = min(end, int(self.ends[first + 1]))
+            stream = self.stream(first, start, min(stop + 1, int(self.ends[first + 1])))
+            parts.append((stream[: stop - start], stream[1:]))
+            start, first = stop, first + 1
+        return parts
+
+    def stream(self, document: int, start: int, end: int) -> np.ndarray:
+        """Places [start, end) of the stream, all in one document."""
+        ids = self.shard.tokens[start - document : min(end, int(self.ends[document + 1]) - 1) - document]
+        return (
+            np.append(ids, self.separator).astype(np.int64) if end == self.ends[document + 1] else ids.astype(np.int64)
+        )
+
+
+class Numbered:
+    """The rows of several shards under one number."""
+
+    def __init__(self, parts: Sequence[Chunks | Blocks], held_out: bool) -> None:
+        self.parts = parts
+        self.first = [part.num_train if held_out else 0 for part in parts]
+        counts = [(len_of(part) if held_out else part.num_train) - f for part, f in zip(parts, self.first, strict=True)]
+        self.begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.begins[-1])
+
+    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row in it) of rows."""
+        parts = np.searchsorted(self.begins, numbers, side="right") - 1
+        return parts, numbers - self.begins[parts] + np.asarray(self.first)[parts]
+
+    def __getitem__(self, number: int) -> list:
+        """What the shard holds there."""
+        (part,), (row,) = self.locate(np.array([number]))
+        return self.parts[part][int(row)]
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """(N,) tokens of rows."""
+        parts, rows = self.locate(numbers)
+        found = np.zeros(len(numbers), dtype=np.int64)
+        for part in np.unique(parts):
+            found[parts == part] = self.parts[part].lengths(rows[parts == part])
+        return found
+
+
+def len_of(part: Chunks | Blocks) -> int:
+    """All rows of a shard, held-out ones too."""
+    return len(part.chunks) - 1 if isinstance(part, Chunks) else len(part)
+
+
+@dataclass
+class Order:
+    """Which row stands at a place of an endless stream of epochs.
+
+    An epoch is `epoch_rows` rows drawn without repetition from `num`, in an order that depends on (seed, epoch) alone
+    and is computed a window at a time. The rows of a group (one step) have about the same length: windows of GROUPS
+    groups are sorted by length, then their groups change places.
+    """
+
+    num: int
+    epoch_rows: int
+    group: int
+    seed: int
+    lengths: Callable[[np.ndarray], np.ndarray]
+    windows: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+
+    def __getitem__(self, place: int) -> int:
+        epoch, offset = divmod(place, self.epoch_rows)
+        window, k = divmod(offset, GROUPS * self.group)
+        if (epoch, window) not in self.windows:
+            recent = sorted(self.windows)[-1:]  # a step touches two windows at most
+            self.windows = {key: self.windows[key] for key in recent} | {(epoch, window): self.window(epoch, window)}
+        return int(self.windows[epoch, window][k])
+
+    def window(self, epoch: int, window: int) -> np.ndarray:
+        """The rows of a window."""
+        start = window * GROUPS * self.group
+        places = np.arange(start, min(start + GROUPS * self.group, self.epoch_rows))
+        rows = permute(places, self.num, (self.seed, 3, epoch))
+        rows = rows[np.argsort(-self.lengths(rows), kind="stable")]
+        whole = len(rows) // self.group * self.group
+        groups = rows[:whole].reshape(-1, self.group)
+        moved = np.random.default_rng([self.seed, 4, epoch, window]).permutation(groups)
+        return np.concatenate([moved.ravel(), rows[whole:]])

@@ -1,0 +1,223 @@
+"""A corpus as token ids on disk: documents of sentences, tokenised once, read by memory map.
+
+A text file is worked off in pieces of some megabytes that end where a document ends (at a blank line). Each piece
+becomes a store of its own, named by the hash of its content, so a build that is interrupted goes on at the piece where
+it stopped, and a corpus larger than memory needs no more of it than a small one.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kozero.config import not_utf8, require
+from kozero.data.store import build_once, key_of, tokenizer_hash
+from kozero.errors import UserError
+
+PIECE_BYTES = 16 * 2**20
+LINE_BYTES = 2**20  # a longer line is no text
+ENCODE_SENTENCES = 4096  # handed to the tokenizer at once
+SUFFIXES = (".txt", ".dat")
+
+Document = list[str]  # its lines
+Splitter = Callable[[Document], Iterable[str]]  # lines to sentences
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes [start, end) of a text file: whole documents."""
+
+    path: Path
+    start: int
+    end: int
+
+    def content(self) -> bytes:
+        """The bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.end - self.start)
+
+    def documents(self) -> Iterator[Document]:
+        """Documents as their lines without the empty ones.
+
+        Raises: UserError naming the line that is not UTF-8.
+        """
+        content = self.content()
+        try:
+            text = content.decode("utf-8-sig" if self.start == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            with self.path.open("rb") as file:
+                line = file.read(self.start + error.start).count(b"\n") + 1
+            raise UserError(f"{self.path}:{line}: {not_utf8(content)}") from None
+        lines: Document = []
+        for line in text.split("\n"):
+            if stripped := line.strip():
+                lines.append(stripped)
+            elif lines:
+                yield lines
+                lines = []
+        if lines:
+            yield lines
+
+
+@dataclass(frozen=True)
+class HubPiece:
+    """Rows [start, end) of a data set's text column: each a document."""
+
+    rows: Any  # datasets.Dataset
+    column: str
+    start: int
+    end: int
+
+    def content(self) -> bytes:
+        """What names the piece."""
+        return f"{self.rows._fingerprint} {self.column} {self.start} {self.end}".encode()
+
+    def documents(self) -> Iterator[Document]:
+        """Rows as their lines without the empty ones; rows without text are passed over."""
+        for row in self.rows.select(range(self.start, self.end)):
+            if lines := [line.strip() for line in (row[self.column] or "").splitlines() if line.strip()]:
+                yield lines
+
+
+def find_files(path: Path) -> list[Path]:
+    """The text files of a corpus in the order of their names: one file, or all .txt and .dat files of a folder."""
+    require(path.exists(), f"--corpus_path {path}: no such file or folder")
+    if path.is_file():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    require(bool(files), f"--corpus_path {path}: no {' or '.join(SUFFIXES)} file in it")
+    return files
+
+
+def pieces_of(path: Path) -> Iterator[Piece]:
+    """A file cut at the first blank line after every PIECE_BYTES; at the end of a line where a document is longer."""
+    size, start = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while start < size:
+            file.seek(min(start + PIECE_BYTES, size))
+            while line := file.readline(LINE_BYTES + 1):
+                require(len(line) <= LINE_BYTES, f"{path}: a line of over {LINE_BYTES:,} bytes; break it into lines")
+                if not line.strip() or file.tell() > start + 2 * PIECE_BYTES:
+                    break
+            yield Piece(path, start, file.tell())
+            start = file.tell()
+
+
+def hub_pieces(name: str, split: str, column: str, rows: int = 10_000) -> list[HubPiece]:
+    """A hub data set (or a local folder that `datasets` loads) in pieces of `rows` rows."""
+    import datasets  # imported here: it takes a second, and files do not need it
+
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"--corpus_hub {name}: cannot be loaded ({type(error).__name__}: {reason}). Offline? Give files with "
+            "--corpus_path"
+        ) from None
+    known = ", ".join(data.column_names)
+    require(column in data.column_names, f"--text_column {column}: {name} has the columns {known}")
+    return [HubPiece(data, column, k, min(k + rows, len(data))) for k in range(0, len(data), rows)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tokenised piece.
+
+    `tokens` (N,) ids; `sentences` (S + 1,) places in `tokens` where sentences begin, the last is N; `documents`
+    (D + 1,) numbers of the sentences where documents begin, the last is S.
+    """
+
+    folder: Path
+    tokens: np.ndarray
+    sentences: np.ndarray
+    documents: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path) -> "Shard":
+        """Map a shard's files."""
+        meta = json.loads((folder / "meta.json").read_text())
+        tokens = np.memmap(folder / "tokens.bin", np.dtype(meta["dtype"]), mode="r")
+        names = ("sentences.npy", "documents.npy")
+        return cls(folder, tokens, *(np.load(folder / name, mmap_mode="r") for name in names))
+
+    @property
+    def num_documents(self) -> int:
+        """D."""
+        return len(self.documents) - 1
+
+
+def shard_is_whole(folder: Path) -> bool:
+    """Whether a shard's files have the sizes that its meta names."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        return bool(meta["sizes"]) and all((folder / k).stat().st_size == size for k, size in meta["sizes"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def build_shard(piece: Piece | HubPiece, tokenizer: Any, split: Splitter, splitter_name: str, cache: Path) -> Path:
+    """The folder of a piece's shard, tokenised unless it is there."""
+    content = hashlib.sha256(piece.content()).hexdigest()
+    key = "corpus-" + key_of(content, tokenizer_hash(tokenizer), splitter_name)
+    return build_once(cache, key, shard_is_whole, partial(write_shard, piece=piece, tokenizer=tokenizer, split=split))
+
+
+def write_shard(folder: Path, piece: Piece | HubPiece, tokenizer: Any, split: Splitter) -> None:
+    """Tokenise a piece into `folder`, one batch of sentences in memory at a time. A text that spells a special token
+    is text."""
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    lengths, documents = array("I"), array("Q", [0])
+    sentences = numbered_sentences(piece.documents(), split, documents)
+    with (folder / "tokens.bin").open("wb") as file:
+        while batch := list(islice(sentences, ENCODE_SENTENCES)):
+            encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            lengths.extend(len(ids) for ids in encoded)
+            file.write(np.fromiter((i for ids in encoded for i in ids), dtype).tobytes())
+    places = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.uint32), dtype=np.int64)])
+    if places[-1] == 0:
+        (folder / "tokens.bin").write_bytes(dtype.type(0).tobytes())  # an empty file cannot be mapped
+    np.save(folder / "sentences.npy", places)
+    np.save(folder / "documents.npy", np.frombuffer(documents, dtype=np.uint64).astype(np.int64))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "sizes": sizes}))
+
+
+def numbered_sentences(documents: Iterable[Document], split: Splitter, ends: array) -> Iterator[str]:
+    """All sentences in their order; the number of those so far is added to `ends` after each document."""
+    count = 0
+    for document in documents:
+        for sentence in split(document):
+            count += 1
+            yield sentence
+        if count > ends[-1]:
+            ends.append(count)
+
+
+def by_line(document: Document) -> Document:
+    """Every line is a sentence."""
+    return document
+
+
+def by_kiwi() -> Splitter:
+    """Sentences inside lines by kiwipiepy, whose Korean model finds ends that have no punctuation (0.1 MB/s a core)."""
+    from kiwipiepy import Kiwi  # imported here: it loads its model, and lines do not need it
+
+    kiwi = Kiwi(num_workers=1)
+
+    def split(document: Document) -> Iterator[str]:
+        for line in kiwi.split_into_sents(document):
+            yield from (sentence.text for sentence in line)
+
+    return split
+
+
+SPLITTERS: dict[str, Callable[[], Splitter]] = {"line": lambda: by_line, "kiwi": by_kiwi}

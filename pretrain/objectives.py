@@ -1,0 +1,145 @@
+"""What an encoder learns in pre-training: masked tokens, and the order of segments or the passage of a sentence."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+from kozero.pause import IGNORE
+
+TASKS = ("mlm", "mlm_sop", "mlm_ict")
+
+
+class MaskedHead(nn.Module):
+    """Logits of hidden tokens: a dense layer, a norm, and the transposed embedding (Devlin et al. 2018)."""
+
+    def __init__(self, embedding: nn.Embedding, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        vocab_size, embedding_size = embedding.weight.shape
+        self.dense = nn.Linear(hidden_size, embedding_size)
+        self.norm = nn.LayerNorm(embedding_size, eps=eps)
+        self.decoder = nn.Linear(embedding_size, vocab_size)
+        self.decoder.weight = embedding.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, H) to (N, V)."""
+        return self.decoder(self.norm(F.gelu(self.dense(hidden))))
+
+
+class PositionPool(nn.Module):
+    """One vector of a text: a learned weight for each position, over the real ones."""
+
+    def __init__(self, num_positions: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((num_positions,), 1.0 / num_positions**0.5))
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(B, T, H) vectors and their (B, T) mask to (B, H)."""
+        weights = self.weight[: hidden.shape[1]] * mask
+        return torch.einsum("bt,bth->bh", weights.to(hidden.dtype), hidden)
+
+
+class EncoderPretraining(nn.Module):
+    """An encoder with the heads of its objectives.
+
+    Args:
+        encoder: its forward takes input_ids, attention_mask and token_type_ids (B, T) and returns an object with
+            last_hidden_state (B, T, H) and router_losses: (2,) balance and z-loss, or None.
+        task: one of TASKS.
+        router_weights: of the two router losses (Fedus et al. 2021: 0.01; Zoph et al. 2022: 0.001).
+    """
+
+    def __init__(self, encoder: nn.Module, task: str, router_weights: tuple[float, float] = (0.01, 0.001)) -> None:
+        super().__init__()
+        config = encoder.config
+        self.encoder, self.task = encoder, task
+        self.mlm = MaskedHead(encoder.get_input_embeddings(), config.hidden_size, config.LN_eps)
+        if task == "mlm_sop":
+            self.sop = nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, 2)
+            )
+        if task == "mlm_ict":
+            self.pool = PositionPool(config.max_position_embeddings)
+        self.register_buffer("router_weights", torch.tensor(router_weights), persistent=False)
+        self.statistics: dict[str, torch.Tensor] = {}  # of the last forward pass, for the curves
+        self.start(config.initializer_range)
+
+    def start(self, std: float) -> None:
+        """Draw the heads as the encoder draws its own layers."""
+        for name in ("mlm", "sop"):
+            for layer in getattr(self, name, nn.Module()).modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.zeros_(layer.bias)
+                    if layer is not self.mlm.decoder:
+                        nn.init.normal_(layer.weight, std=std)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        target_index: torch.Tensor,
+        target_ids: torch.Tensor,
+        swapped: torch.Tensor | None = None,
+        query_ids: torch.Tensor | None = None,
+        query_mask: torch.Tensor | None = None,
+        has_query: torch.Tensor | None = None,
+        score: bool = False,
+    ) -> torch.Tensor:
+        """Sums of the losses, in nats, router losses weighted.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: (B, T).
+            target_index, target_ids: (N,) places in the flattened (B * T) positions and the tokens hidden there.
+            swapped: (B,) 1, 0 or IGNORE (SOP). query_ids, query_mask: (B, Q), has_query: (B,) (ICT).
+            score: count right answers too.
+
+        Returns: (K,) sums of [mlm, sop or ict, balance, router z]; with `score` (2, K): the sums, and how many are
+            right (0 for the router).
+        """
+        out = self.encoder(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        hidden = out.last_hidden_state
+        parts = [summed(self.mlm(hidden.flatten(0, 1)[target_index]), target_ids)]
+        if swapped is not None:
+            parts.append(summed(self.sop(hidden[:, 0]), swapped))
+        if query_ids is not None:
+            parts.append(self.match(hidden, attention_mask, query_ids, query_mask, has_query))
+        if out.router_losses is not None:
+            self.statistics = {"expert_load": out.expert_load.detach(), "dropped": out.dropped.detach()}
+            tokens = attention_mask.sum()
+            zero = torch.zeros_like(tokens)
+            parts += [(loss * tokens, zero) for loss in out.router_losses.float() * self.router_weights]
+        sums, right = (torch.stack([part[k].float() for part in parts]) for k in (0, 1))
+        return torch.stack([sums, right]) if score else sums
+
+    def match(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor,
+        query_ids: torch.Tensor,
+        query_mask: torch.Tensor,
+        has_query: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each query against the passages of all ranks (inverse cloze task, Lee et al. 2019, equation 5)."""
+        query = self.encoder(input_ids=query_ids, attention_mask=query_mask, token_type_ids=torch.zeros_like(query_ids))
+        queries = self.pool(query.last_hidden_state, query_mask)
+        passages, first = gather_rows(self.pool(hidden, mask))
+        labels = torch.where(has_query, first + torch.arange(len(queries), device=queries.device), IGNORE)
+        return summed(queries.float() @ passages.float().T / queries.shape[-1] ** 0.5, labels)
+
+
+def summed(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the cross entropy in nats over targets that are not IGNORE, and how many are the most likely."""
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE)
+    return loss, (logits.argmax(-1) == targets).sum()
+
+
+def gather_rows(mine: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(B, H) rows of this rank to (world * B, H) rows of all, and the number of this rank's first. The gradient of a
+    row comes back from every rank that used it."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if world == 1:
+        return mine, 0
+    whole = torch.cat([mine if r == rank else torch.zeros_like(mine) for r in range(world)])
+    return all_reduce(whole), rank * len(mine)

@@ -1,0 +1,237 @@
+"""The rows of pre-training: what is hidden, which segments are paired, which sentence is the query.
+
+Every draw is a pure function of (seed, place in the stream), so a resumed run meets the same rows, and neither the
+number of ranks nor that of micro batches changes them. (transformers' DataCollatorForLanguageModeling draws from one
+generator for a whole batch, which a resumed run could not go on with.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kozero.config import BatchSizes, require
+from kozero.data.batch import Batch
+from kozero.data.batches import PackedBatch, Text, collate
+from kozero.pause import IGNORE
+from pretrain.chunks import Numbered, Order
+
+PAD_MULTIPLE = 8  # rows are padded to the longest of their batch, rounded up to this
+KEEP_QUERY = 0.1  # share of the passages that keep their query (Lee et al. 2019, arXiv 1906.00300, section 4)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the rows have to know of a tokenizer."""
+
+    cls: int
+    sep: int
+    mask: int
+    size: int
+    special: np.ndarray  # (size,) True for tokens that are never drawn as a random replacement
+    continues: np.ndarray  # (size,) True for tokens that go on with a word (eojeol)
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Tokens":
+        """Ids by role. A tokenizer without [CLS] and [SEP] lends its first text token and its end of text.
+
+        Raises: UserError when there is no mask token.
+        """
+        require(tokenizer.mask_token_id is not None, "the tokenizer has no mask token, which --task mlm needs")
+        names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        pieces = any(name.startswith("##") for name in names)
+        special = np.zeros(len(names), dtype=bool)
+        special[list(tokenizer.all_special_ids)] = True
+        special |= [name.startswith("<unused") for name in names]
+        continues = np.array([n.startswith("##") if pieces else not n.startswith(("▁", "Ġ")) for n in names])
+        first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+        last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+        require(first is not None and last is not None, "the tokenizer has neither [CLS] and [SEP] nor <s> and </s>")
+        return cls(first, last, tokenizer.mask_token_id, len(names), special, continues)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Masked language modelling: Devlin et al. 2018, arXiv 1810.04805, section 3.1 (15%; of them 80% become the mask,
+    10% a random token, 10% stay), drawn by token or by word."""
+
+    tokens: Tokens
+    share: float = 0.15
+    whole_words: bool = False
+
+    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) ids without special tokens to (T,) ids with some hidden, and (T,) what each must predict or IGNORE.
+
+        At least one token is hidden. Words are taken in random order while they fit into the share.
+        """
+        words = np.arange(len(ids))
+        if self.whole_words:
+            starts = ~self.tokens.continues[ids]
+            starts[:1] = True
+            words = np.cumsum(starts) - 1
+        hidden = self.draw(words, rng)
+        targets = np.where(hidden, ids, IGNORE)
+        kind = rng.random(len(ids))
+        ordinary = np.flatnonzero(~self.tokens.special)
+        replaced = ordinary[rng.integers(0, len(ordinary), len(ids))]
+        shown = np.where(kind < 0.8, self.tokens.mask, np.where(kind < 0.9, replaced, ids))
+        return np.where(hidden, shown, ids), targets
+
+    def draw(self, words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Which of (T,) tokens are hidden, given the number of each one's word."""
+        sizes = np.bincount(words)
+        order = rng.permutation(len(sizes))
+        wanted = max(1, round(self.share * len(words)))
+        taken = order[np.cumsum(sizes[order]) <= wanted]
+        return np.isin(words, taken if len(taken) else order[np.argmin(sizes[order])])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of an encoder: segments with their special tokens, what is predicted, and the second objective's part."""
+
+    ids: np.ndarray
+    types: np.ndarray
+    predicts: np.ndarray
+    swapped: int = IGNORE  # SOP: 1 when the segments changed places
+    query: np.ndarray | None = None  # ICT
+
+
+class EncoderRows:
+    """The Rows (see kozero/data/batch.py) of an encoder: MLM, alone or with SOP or ICT.
+
+    SOP: are two neighbouring segments in their order (Lan et al. 2020, arXiv 1909.11942, section 3.1). ICT: which
+    passage is a sentence taken from (Lee et al. 2019). A chunk of one sentence has no second objective.
+
+    Args:
+        router: the module has the two router losses of a Switch transformer, counted over real tokens.
+        max_seq_length: tokens of a row with its special ones, at most.
+    """
+
+    def __init__(
+        self, chunks: Numbered, order: Order, masking: Masking, task: str, router: bool, max_seq_length: int
+    ) -> None:
+        self.chunks, self.order, self.masking, self.task, self.router = chunks, order, masking, task, router
+        self.max_seq_length = max_seq_length
+
+    def __len__(self) -> int:
+        return self.order.epoch_rows
+
+    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[Batch]:
+        """The micro batches of one rank in the step that begins after `consumed` rows."""
+        return [self.batch(places) for places in deal(consumed, sizes, rank)]
+
+    def num_tokens(self, consumed: int, group: int) -> int:
+        """Tokens of the corpus in the `group` rows that begin after `consumed`."""
+        rows = np.array([self.order[place] for place in range(consumed, consumed + group)])
+        return int(self.chunks.lengths(rows).sum())
+
+    def batch(self, places: Sequence[int]) -> Batch:
+        """One forward pass over the rows at some places."""
+        samples = [self.sample(place) for place in places]
+        most = self.max_seq_length
+        ids, mask = padded([sample.ids for sample in samples], most)
+        predicts, _ = padded([sample.predicts for sample in samples], most, IGNORE)
+        index = np.flatnonzero(predicts != IGNORE)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "token_type_ids": padded([sample.types for sample in samples], most)[0],
+            "target_index": index,
+            "target_ids": predicts.ravel()[index],
+        }
+        counts = [len(index)]
+        if self.task == "mlm_sop":
+            inputs["swapped"] = np.array([sample.swapped for sample in samples])
+            counts.append(int((inputs["swapped"] != IGNORE).sum()))
+        if self.task == "mlm_ict":
+            empty = np.array([self.masking.tokens.cls, self.masking.tokens.sep])
+            queries = [empty if sample.query is None else sample.query for sample in samples]
+            inputs["query_ids"], inputs["query_mask"] = padded(queries, most)
+            inputs["has_query"] = np.array([sample.query is not None for sample in samples])
+            counts.append(int(inputs["has_query"].sum()))
+        num_tokens = int(mask.sum())
+        counts += [num_tokens, num_tokens] if self.router else []
+        return Batch({name: torch.from_numpy(value) for name, value in inputs.items()}, tuple(counts), num_tokens)
+
+    def sample(self, place: int) -> Sample:
+        """The row at a place of the stream."""
+        rng = np.random.default_rng([self.order.seed, 5, place])
+        units = self.chunks[self.order[place]]
+        if self.task == "mlm_sop" and len(units) > 1:
+            at = int(rng.integers(1, len(units)))
+            segments = [np.concatenate(units[:at]), np.concatenate(units[at:])]
+            swapped = int(rng.random() < 0.5)
+            return self.framed(segments[::-1] if swapped else segments, rng, swapped=swapped)
+        if self.task == "mlm_ict" and len(units) > 1:
+            taken = int(rng.integers(len(units)))
+            keep = rng.random() < KEEP_QUERY
+            passage = np.concatenate([unit for k, unit in enumerate(units) if keep or k != taken])
+            return self.framed([passage], rng, query=frame([units[taken]], self.masking.tokens)[0])
+        return self.framed([np.concatenate(units)], rng)
+
+    def framed(self, segments: list[np.ndarray], rng: np.random.Generator, **other: Any) -> Sample:
+        """Segments with tokens hidden and special tokens around them."""
+        hidden = [self.masking(segment, rng) if len(segment) else (segment, segment) for segment in segments]
+        ids, types = frame([ids for ids, _ in hidden], self.masking.tokens)
+        ignored = np.array([IGNORE])
+        predicts = np.concatenate([ignored, *(part for _, targets in hidden for part in (targets, ignored))])
+        return Sample(ids, types, predicts, **other)
+
+
+def frame(segments: Sequence[np.ndarray], tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """[CLS] A [SEP] (B [SEP]) and the number of each position's segment."""
+    ids = [np.array([tokens.cls]), *(part for segment in segments for part in (segment, np.array([tokens.sep])))]
+    types = [np.full(len(segment) + 1, k) for k, segment in enumerate(segments)]
+    return np.concatenate(ids), np.concatenate([[0], *types])
+
+
+def padded(rows: Sequence[np.ndarray], most: int, value: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as (B, T) int64 with `value` behind them, and (B, T) 1 where they are. T is that of the
+    longest rounded up, `most` at most."""
+    length = min(most, -(-max(map(len, rows)) // PAD_MULTIPLE) * PAD_MULTIPLE)
+    filled = np.full((len(rows), length), value, dtype=np.int64)
+    mask = np.zeros((len(rows), length), dtype=np.int64)
+    for k, row in enumerate(rows):
+        filled[k, : len(row)], mask[k, : len(row)] = row, 1
+    return filled, mask
+
+
+def deal(consumed: int, sizes: BatchSizes, rank: int) -> list[list[int]]:
+    """Places of a rank's micro batches: the global batch is dealt out to rank 0, 1, ..., then again."""
+    starts = range(rank * sizes.micro, sizes.global_batch, sizes.micro * sizes.world_size)
+    return [list(range(consumed + start, consumed + start + sizes.micro)) for start in starts]
+
+
+class BlockRows:
+    """The Rows of a causal language model: blocks of the stream of documents, which do not see each other."""
+
+    def __init__(self, blocks: Numbered, order: Order, size: int) -> None:
+        self.blocks, self.order, self.size = blocks, order, size
+
+    def __len__(self) -> int:
+        return self.order.epoch_rows
+
+    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[PackedBatch]:
+        """The micro batches of one rank in the step that begins after `consumed` rows."""
+        return [self.batch(places) for places in deal(consumed, sizes, rank)]
+
+    def num_tokens(self, consumed: int, group: int) -> int:
+        """Tokens of the `group` rows that begin after `consumed`."""
+        rows = np.array([self.order[place] for place in range(consumed, consumed + group)])
+        return int(self.blocks.lengths(rows).sum())
+
+    def batch(self, places: Sequence[int]) -> PackedBatch:
+        """One forward pass over the rows at some places."""
+        return collate([self.texts(self.order[place]) for place in places], self.size)
+
+    def texts(self, row: int) -> list[Text]:
+        """The documents' parts of a block."""
+        texts = []
+        for ids, following in self.blocks[row]:
+            predicts = np.full(len(ids), IGNORE, dtype=np.int64)
+            predicts[: len(following)] = following
+            texts.append(Text(ids, predicts, row))
+        return texts

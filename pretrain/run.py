@@ -1,0 +1,228 @@
+"""Pre-training from a corpus: what train.py, train_zero_one.py and train_zero_two.py have in common, which is all but
+the engine. Reads top to bottom: arguments, tokenizer, corpus, model, engine, loop, export."""
+
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from kozero import distributed
+from kozero.checkpoint import Checkpoints
+from kozero.config import BatchSizes, batch_sizes, describe_run, parse_arguments, require
+from kozero.data.batch import Rows
+from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
+from kozero.engines.base import Engine
+from kozero.errors import run_main
+from kozero.folder import claim_output, save_run
+from kozero.loop import Trainer
+from kozero.runlog import RunLog
+from models import encoders, language_model
+from models.causal_lm import CausalLM, build
+from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments
+from pretrain.corpus import Shard
+from pretrain.data import make_rows, open_shards
+from pretrain.launch import run_ranks
+from pretrain.objectives import EncoderPretraining
+
+ROOT = Path(__file__).parent.parent
+SAMPLE_TOKENIZER = ROOT / "sample_data" / "tokenizer"
+
+
+def start(entry: str) -> None:
+    """Run an entry point: parse, start the ranks, train. `entry` is the file's name without its ending."""
+    run_main(partial(check_then_start, entry))
+
+
+def check_then_start(entry: str) -> None:
+    """Refuse wrong arguments before any process is started."""
+    training, _, _ = arguments(entry)
+    run_ranks(partial(main, entry), training.nproc)
+
+
+def arguments(entry: str) -> tuple[PretrainingArguments, CorpusArguments, ShardingArguments]:
+    """The command line of an entry; only train_zero_two.py has arguments about sharding."""
+    classes = [PretrainingArguments, CorpusArguments]
+    classes += [ShardingArguments] if entry == "train_zero_two" else []
+    filled = parse_arguments(*classes, prog=f"pretrain/{entry}.py", description=sys.modules[__name__].__doc__)
+    return filled if len(filled) == 3 else (*filled, ShardingArguments())
+
+
+def sharding_of(entry: str, wanted: ShardingArguments) -> Sharding | None:
+    """The engine of an entry; None leaves the choice to --deepspeed_config."""
+    if entry == "train":
+        return None
+    if entry == "train_zero_one":
+        return Sharding("oss", 1)
+    name = "fsdp" if wanted.sharding == "torch" else "fairscale_fsdp"
+    return Sharding(name, 3 if wanted.zero3 else 2, wanted.auto_wrap)
+
+
+def main(entry: str) -> None:
+    """One rank of a run."""
+    training, corpus, wanted = arguments(entry)
+    distributed.setup(training.timeout_seconds)
+    training.output_dir = str(Path(training.output_dir) / training.model_name)
+    with claim_output(training.output_dir) as output_dir:
+        pretrain(training, corpus, wanted, sharding_of(entry, wanted), output_dir)
+
+
+def pretrain(
+    training: PretrainingArguments,
+    corpus: CorpusArguments,
+    wanted: ShardingArguments,
+    sharding: Sharding | None,
+    output_dir: Path,
+) -> None:
+    """Tokenizer, corpus, model, engine, loop, export."""
+    sizes = batch_sizes(training, distributed.world_size())
+    settings = prepare_engine(training, sizes, sharding)
+    checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume)
+    distributed.seed_everything(training.seed)
+    tokenizer = load_tokenizer(corpus)
+    module = build_module(training, corpus, tokenizer)
+    shards = open_shards(corpus, tokenizer)
+    router = getattr(getattr(module, "encoder", None), "config", None)
+    data = make_rows(shards, corpus, training, sizes, tokenizer, hasattr(router, "capacity_factor"))
+    engine = build_engine(module, training, settings)
+
+    def evaluate(log: RunLog, step: int) -> dict[str, float]:
+        return held_out_scores(engine, data.validation, corpus.max_eval_samples, sizes, data.objectives)
+
+    run = describe_run(training, corpus, wanted)
+    trainer = Trainer(
+        engine, data.training, training, sizes, evaluate, "loss", resume_key(run, shards, sizes, settings),
+        data.objectives, partial(router_statistics, module), lower_is_better=True,
+    )  # fmt: skip
+    if checkpoint:
+        trainer.resume(checkpoint)
+        distributed.say(f"resumed from {checkpoint} at step {trainer.state.step}")
+    save_run(output_dir, run | {"deepspeed": settings.resolved})
+    distributed.say(
+        f"{corpus.task}: {len(data.training):,} rows an epoch, {sizes.global_batch} a step on {sizes.world_size} ranks "
+        f"({distributed.device().type}, {training.dtype}, {settings.engine}, ZeRO-{settings.stage}), "
+        f"{trainer.total_steps:,} steps"
+    )
+    state = trainer.fit()
+    trainer.load_best()
+    export(engine, module, tokenizer, output_dir / "model", card(training.model_name, run, state.best_scores))
+    engine.close()
+    distributed.shutdown()
+    distributed.say(f"curves:   tensorboard --logdir {output_dir}")
+    distributed.say(str(output_dir / "model"))
+
+
+def load_tokenizer(corpus: CorpusArguments) -> Any:
+    """The tokenizer of a run; the sample one without a name."""
+    name = corpus.tokenizer_name_or_path
+    if not name:
+        name = str(SAMPLE_TOKENIZER)
+        distributed.say("no --tokenizer_name_or_path: using the sample tokenizer (4,096 tokens)")
+    writes = corpus.model == "causal_lm"
+    return distributed.machine_first(lambda: language_model.load_tokenizer(name, writes))
+
+
+def build_module(training: PretrainingArguments, corpus: CorpusArguments, tokenizer: Any) -> nn.Module:
+    """The model with its objectives: random weights, or those of --checkpoint."""
+    if corpus.model == "causal_lm":
+        path = Path(corpus.config_file or ROOT / "models" / "kogpt2_config.json")
+        config = language_model.read_config(path)
+        config.vocab_size = -(-len(tokenizer) // 128) * 128  # a multiple of 128 keeps matrix products fast
+        check_positions(corpus, config.n_positions)
+        lm = build(config, training.seed)
+        return CausalLM(lm, list(range(len(tokenizer), config.vocab_size)))
+    path = Path(corpus.config_file or encoders.config_file_of(corpus.model))
+    config = encoders.read_encoder_config(path, corpus.model, len(tokenizer))
+    check_positions(corpus, config.max_position_embeddings)
+    encoder = encoders.build_encoder(config, training.seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(training.seed)
+        return EncoderPretraining(encoder, corpus.task)
+
+
+def check_positions(corpus: CorpusArguments, positions: int) -> None:
+    """A row must fit the model."""
+    require(
+        corpus.max_seq_length <= positions,
+        f"--max_seq_length {corpus.max_seq_length}: the model has {positions} positions; choose at most that",
+    )
+
+
+def held_out_scores(
+    engine: Engine, rows: Rows | None, limit: int, sizes: BatchSizes, objectives: tuple[str, ...]
+) -> dict[str, float]:
+    """Losses in nats and shares of right answers on held-out rows. Collective."""
+    if rows is None:
+        return {}
+    sizes = BatchSizes(sizes.micro, 1, sizes.world_size)
+    num = min(limit or len(rows), len(rows))
+    total = torch.zeros(3, len(objectives), dtype=torch.float64)
+    with engine.evaluating() as module:
+        for start in range(0, num, sizes.global_batch):
+            (batch,) = rows.step(start, sizes, distributed.rank())
+            inputs = batch.to(distributed.device())
+            found = module(**inputs, score=True).double().cpu()
+            total += torch.cat([found.view(2, -1), torch.tensor([batch.num_targets], dtype=torch.float64)])
+    sums, right, counts = distributed.all_reduce(total.to(distributed.device())).cpu()
+    losses, shares = (sums / counts.clamp(min=1)).tolist(), (right / counts.clamp(min=1)).tolist()
+    scores = {"loss": sum(losses)}
+    for name, loss, share in zip(objectives, losses, shares, strict=True):
+        scores |= {f"{name}_loss": loss}
+        scores |= {f"{name}_accuracy": share} if name in ("mlm", "sop", "ict", "clm") else {}
+    return scores
+
+
+def router_statistics(module: nn.Module) -> dict[str, float]:
+    """How a Switch transformer's tokens were spread in the last forward pass; empty for other models."""
+    found = getattr(module, "statistics", None)
+    if not found:
+        return {}
+    even = found["expert_load"] * found["expert_load"].shape[-1]  # 1: an even share
+    return {
+        "router/dropped_share": found["dropped"].mean().item(),
+        "router/largest_load": even.max().item(),
+        "router/smallest_load": even.min().item(),
+    }
+
+
+def resume_key(run: dict, shards: list[Shard], sizes: BatchSizes, settings: EngineSettings) -> dict:
+    """What must not change between a run and its resumption: the rows, their order, the batch, the weights."""
+    named = (
+        "seed", "task", "model", "optim", "max_seq_length", "whole_word_mask", "mask_share", "validation_fraction",
+        "max_steps_per_epoch", "gradient_accumulation_steps",
+    )  # fmt: skip
+    return {name: run["arguments"][name] for name in named} | {
+        "corpus": [shard.folder.name for shard in shards],
+        "sizes": asdict(sizes),
+        "engine": settings.engine,
+        "zero_stage": settings.stage,
+        "dtype": "bf16" if run["arguments"]["bf16"] else "fp16" if run["arguments"]["fp16"] else "fp32",
+    }
+
+
+def export(engine: Engine, module: nn.Module, tokenizer: Any, folder: Path, text: str) -> None:
+    """Write the best weights as a folder that transformers loads; the heads of an encoder lie beside it."""
+    state = engine.full_state_dict()
+    if not distributed.is_main():
+        return
+    if isinstance(module, CausalLM):
+        language_model.export(folder, language_model.LanguageModel(module, tokenizer, None, {}), state, {}, text)
+        return
+    encoder = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
+    heads = {name: t.contiguous() for name, t in state.items() if not name.startswith("encoder.")}
+    encoders.export_encoder(folder, module.encoder, encoder, tokenizer, text)
+    save_file(heads, folder / "heads.safetensors")
+
+
+def card(name: str, run: dict, scores: dict[str, float]) -> str:
+    """A short model card."""
+    arguments = run["arguments"]
+    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in scores.items())
+    return (
+        f"---\nlanguage: ko\n---\n# {name}\n\n{arguments['model']}, pre-trained with {arguments['task']} by KoZeRO.\n\n"
+        f"| held-out score | |\n|---|---|\n{rows}\n\n```\n{run['command']}\n```\n"
+    )
