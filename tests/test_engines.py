@@ -39,6 +39,7 @@ from tests.toys import (
     ENGINES,
     NUM_PAUSES,
     PAUSE,
+    RATES,
     VOCAB,
     greedy,
     reference,
@@ -47,6 +48,7 @@ from tests.toys import (
     toy,
     until,
 )
+from tests.two_tasks import reference_of_two
 
 # Tests: training ---------------------------------------------------------------------------------------------------
 
@@ -174,6 +176,34 @@ def test_one_process_trains_as_two_do(alone, name):
     assert close(found["grad_norm"], norms)
 
 
+@pytest.mark.parametrize("optim", RATES)
+@every_engine
+def test_each_of_two_objectives_has_its_own_divisor_and_experts_may_have_no_tokens(measured, name, optim):
+    losses, norms, weights = reference_of_two(optim)
+    found = measured(name, f"two objectives, {optim}")
+    for here, wanted in zip(found["losses"], losses, strict=True):
+        assert close(here, wanted)
+    assert close(found["loss"], [sum(both) for both in losses])
+    assert close(found["grad_norm"], norms)
+    assert set(found["state"]) == set(weights)
+    if optim == "sgd":
+        for key, tensor in weights.items():
+            torch.testing.assert_close(found["state"][key], tensor, atol=1e-5, rtol=0)
+
+
+@every_engine
+def test_recomputing_activations_changes_nothing(measured, name):
+    losses, norms, _ = expected("sgd")
+    found = measured(name, "recomputed")
+    assert close(found["loss"], losses)
+    assert close(found["grad_norm"], norms)
+
+
+@every_engine
+def test_a_gradient_that_comes_only_in_the_second_step_is_in_its_norm(alone, name):
+    assert close(alone(name, "late gradient"), [12**0.5, (12 + 48) ** 0.5])  # gradients are 2, of 3 and of 12 values
+
+
 @halves
 @every_engine
 def test_sixteen_bits_stay_close_to_thirty_two(measured, name, dtype):
@@ -271,6 +301,16 @@ def test_dropout_would_differ_if_the_random_state_were_not_restored(measured, re
     assert all(abs(a - b) > 1e-4 for a, b in zip(losses, forgetful, strict=True))
 
 
+@every_engine
+def test_going_back_to_a_checkpoint_forgets_everything_since(measured, name):
+    found = measured(name, "reloaded")
+    at_checkpoint, later, after_loading = found["logits"]
+    assert torch.equal(at_checkpoint, after_loading)
+    assert not torch.equal(at_checkpoint, later)
+    assert found["loss"][4:] == found["loss"][2:4]
+    assert found["grad_norm"][4:] == found["grad_norm"][2:4]
+
+
 # Tests: weights that come out ---------------------------------------------------------------------------------------
 
 
@@ -353,6 +393,17 @@ def test_evaluation_changes_nothing_in_training(evaluated):
     losses, norms, _ = expected("sgd")
     assert close(evaluated["loss"], losses)
     assert close(evaluated["grad_norm"], norms)
+
+
+@every_engine
+def test_parts_of_the_module_may_be_called_before_training_and_on_some_ranks_more_than_on_others(measured, name):
+    found = measured(name, "evaluated first")
+    losses, norms, _ = expected("sgd")
+    assert close(found["loss"], losses)
+    assert close(found["grad_norm"], norms)
+    with torch.no_grad():
+        wanted = toy().lm(input_ids=ids_to_compare()).logits
+    torch.testing.assert_close(found["logits"][0], wanted, atol=1e-5, rtol=0)
 
 
 @every_engine
