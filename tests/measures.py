@@ -39,6 +39,7 @@ from tests.toys import (
     PAUSE,
     RATES,
     SHAPE,
+    SHARDINGS,
     VOCAB,
     Row,
     Spelling,
@@ -91,8 +92,18 @@ def case(name: str, optim: str, shape: tuple[int, int], freeze: str | None, rows
     """One training."""
     engine, sizes = engine_for(name, toy(freeze), arguments(name, shape, optim=optim, **other))
     done = curve(train(engine, sizes, rows, optim)) | {"state": engine.full_state_dict()}
+    if name in SHARDINGS:
+        done["held"] = held(engine)
     engine.close()
     return done
+
+
+def held(engine: Engine) -> dict[str, int]:
+    """Numbers that this rank holds between steps, of parameters and of optimizer states."""
+    optimizer = getattr(engine.optimizer, "optim", engine.optimizer)  # OSS has one for its share
+    states = [tensor for values in optimizer.state.values() for tensor in values.values() if tensor.dim()]
+    tensors = {"parameters": list(engine.module.parameters()), "states": states}
+    return {what: sum(getattr(t, "_local_tensor", t).numel() for t in some) for what, some in tensors.items()}
 
 
 def without_targets() -> list[list[Row]]:

@@ -40,6 +40,7 @@ from tests.toys import (
     NUM_PAUSES,
     PAUSE,
     RATES,
+    SHARDINGS,
     VOCAB,
     greedy,
     reference,
@@ -212,6 +213,21 @@ def test_sixteen_bits_stay_close_to_thirty_two(measured, name, dtype):
     assert close(found["loss"], losses, 2e-2)
     assert close(found["grad_norm"], norms, 5e-2)
     assert all(found["applied"])
+
+
+@pytest.mark.parametrize("what", ["adamw", "adamw, parts frozen"])
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_two_ranks_share_optimizer_states_from_stage_1_and_parameters_from_stage_2(measured, elsewhere, name, what):
+    parameters = [p.numel() for p in toy(CASES[what][2]).parameters()]
+    trained = [p.numel() for p in toy(CASES[what][2]).parameters() if p.requires_grad]
+    ranks = [rank(name, what)["held"] for rank in (measured, elsewhere)]
+    stage, padding = SHARDINGS[name].stage, len(parameters)  # at most one number of each parameter
+    copies = 2 if stage == 0 else 1
+    found = sum(held["states"] for held in ranks)
+    assert 0 <= found - copies * 2 * sum(trained) <= 2 * padding  # AdamW has two numbers for each
+    assert stage == 0 or max(held["states"] for held in ranks) < 0.75 * found
+    copies = 2 if stage < 2 else 1
+    assert 0 <= sum(held["parameters"] for held in ranks) - copies * sum(parameters) <= padding
 
 
 # Tests: updates that are skipped ------------------------------------------------------------------------------------

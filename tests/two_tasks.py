@@ -1,11 +1,15 @@
-"""A toy with two objectives of different numbers of targets, and a Switch layer that one rank leaves without tokens."""
+"""A toy with all that the encoders ask of an engine: two objectives with different numbers of targets, stacked experts
+that one rank leaves without tokens, layers that run twice in a pass, share weights and return two tensors, and a
+collective of the model's own."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
 from kozero import distributed
 from kozero.config import BatchSizes
@@ -27,42 +31,61 @@ class Example:
     has_room: np.ndarray  # (LENGTH,) bool
 
 
-class Switch(nn.Module):
-    """Top-1 routing (Fedus et al. 2022, arXiv 2101.03961); tokens without room pass by."""
+class Layer(nn.Module):
+    """Top-1 routing into stacked experts (Fedus et al. 2022, arXiv 2101.03961), whose scores go on to the next layer,
+    then a mixer that all layers are handed. Tokens without room pass the experts by."""
 
     def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(HIDDEN, NUM_EXPERTS)
         self.weight = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN, HIDDEN) / HIDDEN**0.5)
 
-    def forward(self, x: torch.Tensor, has_room: torch.Tensor) -> torch.Tensor:
-        """(B, T, H) and (B, T) to (B, T, H)."""
-        chances = self.router(x).softmax(-1)
+    def forward(
+        self, x: torch.Tensor, scores: torch.Tensor | None, mixer: nn.Module, has_room: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, H), (B, T, E) and (B, T) to the first two."""
+        scores = self.router(x) if scores is None else self.router(x) + scores
+        chances = scores.softmax(-1)
         chosen = F.one_hot(chances.argmax(-1), NUM_EXPERTS) * has_room.unsqueeze(-1)
-        return x + torch.einsum("bte,bth,ehk->btk", chosen * chances, x, self.weight)
+        x = x + torch.einsum("bte,bth,ehk->btk", chosen * chances, x, self.weight)
+        return x + mixer(x).tanh(), scores
 
 
 class TwoTasks(nn.Module):
-    """Words behind a mask, and the order of segments."""
+    """Words behind a mask, and the order of segments by two passes through the same layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, HIDDEN)
-        self.layers = nn.ModuleList([Switch(), Switch(), Switch()])
+        self.layers = nn.ModuleList([Layer(), Layer(), Layer()])
         self.layers[2].weight = self.layers[0].weight  # so that only the second can be gathered by itself
+        self.mixers = nn.ModuleList([nn.Linear(HIDDEN, HIDDEN)])
         self.norm = nn.LayerNorm(HIDDEN)
         self.order_head = nn.Linear(HIDDEN, 2)
 
-    def forward(self, ids: torch.Tensor, words: torch.Tensor, order: torch.Tensor, has_room: torch.Tensor):
-        """(2,) sums of losses."""
-        x = self.embedding(ids)
+    def encode(self, ids: torch.Tensor, has_room: torch.Tensor) -> torch.Tensor:
+        """(B, T) to (B, T, H)."""
+        x, scores = self.embedding(ids), None
         for layer in self.layers:
-            x = layer(x, has_room)
-        x = self.norm(x)
-        word_logits = x @ self.embedding.weight.T
-        pairs = [(word_logits.flatten(0, 1), words.flatten()), (self.order_head(x.mean(1)), order)]
+            x, scores = layer(x, scores, self.mixers[0], has_room)
+        return self.norm(x)
+
+    def forward(
+        self, ids: torch.Tensor, words: torch.Tensor, order: torch.Tensor, has_room: torch.Tensor
+    ) -> torch.Tensor:
+        """(2,) sums of losses."""
+        x = self.encode(ids, has_room)
+        backwards = self.encode(ids.flip(1), has_room)
+        word_logits = (x @ self.embedding.weight.T).flatten(0, 1)
+        order_logits = self.order_head(met((x * backwards).mean(1)))
+        pairs = [(word_logits, words.flatten()), (order_logits, order)]
         sums = [F.cross_entropy(logits, wanted, ignore_index=NO_TARGET, reduction="sum") for logits, wanted in pairs]
         return torch.stack(sums)
+
+
+def met(x: torch.Tensor) -> torch.Tensor:
+    """The same values after a collective, forwards and backwards: as under in-batch negatives of all ranks."""
+    return x + 0 * all_reduce(x.clone()) if dist.is_initialized() else x
 
 
 def two_tasks() -> TwoTasks:

@@ -24,9 +24,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from fairscale.internal.containers import apply_to_tensors
 from fairscale.nn import FullyShardedDataParallel
 from torch import nn
 
@@ -67,6 +69,7 @@ class FairscaleFSDPEngine(TorchEngine):
 
     def shard(self, part: nn.Module) -> FullyShardedDataParallel:
         """One unit."""
+        part.register_forward_hook(pass_on)
         return FullyShardedDataParallel(
             part.to(self.device),
             process_group=dist.group.WORLD,
@@ -127,3 +130,8 @@ class FairscaleFSDPEngine(TorchEngine):
                 whole = torch.cat([part.flatten() for part in parts])[: size.numel()]
                 state[name] = whole.view(size).to("cpu", torch.float32, copy=True)
         return state if distributed.is_main() else None
+
+
+def pass_on(module: nn.Module, args: tuple, output: Any) -> Any:
+    """A forward hook whose outputs nothing inside the unit has used."""
+    return apply_to_tensors(lambda tensor: tensor.view_as(tensor), output)
