@@ -5,6 +5,7 @@ import math
 import shutil
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from finetune.data import EvaluationSet
 from finetune.scoring import score_choices, write
 from kozero import distributed
 from kozero.config import TrainingArguments
+from kozero.data.batch import Batch
 from kozero.data.batches import collate
 from kozero.engines.base import Engine
 from kozero.loop import Trainer
@@ -25,6 +27,7 @@ from kozero.runlog import RunLog
 from models.causal_lm import CausalLM
 from models.language_model import LanguageModel, export
 from tests.helpers import MemoryStore, toy_gpt2, word_tokenizer
+from tests.streams import streams_that_do_nothing
 from tests.toys import (
     CAPACITY,
     EIGHT_BY_ONE,
@@ -36,6 +39,7 @@ from tests.toys import (
     PAUSE,
     RATES,
     SHAPE,
+    SHARDINGS,
     VOCAB,
     Row,
     Spelling,
@@ -48,6 +52,7 @@ from tests.toys import (
     toy,
     training_rows,
 )
+from tests.two_tasks import Late, deal_examples, examples, two_tasks
 
 DTYPES = ["fp32", "bf16", "fp16"]
 PARTS = "h.0,wte,wpe,pause"  # a freeze plan
@@ -85,10 +90,20 @@ def curve(done: list) -> dict[str, list]:
 
 def case(name: str, optim: str, shape: tuple[int, int], freeze: str | None, rows: list, **other: Any) -> dict:
     """One training."""
-    engine, sizes = engine_for(toy(freeze), arguments(name, shape, optim=optim, **other))
+    engine, sizes = engine_for(name, toy(freeze), arguments(name, shape, optim=optim, **other))
     done = curve(train(engine, sizes, rows, optim)) | {"state": engine.full_state_dict()}
+    if name in SHARDINGS:
+        done["held"] = held(engine)
     engine.close()
     return done
+
+
+def held(engine: Engine) -> dict[str, int]:
+    """Numbers that this rank holds between steps, of parameters and of optimizer states."""
+    optimizer = getattr(engine.optimizer, "optim", engine.optimizer)  # OSS has one for its share
+    states = [tensor for values in optimizer.state.values() for tensor in values.values() if tensor.dim()]
+    tensors = {"parameters": list(engine.module.parameters()), "states": states}
+    return {what: sum(getattr(t, "_local_tensor", t).numel() for t in some) for what, some in tensors.items()}
 
 
 def without_targets() -> list[list[Row]]:
@@ -103,7 +118,7 @@ def skips(name: str, dtype: str) -> dict:
     module = toy()
     module.poison = 1.0
     module.register_forward_hook(poisoned)
-    engine, sizes = engine_for(module, said)
+    engine, sizes = engine_for(name, module, said)
     good = steps(3)
     done = train(engine, sizes, good[:1], "adamw")
     before, mine = engine.full_state_dict(), shards(module)
@@ -124,13 +139,14 @@ def poisoned(module: CausalLM, args: tuple, loss: torch.Tensor) -> torch.Tensor:
 
 
 def shards(module: torch.nn.Module) -> list[torch.Tensor]:
-    """What this rank holds of every parameter."""
-    return [getattr(p, "ds_tensor", p).detach().clone() for p in module.parameters()]
+    """What this rank holds of every parameter: at DeepSpeed's stage 3 beside it, under fully_shard inside it."""
+    held = [getattr(p, "ds_tensor", p).detach() for p in module.parameters()]
+    return [getattr(p, "_local_tensor", p).clone() for p in held]
 
 
 def evaluation(name: str, shape: tuple[int, int] = FOUR_BY_TWO) -> dict:
     """Two steps, texts and choices, two steps."""
-    engine, sizes = engine_for(toy(), arguments(name, shape, optim="sgd"))
+    engine, sizes = engine_for(name, toy(), arguments(name, shape, optim="sgd"))
     rows = steps()
     done = train(engine, sizes, rows[:2], "sgd")
     texts = write(engine, Spelling(END), prompts(), 1, max_new_tokens=8, do_sample=False)
@@ -143,7 +159,7 @@ def evaluation(name: str, shape: tuple[int, int] = FOUR_BY_TWO) -> dict:
 
 def exported(name: str, freeze: str | None, folder: Path) -> dict:
     """Train, export, and the logits of the live model."""
-    engine, sizes = engine_for(toy(freeze), arguments(name, optim="sgd"))
+    engine, sizes = engine_for(name, toy(freeze), arguments(name, optim="sgd"))
     train(engine, sizes, steps(3), "sgd")
     state = engine.full_state_dict()
     if distributed.is_main():
@@ -153,6 +169,74 @@ def exported(name: str, freeze: str | None, folder: Path) -> dict:
         logits = engine.module.lm(input_ids=ids_to_compare()).logits.clone()
     engine.close()
     return {"logits": logits}
+
+
+def recomputed(name: str) -> dict:
+    """A training whose activations are computed once more in the backward pass."""
+    module = toy()
+    module.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine, sizes = engine_for(name, module, arguments(name, optim="sgd"))
+    done = curve(train(engine, sizes, steps(), "sgd"))
+    engine.close()
+    return done
+
+
+def evaluated_first(name: str) -> dict:
+    """Parts of the module are called before anything has trained, and between steps: once more on rank 0 than on the
+    others, where ranks may evaluate on their own."""
+    engine, sizes = engine_for(name, toy(), arguments(name, (4, 1), optim="sgd"))
+    calls = 1 if engine.lockstep or distributed.is_main() else 0
+    done, logits = [], []
+    for k, rows in enumerate(steps()):
+        with engine.evaluating():
+            logits += [engine.module.lm(input_ids=ids_to_compare()).logits.clone() for _ in range(calls)]
+        done += train(engine, sizes, [rows], "sgd", first=k)
+    engine.close()
+    return curve(done) | {"logits": logits[:1]}
+
+
+def reloaded(name: str, folder: Path) -> dict:
+    """Two steps, a checkpoint, two steps, back to the checkpoint and the same two steps once more; the logits at the
+    checkpoint, before and after going back to it."""
+    engine, sizes = engine_for(name, toy(RESUME_FREEZE), arguments(name, optim="adamw"))
+
+    def logits() -> torch.Tensor:
+        with engine.evaluating():
+            return engine.module.lm(input_ids=ids_to_compare()).logits.clone()
+
+    rows = steps()
+    done = train(engine, sizes, rows[:2], "adamw")
+    if distributed.is_main():
+        folder.mkdir()
+    distributed.barrier()
+    engine.save(folder)
+    distributed.barrier()
+    seen = [logits()]
+    done += train(engine, sizes, rows[2:], "adamw", first=2)
+    seen.append(logits())
+    engine.load(folder)
+    seen.append(logits())
+    done += train(engine, sizes, rows[2:], "adamw", first=2)
+    engine.close()
+    return curve(done) | {"logits": seen}
+
+
+def two_objectives(name: str, optim: str) -> dict:
+    """A training with two objectives, in which the experts of rank 1 have no tokens."""
+    engine, sizes = engine_for(name, two_tasks(), arguments(name, optim=optim))
+    done = []
+    for k, some in enumerate(examples()):
+        done.append(engine.train_step(deal_examples(some, sizes), RATES[optim] * SHAPE[k]))
+    found = curve(done) | {"losses": [stats.losses for stats in done], "state": engine.full_state_dict()}
+    engine.close()
+    return found
+
+
+def late_gradient(name: str) -> list[float]:
+    """Gradient norms of two steps, the first of which leaves a parameter without a gradient."""
+    engine, _ = engine_for(name, Late(), arguments(name, (1, 1), optim="sgd"))
+    batches = [Batch({"x": torch.ones(3), "use": torch.tensor(use)}, (1,), 1) for use in (False, True)]
+    return [engine.train_step([batch], 0.0).grad_norm for batch in batches]
 
 
 def resume_arguments(name: str, dtype: str, folder: Path) -> TrainingArguments:
@@ -202,7 +286,7 @@ def fit(
 
         module.register_forward_pre_hook(spoil)
         module.register_forward_hook(poisoned)
-    engine, sizes = engine_for(module, said)
+    engine, sizes = engine_for(name, module, said)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = trainer_for(engine, sizes, said)
     if checkpoint:
@@ -219,7 +303,7 @@ def fit(
 def forgetful(name: str, checkpoint: Path) -> list[float]:
     """Losses after a checkpoint when the random state is not restored."""
     distributed.seed_everything(SEED + 1)
-    engine, sizes = engine_for(toy(RESUME_FREEZE, dropout=0.1), resume_arguments(name, "fp32", checkpoint))
+    engine, sizes = engine_for(name, toy(RESUME_FREEZE, dropout=0.1), resume_arguments(name, "fp32", checkpoint))
     engine.load(checkpoint)
     trainer = trainer_for(engine, sizes, resume_arguments(name, "fp32", checkpoint))
     losses = []
@@ -233,7 +317,8 @@ def forgetful(name: str, checkpoint: Path) -> list[float]:
 def attempt(work: Callable, *args: Any, **kwargs: Any) -> Any:
     """What `work` returns, or its traceback: one failure must not take all tests with it."""
     try:
-        return work(*args, **kwargs)
+        with streams_that_do_nothing() if args[0].startswith("fairscale_fsdp") else nullcontext():
+            return work(*args, **kwargs)
     except Exception:
         return traceback.format_exc()
 
@@ -255,6 +340,11 @@ def measure(folder: Path) -> dict[tuple[str, str], Any]:
             found[name, f"run {dtype}"] = attempt(fit, name, dtype, folder / f"{name}-{dtype}")
         found[name, "unsaved"] = attempt(fit, name, "fp32", folder / f"{name}-unsaved", save_steps=RESUME_STEPS)
         found[name, "evaluation"] = attempt(evaluation, name)
+        found[name, "evaluated first"] = attempt(evaluated_first, name)
+        found[name, "reloaded"] = attempt(reloaded, name, folder / f"{name}-reloaded")
+        found[name, "recomputed"] = attempt(recomputed, name)
+        for optim in RATES:
+            found[name, f"two objectives, {optim}"] = attempt(two_objectives, name, optim)
         found[name, "export"] = attempt(exported, name, None, folder / f"{name}-model")
         found[name, "export, pause alone"] = attempt(exported, name, "all_but:pause", folder / f"{name}-pause")
     return found
@@ -283,6 +373,7 @@ def measure_alone() -> dict[tuple[str, str], Any]:
     for name in ENGINES:
         found[name, "sgd"] = attempt(case, name, "sgd", (2, 4), None, steps())
         found[name, "evaluation"] = attempt(evaluation, name, (2, 4))
+        found[name, "late gradient"] = attempt(late_gradient, name)
     return found
 
 

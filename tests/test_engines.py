@@ -39,6 +39,8 @@ from tests.toys import (
     ENGINES,
     NUM_PAUSES,
     PAUSE,
+    RATES,
+    SHARDINGS,
     VOCAB,
     greedy,
     reference,
@@ -47,6 +49,7 @@ from tests.toys import (
     toy,
     until,
 )
+from tests.two_tasks import reference_of_two
 
 # Tests: training ---------------------------------------------------------------------------------------------------
 
@@ -174,6 +177,34 @@ def test_one_process_trains_as_two_do(alone, name):
     assert close(found["grad_norm"], norms)
 
 
+@pytest.mark.parametrize("optim", RATES)
+@every_engine
+def test_each_of_two_objectives_has_its_own_divisor_and_experts_may_have_no_tokens(measured, name, optim):
+    losses, norms, weights = reference_of_two(optim)
+    found = measured(name, f"two objectives, {optim}")
+    for here, wanted in zip(found["losses"], losses, strict=True):
+        assert close(here, wanted)
+    assert close(found["loss"], [sum(both) for both in losses])
+    assert close(found["grad_norm"], norms)
+    assert set(found["state"]) == set(weights)
+    if optim == "sgd":
+        for key, tensor in weights.items():
+            torch.testing.assert_close(found["state"][key], tensor, atol=1e-5, rtol=0)
+
+
+@every_engine
+def test_recomputing_activations_changes_nothing(measured, name):
+    losses, norms, _ = expected("sgd")
+    found = measured(name, "recomputed")
+    assert close(found["loss"], losses)
+    assert close(found["grad_norm"], norms)
+
+
+@every_engine
+def test_a_gradient_that_comes_only_in_the_second_step_is_in_its_norm(alone, name):
+    assert close(alone(name, "late gradient"), [12**0.5, (12 + 48) ** 0.5])  # gradients are 2, of 3 and of 12 values
+
+
 @halves
 @every_engine
 def test_sixteen_bits_stay_close_to_thirty_two(measured, name, dtype):
@@ -182,6 +213,21 @@ def test_sixteen_bits_stay_close_to_thirty_two(measured, name, dtype):
     assert close(found["loss"], losses, 2e-2)
     assert close(found["grad_norm"], norms, 5e-2)
     assert all(found["applied"])
+
+
+@pytest.mark.parametrize("what", ["adamw", "adamw, parts frozen"])
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_two_ranks_share_optimizer_states_from_stage_1_and_parameters_from_stage_2(measured, elsewhere, name, what):
+    parameters = [p.numel() for p in toy(CASES[what][2]).parameters()]
+    trained = [p.numel() for p in toy(CASES[what][2]).parameters() if p.requires_grad]
+    ranks = [rank(name, what)["held"] for rank in (measured, elsewhere)]
+    stage, padding = SHARDINGS[name].stage, len(parameters)  # at most one number of each parameter
+    copies = 2 if stage == 0 else 1
+    found = sum(held["states"] for held in ranks)
+    assert 0 <= found - copies * 2 * sum(trained) <= 2 * padding  # AdamW has two numbers for each
+    assert stage == 0 or max(held["states"] for held in ranks) < 0.75 * found
+    copies = 2 if stage < 2 else 1
+    assert 0 <= sum(held["parameters"] for held in ranks) - copies * sum(parameters) <= padding
 
 
 # Tests: updates that are skipped ------------------------------------------------------------------------------------
@@ -271,6 +317,16 @@ def test_dropout_would_differ_if_the_random_state_were_not_restored(measured, re
     assert all(abs(a - b) > 1e-4 for a, b in zip(losses, forgetful, strict=True))
 
 
+@every_engine
+def test_going_back_to_a_checkpoint_forgets_everything_since(measured, name):
+    found = measured(name, "reloaded")
+    at_checkpoint, later, after_loading = found["logits"]
+    assert torch.equal(at_checkpoint, after_loading)
+    assert not torch.equal(at_checkpoint, later)
+    assert found["loss"][4:] == found["loss"][2:4]
+    assert found["grad_norm"][4:] == found["grad_norm"][2:4]
+
+
 # Tests: weights that come out ---------------------------------------------------------------------------------------
 
 
@@ -353,6 +409,17 @@ def test_evaluation_changes_nothing_in_training(evaluated):
     losses, norms, _ = expected("sgd")
     assert close(evaluated["loss"], losses)
     assert close(evaluated["grad_norm"], norms)
+
+
+@every_engine
+def test_parts_of_the_module_may_be_called_before_training_and_on_some_ranks_more_than_on_others(measured, name):
+    found = measured(name, "evaluated first")
+    losses, norms, _ = expected("sgd")
+    assert close(found["loss"], losses)
+    assert close(found["grad_norm"], norms)
+    with torch.no_grad():
+        wanted = toy().lm(input_ids=ids_to_compare()).logits
+    torch.testing.assert_close(found["logits"][0], wanted, atol=1e-5, rtol=0)
 
 
 @every_engine

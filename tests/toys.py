@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import GPT2LMHeadModel
 
 from kozero import distributed
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batches import Batch, Text, TrainingRows, collate
-from kozero.engines import build_engine, prepare_engine
+from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.freeze import apply_plan, compile_plan
 from kozero.pause import IGNORE, Pauses
@@ -20,7 +21,19 @@ from models.language_model import set_dropout
 from tests.helpers import ROOT, MemoryStore, toy_gpt2
 
 STAGES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]  # names in ds_configs/
-ENGINES = ["plain", *STAGES]
+SHARDINGS = {
+    "plain": Sharding(),
+    "oss": Sharding("oss", 1),
+    "fsdp2": Sharding("fsdp", 2),
+    "fsdp2_wrap": Sharding("fsdp", 2, auto_wrap=True),
+    "fsdp3": Sharding("fsdp", 3),
+    "fsdp3_wrap": Sharding("fsdp", 3, auto_wrap=True),
+    "fairscale_fsdp2": Sharding("fairscale_fsdp", 2),
+    "fairscale_fsdp2_wrap": Sharding("fairscale_fsdp", 2, auto_wrap=True),
+    "fairscale_fsdp3": Sharding("fairscale_fsdp", 3),
+    "fairscale_fsdp3_wrap": Sharding("fairscale_fsdp", 3, auto_wrap=True),
+}
+ENGINES = [*SHARDINGS, *STAGES]
 PAUSE, NUM_PAUSES, CAPACITY = 7, 2, 32
 LAYERS, VOCAB = 2, 96
 GLOBAL_BATCH = 8
@@ -74,7 +87,7 @@ def deal(rows: Sequence[Row], sizes: BatchSizes) -> list[Batch]:
 def arguments(name: str, shape: tuple[int, int] = FOUR_BY_TWO, **other: Any) -> TrainingArguments:
     """What the command line says for an engine. The rate is wrong on purpose: steps bring their own."""
     values = {
-        "deepspeed_config": None if name == "plain" else str(ROOT / "ds_configs" / f"{name}.json"),
+        "deepspeed_config": str(ROOT / "ds_configs" / f"{name}.json") if name in STAGES else None,
         "per_device_train_batch_size": shape[0],
         "gradient_accumulation_steps": shape[1],
         "learning_rate": 3.0,
@@ -84,10 +97,15 @@ def arguments(name: str, shape: tuple[int, int] = FOUR_BY_TWO, **other: Any) -> 
     return TrainingArguments(**values | other)
 
 
-def engine_for(module: CausalLM, said: TrainingArguments) -> tuple[Engine, BatchSizes]:
+def engine_for(name: str, module: nn.Module, said: TrainingArguments) -> tuple[Engine, BatchSizes]:
     """An engine and its batch, as an entry point makes them."""
     sizes = BatchSizes(said.per_device_train_batch_size, said.gradient_accumulation_steps, distributed.world_size())
-    return build_engine(module, said, prepare_engine(said, sizes)), sizes
+    if name.startswith("fairscale_fsdp"):  # refused without a GPU
+        sharding = SHARDINGS[name]
+        settings = EngineSettings(sharding.engine, sharding.stage, sharding.auto_wrap)
+    else:
+        settings = prepare_engine(said, sizes, SHARDINGS.get(name))
+    return build_engine(module, said, settings), sizes
 
 
 def text_logits(lm: GPT2LMHeadModel, ids: np.ndarray) -> torch.Tensor:

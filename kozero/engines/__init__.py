@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from kozero.config import BatchSizes, TrainingArguments
@@ -17,15 +18,35 @@ STAGE_ZERO = {
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    """A checked choice of engine. `resolved` is the DeepSpeed JSON with every "auto" filled in, empty without one."""
+class Sharding:
+    """How a pre-training entry shards: "plain" (stage 0), "oss" (1), "fsdp" or "fairscale_fsdp" (2, 3).
 
+    With `auto_wrap` the parameters of each layer are gathered by themselves, else all of them at once.
+    """
+
+    engine: str = "plain"
     stage: int = 0
+    auto_wrap: bool = False
+
+
+@dataclass(frozen=True)
+class EngineSettings(Sharding):
+    """A checked choice of engine, "deepspeed" among them. `resolved` is its JSON with every "auto" filled in."""
+
     resolved: dict = field(default_factory=dict)
 
 
-def prepare_engine(arguments: TrainingArguments, sizes: BatchSizes, trains: bool = True) -> EngineSettings:
-    """Check everything about the engine that can be known before a model exists; see `resolve` for `trains`."""
+def prepare_engine(
+    arguments: TrainingArguments, sizes: BatchSizes, sharding: Sharding | None = None, trains: bool = True
+) -> EngineSettings:
+    """Check everything about the engine that can be known before a model exists.
+
+    Args:
+        sharding: what an entry that knows no DeepSpeed asks for; else --deepspeed_config decides.
+        trains: see `resolve`.
+    """
+    if sharding:
+        return prepare_sharding(arguments, sharding)
     if not arguments.deepspeed_config:
         return EngineSettings()
     resolved = resolve(arguments, sizes, trains)
@@ -37,19 +58,48 @@ def prepare_engine(arguments: TrainingArguments, sizes: BatchSizes, trains: bool
             f"{arguments.deepspeed_config}: stage 0 shards nothing and runs on PyTorch's DDP, which has no "
             f"{', '.join(map(repr, extra))}; remove it or choose a stage from 1 to 3",
         )
-    else:
-        from kozero.engines.deepspeed import check_config
+        return EngineSettings(resolved=resolved)
+    from kozero.engines.deepspeed import check_config
 
-        check_config(resolved, arguments.deepspeed_config)
-    return EngineSettings(stage, resolved)
+    check_config(resolved, arguments.deepspeed_config)
+    return EngineSettings("deepspeed", stage, resolved=resolved)
+
+
+def prepare_sharding(arguments: TrainingArguments, sharding: Sharding) -> EngineSettings:
+    """Refuse what the chosen library cannot do here."""
+    require(
+        not arguments.deepspeed_config,
+        f"--deepspeed_config {arguments.deepspeed_config}: this entry shards without DeepSpeed; leave it out, or "
+        "use finetune/train.py",
+    )
+    require(
+        sharding.engine != "fairscale_fsdp" or torch.cuda.is_available(),
+        "fairscale's FullyShardedDataParallel needs a GPU and none is visible; --sharding torch runs on a CPU",
+    )
+    return EngineSettings(sharding.engine, sharding.stage, sharding.auto_wrap)
 
 
 def build_engine(module: nn.Module, arguments: TrainingArguments, settings: EngineSettings) -> Engine:
     """Wrap a module. Freezing comes before this, loading a checkpoint after it."""
-    if settings.stage:
-        from kozero.engines.deepspeed import DeepSpeedEngine
+    match settings.engine:
+        case "deepspeed":
+            from kozero.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, arguments, settings.resolved)
-    from kozero.engines.plain import PlainEngine
+            return DeepSpeedEngine(module, arguments, settings.resolved)
+        case "oss":
+            from kozero.engines.oss import OSSEngine
 
-    return PlainEngine(module, arguments)
+            return OSSEngine(module, arguments)
+        case "fsdp":
+            from kozero.engines.fsdp import FSDPEngine
+
+            return FSDPEngine(module, arguments, settings.stage, settings.auto_wrap)
+        case "fairscale_fsdp":
+            from kozero.engines.fairscale_fsdp import FairscaleFSDPEngine
+
+            return FairscaleFSDPEngine(module, arguments, settings.stage, settings.auto_wrap)
+        case "plain":
+            from kozero.engines.plain import PlainEngine
+
+            return PlainEngine(module, arguments)
+    raise ValueError(f"no engine {settings.engine!r}")

@@ -1,0 +1,138 @@
+"""ZeRO-2 and ZeRO-3 by fairscale's FullyShardedDataParallel, on GPUs: it needs CUDA's streams. The tests run it on a
+CPU with streams that do nothing.
+
+Gradients are reduced with every micro batch: whole ones would have to be kept until the last otherwise, and not
+keeping them is what these stages are for. Each unit gathers its parameters for every micro batch, and at stage 3 once
+more in backward.
+
+Precision is autocast's, as in the plain engine: parameters are gathered and gradients reduced in 32 bit.
+
+Traps of fairscale 0.4.13, found in its source:
+
+- With flatten_parameters=True (the default) matrices and vectors, trained and frozen ones become one vector, which has
+  one weight decay and one requires_grad; mixed ones fail. Without it each parameter is gathered by itself, and
+  gradients still share buckets. The parameters keep their identity, so names and groups are taken before wrapping:
+  afterwards every one of them is a vector.
+- The end of a backward pass passes the root over, so its frozen parameters stay whole; and at stage 2 a forward pass
+  without a backward pass leaves all of them whole, and the next pass takes them for current, also when a checkpoint has
+  been loaded since. `reshard` puts the shards back after both.
+- summon_full_params, the public way to whole weights, forbids calls to a unit inside it, with an AssertionError of the
+  wrapper that flattens nothing here, and fails itself where a frozen parameter is whole already.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairscale.internal.containers import apply_to_tensors
+from fairscale.nn import FullyShardedDataParallel
+from torch import nn
+
+from kozero import distributed
+from kozero.config import TrainingArguments
+from kozero.engines.torch_engine import TorchEngine, rank_file
+from kozero.engines.units import layers
+from kozero.optim import build_optimizer, parameter_groups, settings_kept
+
+# What fairscale calls: storages by their type, and collectives by private names.
+warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+warnings.filterwarnings("ignore", message=r".*_base` is a private function", category=FutureWarning)
+
+
+class FairscaleFSDPEngine(TorchEngine):
+    """Gradients and optimizer states in shards (stage 2), and parameters too (stage 3)."""
+
+    wrapped: FullyShardedDataParallel
+
+    def __init__(self, module: nn.Module, arguments: TrainingArguments, stage: int, auto_wrap: bool) -> None:
+        super().__init__(arguments)
+        self.module = module
+        self.stage = stage
+        self.keep_casts = stage == 2  # at stage 3 the copies would be all weights, whole
+        self.parameters_by_name = dict(module.named_parameters())
+        self.sizes = {name: parameter.shape for name, parameter in self.parameters_by_name.items()}
+        groups = parameter_groups(module, arguments.weight_decay)
+        self.units = []
+        for members, name in layers(module) if auto_wrap else []:
+            self.units.append(self.shard(getattr(members, name)))
+            setattr(members, name, self.units[-1])
+        self.lockstep = stage == 3 and bool(self.units)
+        self.wrapped = self.shard(module)
+        self.units.append(self.wrapped)
+        for unit in reversed(self.units):  # the first to do so is the root
+            unit._lazy_init()
+        self.optimizer = build_optimizer(groups, arguments)
+
+    def shard(self, part: nn.Module) -> FullyShardedDataParallel:
+        """One unit."""
+        part.register_forward_hook(pass_on)
+        return FullyShardedDataParallel(
+            part.to(self.device),
+            process_group=dist.group.WORLD,
+            reshard_after_forward=self.stage == 3,
+            flatten_parameters=False,
+            compute_device=self.device,
+        )
+
+    def clip_grad_norm(self) -> torch.Tensor:
+        """Each rank adds its shards."""
+        self.reshard()
+        return self.wrapped.clip_grad_norm_(self.max_grad_norm)
+
+    def reshard(self) -> None:
+        """Free what passes have left whole."""
+        for unit in self.units:
+            unit._free_full_params()
+            unit._use_fp32_param_shard()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All weights at stage 2, those of the root at stage 3: its layers gather theirs whenever they run."""
+        self.wrapped._lazy_init()  # gathering waits for the optimizer
+        for unit in self.units if self.stage == 2 else [self.wrapped]:
+            unit._rebuild_full_params()
+        yield
+        self.reshard()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Shards: vectors, padded at the end to the same size on all ranks."""
+        return {name: parameter.detach() for name, parameter in self.parameters_by_name.items()}
+
+    def save(self, folder: Path) -> None:
+        """Every rank writes its shards."""
+        state = {
+            "weights": self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.loss_scale.state_dict(),
+        }
+        torch.save(state, rank_file(folder))
+
+    def load(self, folder: Path) -> None:
+        """The shards of this rank."""
+        state = read_rank_file(folder, self.device)
+        for name, weight in self.weights().items():
+            weight.copy_(state["weights"][name])
+        with settings_kept(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.loss_scale.load_state_dict(state["scaler"])
+
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """Gathered one parameter at a time."""
+        state = {}
+        for name, shard in self.weights().items():
+            parts = [torch.empty_like(shard) for _ in range(distributed.world_size())]
+            dist.all_gather(parts, shard)
+            if distributed.is_main():
+                size = self.sizes[name]
+                whole = torch.cat([part.flatten() for part in parts])[: size.numel()]
+                state[name] = whole.view(size).to("cpu", torch.float32, copy=True)
+        return state if distributed.is_main() else None
+
+
+def pass_on(module: nn.Module, args: tuple, output: Any) -> Any:
+    """A forward hook whose outputs nothing inside the unit has used."""
+    return apply_to_tensors(lambda tensor: tensor.view_as(tensor), output)

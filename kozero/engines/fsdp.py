@@ -1,0 +1,122 @@
+"""ZeRO-2 and ZeRO-3 by PyTorch's fully_shard (FSDP2), on CPU with gloo and on GPUs with NCCL.
+
+Gradients are reduced with every micro batch: whole ones would have to be kept until the last otherwise, and not
+keeping them is what these stages are for. ZeRO-2 has its parameters whole from the first forward pass of a step to
+the last backward pass, so they travel once a step.
+
+Precision is autocast's, as in the plain engine: parameters are gathered and gradients reduced in 32 bit.
+
+Traps of fully_shard (torch 2.11 to 2.13), found in its source:
+
+- The first unit that runs declares itself the root. Writing text calls a part of the module, not the module; its first
+  layer would be a root, and the next call of the real one fails. `_lazy_init` before anything else settles it.
+- A call to a part does not pass the root's hooks either, so its weights would be shards: `gathered` unshards them.
+- In backward a unit gathers ahead what ran before it according to a list that forward passes of evaluations extend as
+  well. Ranks that evaluated differently often would then gather differently, and hang. ZeRO-2 needs nothing gathered
+  in backward and is told so; ZeRO-3 evaluates in lockstep.
+- The optimizer's state is made of DTensors, which torch.load(weights_only=True) refuses; files hold this rank's part.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from kozero import distributed
+from kozero.config import TrainingArguments
+from kozero.engines.torch_engine import TorchEngine, rank_file
+from kozero.engines.units import layers
+from kozero.optim import build_optimizer, parameter_groups, settings_kept
+
+
+class FSDPEngine(TorchEngine):
+    """Gradients and optimizer states in shards (stage 2), and parameters too (stage 3)."""
+
+    def __init__(self, module: nn.Module, arguments: TrainingArguments, stage: int, auto_wrap: bool) -> None:
+        super().__init__(arguments)
+        self.module = self.wrapped = module
+        self.stage = stage
+        self.keep_casts = stage == 2  # at stage 3 the copies would be all weights, whole
+        parts = [getattr(members, name) for members, name in layers(module)] if auto_wrap else []
+        self.units = [*parts, module]  # the root last: it takes what is left
+        self.lockstep = stage == 3 and len(self.units) > 1
+        mesh = init_device_mesh(self.device.type, (distributed.world_size(),))
+        for unit in self.units:
+            fully_shard(unit, mesh=mesh, reshard_after_forward=stage == 3 and unit is not module)
+            if stage == 2:
+                unit.set_modules_to_backward_prefetch([unit])
+        module._get_fsdp_state()._lazy_init()
+        self.optimizer = build_optimizer(parameter_groups(module, arguments.weight_decay), arguments)
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Gradients travel now; parameters of stage 2 stay whole until the step."""
+        self.module.set_reshard_after_backward(last or self.stage == 3)
+        yield
+
+    def clip_grad_norm(self) -> torch.Tensor:
+        """Each rank adds its shards."""
+        norm = nn.utils.get_total_norm(self.gradients()).full_tensor()
+        nn.utils.clip_grads_with_norm_(self.trainable(), self.max_grad_norm, norm)
+        return norm
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All weights at stage 2, those of the root at stage 3: its layers gather theirs whenever they run."""
+        units = self.units if self.stage == 2 else [self.module]
+        for unit in units:
+            unit.unshard()
+        yield
+        for unit in units:
+            unit.reshard()
+
+    def save(self, folder: Path) -> None:
+        """Every rank writes its shards."""
+        optimizer = self.optimizer.state_dict()
+        moments = {number: local_parts(values) for number, values in optimizer["state"].items()}
+        state = {
+            "weights": local_parts(self.weights()),
+            "optimizer": optimizer | {"state": moments},
+            "scaler": self.loss_scale.state_dict(),
+        }
+        torch.save(state, rank_file(folder))
+
+    def load(self, folder: Path) -> None:
+        """The shards of this rank."""
+        state = read_rank_file(folder, self.device)
+        for name, weight in self.weights().items():
+            weight.to_local().copy_(state["weights"][name])
+        for number, values in state["optimizer"]["state"].items():
+            like = self.trainable()[number]
+            values.update({name: distributed_as(like, value) for name, value in values.items()})
+        with settings_kept(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.loss_scale.load_state_dict(state["scaler"])
+
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """Gathered one parameter at a time."""
+        state = {}
+        for name, weight in self.weights().items():
+            tensor = weight.full_tensor()
+            if distributed.is_main():
+                state[name] = tensor.to("cpu", torch.float32, copy=True)
+        return state if distributed.is_main() else None
+
+
+def local_parts(values: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of DTensors; anything else as it is."""
+    return {name: v.to_local() if isinstance(v, DTensor) else v for name, v in values.items()}
+
+
+def distributed_as(parameter: DTensor, value: Any) -> Any:
+    """An optimizer's saved moment as a DTensor in the shape of its parameter; a count of steps as it is."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(value, mesh, placements, shape=parameter.shape, stride=parameter.stride())

@@ -1,0 +1,71 @@
+"""ZeRO-1 by fairscale: optimizer states in shards (OSS), gradients reduced to the rank that updates them
+(ShardedDataParallel).
+
+Traps of fairscale 0.4.13 on torch 2, found in its source:
+
+- ShardedDataParallel gives small gradients to buckets, of which `.grad` is a view. `optimizer.zero_grad()`, which since
+  torch 2.0 sets them to None, cuts that tie without an error, and the buckets that travel hold zeros from then on. Its
+  own `zero_grad` keeps them.
+- OSS remembers at the first clipping which parameters had a gradient, and leaves all others out of every later norm;
+  `filter_params_fn` can name them anew.
+- ShardedGradScaler switches itself off without CUDA and asks all ranks for overflows once more; LossScale takes the
+  answer from the norm, which OSS has summed over all ranks.
+- A rank updates whole parameters, so a large embedding makes shards uneven, and a run that trains one parameter has
+  ranks whose optimizer holds none.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from fairscale.nn.data_parallel import ShardedDataParallel
+from fairscale.optim import OSS
+
+from kozero import distributed
+from kozero.config import TrainingArguments
+from kozero.engines.plain import PlainEngine
+from kozero.engines.torch_engine import rank_file, read_rank_file
+from kozero.optim import build_optimizer, settings_kept
+
+
+class OSSEngine(PlainEngine):
+    """Every rank holds all weights, and the optimizer states of its share of them."""
+
+    optimizer: OSS
+
+    def wrap(self, groups: list[dict], arguments: TrainingArguments) -> None:
+        """OSS first: it decides which rank a gradient goes to."""
+        self.optimizer = OSS(groups, optim=lambda share: build_optimizer(share, arguments))
+        # Buffers are constants here, and no other engine sends them round.
+        self.wrapped = ShardedDataParallel(self.module, self.optimizer, broadcast_buffers=False)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Gradients travel once, with the last micro batch."""
+        return nullcontext() if last else self.wrapped.no_sync()
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """Parameters that this rank updates; gradients of the others are left over from the reduction."""
+        return [p for group in self.optimizer.optim.param_groups for p in group["params"]]
+
+    def clip_grad_norm(self) -> torch.Tensor:
+        """Each rank adds its share."""
+        return self.optimizer.clip_grad_norm(self.max_grad_norm, filter_params_fn=lambda _: self.trainable())
+
+    def zero_grad(self) -> None:
+        """Through the wrapper, whose buckets must keep their gradients."""
+        self.wrapped.zero_grad()
+
+    def save(self, folder: Path) -> None:
+        """Rank 0 writes the weights, every rank its optimizer states."""
+        if distributed.is_main():
+            self.save_weights(folder)
+        state = {"optimizer": self.optimizer.optim.state_dict(), "scaler": self.loss_scale.state_dict()}
+        torch.save(state, rank_file(folder))
+
+    def load(self, folder: Path) -> None:
+        """The weights of rank 0 and the optimizer states of this rank."""
+        state = read_rank_file(folder, self.device)
+        self.load_weights(folder)
+        with settings_kept(self.optimizer.optim):
+            self.optimizer.optim.load_state_dict(state["optimizer"])
+        self.loss_scale.load_state_dict(state["scaler"])

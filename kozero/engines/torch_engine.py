@@ -1,0 +1,154 @@
+"""The training step of the engines that run PyTorch's own backward pass and optimizer."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kozero import distributed
+from kozero.config import TrainingArguments
+from kozero.data.batch import Batch
+from kozero.engines.base import Engine, StepStats, count_targets
+from kozero.errors import UserError
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LossScale:
+    """The dynamic loss scale of fp16 (Micikevicius et al. 2018, arXiv 1710.03740) with the numbers of
+    torch.amp.GradScaler, and always 1 in other precisions.
+
+    It is told whether an update was applied. GradScaler looks at the gradients that its rank holds, which under
+    sharding are a part of them; the norm that clipping needs is over all of them and the same on every rank.
+    """
+
+    INITIAL, INTERVAL = 2.0**16, 2000  # updates in a row after which the scale doubles
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled, self.value, self.applied = enabled, self.INITIAL if enabled else 1.0, 0
+
+    def update(self, applied: bool) -> None:
+        """Halve after an overflow, double after many updates without one."""
+        if not self.enabled:
+            return
+        self.applied = self.applied + 1 if applied else 0
+        if not applied:
+            self.value /= 2
+        elif self.applied == self.INTERVAL:
+            self.value, self.applied = self.value * 2, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Under GradScaler's names."""
+        return {"scale": self.value, "_growth_tracker": self.applied} if self.enabled else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a saved scale; there is none in other precisions."""
+        if self.enabled and state:
+            self.value, self.applied = state["scale"], state["_growth_tracker"]
+
+
+class TorchEngine(Engine):
+    """Parameters in 32 bit; --bf16 and --fp16 compute under autocast. An engine of this kind wraps the module so that
+    its gradients are averaged over ranks, and says how they are clipped."""
+
+    wrapped: nn.Module  # what is called in training
+    optimizer: torch.optim.Optimizer
+    keep_casts = True  # autocast casts a weight once for all its uses, and keeps the copy until then
+
+    def __init__(self, arguments: TrainingArguments) -> None:
+        self.device = distributed.device()
+        self.max_grad_norm = arguments.max_grad_norm or float("inf")
+        self.dtype = AUTOCAST[arguments.dtype]
+        self.loss_scale = LossScale(arguments.fp16)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of forward passes."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=self.keep_casts)
+
+    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepStats:
+        """One update from the sum of the micro batches' gradients."""
+        self.module.train()
+        num_targets = count_targets(micro_batches)
+        total = torch.zeros_like(num_targets)
+        for k, batch in enumerate(micro_batches):
+            with self.micro_batch(last=k == len(micro_batches) - 1):
+                with self.autocast():
+                    losses = self.wrapped(**batch.to(self.device)) / num_targets
+                # Gradients are averaged over ranks, the step's loss is a sum over them.
+                (losses.sum() * (distributed.world_size() * self.loss_scale.value)).backward()
+            total += losses.detach()
+        return self.update(distributed.all_reduce(total), lr)
+
+    def update(self, losses: torch.Tensor, lr: float) -> StepStats:
+        """Clip and step, unless a gradient is not finite: the norm is the same on all ranks and they decide alike."""
+        scale = self.loss_scale.value
+        if scale != 1:  # a power of two: dividing by it rounds nothing
+            torch._foreach_mul_(self.gradients(), 1 / scale)
+        norm = self.clip_grad_norm()
+        applied = bool(torch.isfinite(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if applied:
+            self.optimizer.step()
+        self.loss_scale.update(applied)
+        self.zero_grad()
+        return StepStats(tuple(losses.tolist()), norm.item(), applied, scale)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Parameters that the optimizer has."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Gradients that this rank holds."""
+        return [p.grad for p in self.trainable() if p.grad is not None]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of a micro batch: where gradients travel, and when."""
+        return nullcontext()
+
+    @abstractmethod
+    def clip_grad_norm(self) -> torch.Tensor:
+        """Clip to `max_grad_norm`; the norm before it, over the gradients of all ranks."""
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The unwrapped module with its weights at hand."""
+        self.module.eval()
+        with torch.no_grad(), self.autocast(), self.gathered():
+            yield self.module
+        self.module.train()
+
+    def gathered(self) -> AbstractContextManager:
+        """The weights in reach of any call to the module or a part of it."""
+        return nullcontext()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What this rank holds of the parameters, by name, tied ones once."""
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+
+def rank_file(folder: Path) -> Path:
+    """What this rank alone writes and reads."""
+    return folder / f"rank{distributed.rank()}.pt"
+
+
+def read_rank_file(folder: Path, device: torch.device) -> dict[str, Any]:
+    """What this rank wrote.
+
+    Raises: UserError when other ranks or another engine wrote the checkpoint.
+    """
+    num = len(list(folder.glob("rank*.pt")))
+    if num != distributed.world_size():
+        wrote = f"saved on {num} ranks" if num else "saved by another engine"
+        raise UserError(f"{folder}: {wrote}; this engine goes on from its own, on as many ranks as before")
+    return torch.load(rank_file(folder), map_location=device, weights_only=True)

@@ -1,0 +1,140 @@
+"""Which engine a run gets, and which parts of a module are gathered by themselves."""
+
+import pytest
+import torch
+from torch import nn
+
+from kozero.config import BatchSizes, TrainingArguments
+from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
+from kozero.engines.torch_engine import LossScale
+from kozero.engines.units import layers
+from kozero.errors import UserError
+from tests.helpers import ROOT, toy_gpt2
+
+SIZES = BatchSizes(8, 1, 1)
+
+
+def names(module: nn.Module) -> list[str]:
+    """The units by their names in the module."""
+    paths = {id(part): name for name, part in module.named_modules()}
+    return [f"{paths[id(members)]}.{name}" for members, name in layers(module)]
+
+
+class Parts(nn.Module):
+    """A module of given parts."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def linears(num: int) -> nn.ModuleList:
+    """Layers that share nothing."""
+    return nn.ModuleList([nn.Linear(2, 2) for _ in range(num)])
+
+
+# Tests ---------------------------------------------------------------------------------------------------------------
+
+
+def test_each_block_of_gpt2_is_a_unit_and_its_tied_head_is_not():
+    assert names(toy_gpt2(num_layers=3)) == ["transformer.h.0", "transformer.h.1", "transformer.h.2"]
+
+
+def test_members_of_several_lists_are_units_and_other_parts_are_not():
+    module = Parts(head=nn.Linear(2, 2), encoder=linears(2), decoder=linears(1), acts=nn.ModuleList([nn.ReLU()]))
+    assert names(module) == ["encoder.0", "encoder.1", "decoder.0"]
+
+
+def test_a_layer_that_runs_several_times_stays_in_the_root():
+    shared = nn.Linear(2, 2)
+    assert names(Parts(layers=nn.ModuleList([shared, nn.Linear(2, 2), shared]))) == ["layers.1"]
+
+
+def test_layers_that_share_a_weight_with_each_other_or_with_the_head_stay_in_the_root():
+    module = Parts(layers=linears(4), head=nn.Linear(2, 2))
+    module.layers[1].weight = module.layers[0].weight
+    module.layers[2].bias = module.head.bias
+    assert names(module) == ["layers.3"]
+
+
+def test_a_layer_may_share_a_weight_with_itself():
+    block = Parts(first=nn.Linear(2, 2), second=nn.Linear(2, 2))
+    block.second.weight = block.first.weight
+    assert names(Parts(layers=nn.ModuleList([block]))) == ["layers.0"]
+
+
+def test_lists_are_searched_inside_members_that_share_and_not_inside_units():
+    whole = Parts(experts=linears(2))
+    sharing = Parts(experts=linears(2), gate=nn.Linear(2, 2))
+    module = Parts(layers=nn.ModuleList([whole, sharing]), gate=sharing.gate)
+    assert names(module) == ["layers.0", "layers.1.experts.0", "layers.1.experts.1"]
+
+
+def test_without_a_choice_the_plain_engine_runs():
+    assert prepare_engine(TrainingArguments(), SIZES) == EngineSettings("plain", 0)
+
+
+def test_a_deepspeed_json_chooses_deepspeed_from_stage_1(monkeypatch):
+    stages = [("zero0", "plain", 0), ("zero1", "deepspeed", 1), ("zero3_offload", "deepspeed", 3)]
+    monkeypatch.setattr("kozero.engines.deepspeed.check_config", lambda config, path: None)
+    for name, engine, stage in stages:
+        arguments = TrainingArguments(deepspeed_config=str(ROOT / "ds_configs" / f"{name}.json"))
+        settings = prepare_engine(arguments, SIZES)
+        assert (settings.engine, settings.stage, settings.auto_wrap) == (engine, stage, False)
+        assert settings.resolved["train_batch_size"] == 8
+
+
+def test_a_sharding_is_taken_as_it_is():
+    for sharding in (Sharding(), Sharding("oss", 1), Sharding("fsdp", 3, auto_wrap=True)):
+        settings = prepare_engine(TrainingArguments(), SIZES, sharding)
+        wanted = (sharding.engine, sharding.stage, sharding.auto_wrap, {})
+        assert (settings.engine, settings.stage, settings.auto_wrap, settings.resolved) == wanted
+
+
+def test_a_sharding_beside_a_deepspeed_json_is_refused():
+    arguments = TrainingArguments(deepspeed_config=str(ROOT / "ds_configs" / "zero2.json"))
+    with pytest.raises(UserError, match=r"--deepspeed_config .*zero2.json: this entry shards without DeepSpeed"):
+        prepare_engine(arguments, SIZES, Sharding("oss", 1))
+
+
+def test_fairscale_without_a_gpu_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"needs a GPU and none is visible; --sharding torch"):
+        prepare_engine(TrainingArguments(), SIZES, Sharding("fairscale_fsdp", 2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert prepare_engine(TrainingArguments(), SIZES, Sharding("fairscale_fsdp", 2)).engine == "fairscale_fsdp"
+
+
+def test_an_engine_that_is_not_there_is_told():
+    with pytest.raises(ValueError, match="no engine 'fsdb'"):
+        build_engine(nn.Linear(1, 1), TrainingArguments(), EngineSettings("fsdb"))
+
+
+def test_the_loss_scale_is_that_of_torchs_scaler():
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD([weight := nn.Parameter(torch.ones(1))])
+    ours = LossScale(enabled=True)
+    for k in range(2005):
+        finite = k not in (1, 2, 3)
+        scaler.scale(weight.sum())
+        weight.grad = torch.full((1,), 1.0 if finite else torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        ours.update(finite)
+        assert (ours.value, ours.applied) == (scaler.get_scale(), scaler._get_growth_tracker())
+    assert ours.value == 2.0**14  # 2^16, halved three times, doubled once
+
+
+def test_a_loss_scale_goes_on_from_what_was_saved_also_by_torchs_scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9)
+    scaler.scale(torch.ones(1))
+    ours, other = LossScale(enabled=True), LossScale(enabled=False)
+    ours.load_state_dict(scaler.state_dict())
+    other.load_state_dict(scaler.state_dict())
+    assert (ours.value, other.value) == (2.0**9, 1.0)
+    again = LossScale(enabled=True)
+    ours.update(applied=False)
+    again.load_state_dict(ours.state_dict())
+    assert (again.value, again.applied) == (2.0**8, 0)
+    assert other.state_dict() == {}
