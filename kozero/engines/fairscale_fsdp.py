@@ -34,7 +34,7 @@ from torch import nn
 
 from kozero import distributed
 from kozero.config import TrainingArguments
-from kozero.engines.torch_engine import TorchEngine, rank_file
+from kozero.engines.torch_engine import TorchEngine, rank_file, read_rank_file
 from kozero.engines.units import layers
 from kozero.optim import build_optimizer, parameter_groups, settings_kept
 
