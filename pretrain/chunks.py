@@ -10,7 +10,7 @@ import numpy as np
 
 from kozero.data.order import permute
 from kozero.data.store import build_once
-from pretrain.corpus import Shard
+from pretrain.corpus import Shard, is_whole, seal
 
 GROUPS = 50  # of rows that are sorted by length together
 
@@ -49,7 +49,7 @@ def num_held_out(num_documents: int, fraction: float) -> int:
 def cut(shard: Shard, room: int, fraction: float) -> Chunks:
     """The chunks of a shard, cut once and kept beside it."""
     folder = build_once(
-        shard.folder.parent, f"{shard.folder.name}-{room}", cut_is_whole, partial(write_cut, shard=shard, room=room)
+        shard.folder.parent, f"{shard.folder.name}-{room}", is_whole, partial(write_cut, shard=shard, room=room)
     )
     units, chunks, documents = (np.load(folder / name, mmap_mode="r") for name in CUT_FILES)
     held_out = num_held_out(shard.num_documents, fraction)
@@ -59,11 +59,6 @@ def cut(shard: Shard, room: int, fraction: float) -> Chunks:
 CUT_FILES = ("units.npy", "chunks.npy", "chunk_of_document.npy")
 
 
-def cut_is_whole(folder: Path) -> bool:
-    """Whether the last file is there."""
-    return (folder / CUT_FILES[-1]).is_file()
-
-
 def write_cut(folder: Path, shard: Shard, room: int) -> None:
     """Cut greedily: a chunk takes sentences of its document while they fit."""
     units, unit_of_sentence = split_long(np.asarray(shard.sentences), room)
@@ -71,7 +66,6 @@ def write_cut(folder: Path, shard: Shard, room: int) -> None:
     chunks = [0]
     if len(units) > 1:
         fits = np.searchsorted(units, units[:-1] + room, side="right") - 1
-        fits = np.maximum(fits, np.arange(1, len(units)))  # a unit without tokens is no reason to stop
         inside = np.repeat(ends[1:], np.diff(ends))
         following = np.minimum(fits, inside).tolist()
         while chunks[-1] < len(following):
@@ -79,6 +73,7 @@ def write_cut(folder: Path, shard: Shard, room: int) -> None:
     starts = np.asarray(chunks, dtype=np.int64)
     for name, values in zip(CUT_FILES, (units, starts, np.searchsorted(starts, ends)), strict=True):
         np.save(folder / name, values)
+    seal(folder)
 
 
 def split_long(sentences: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,7 +205,7 @@ class Order:
         epoch, offset = divmod(place, self.epoch_rows)
         window, k = divmod(offset, GROUPS * self.group)
         if (epoch, window) not in self.windows:
-            recent = sorted(self.windows)[-1:]  # a step touches two windows at most
+            recent = list(self.windows)[-1:]  # a step touches two windows, or some short epochs one after the other
             self.windows = {key: self.windows[key] for key in recent} | {(epoch, window): self.window(epoch, window)}
         return int(self.windows[epoch, window][k])
 
