@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ROUNDS = 10  # of the Feistel network, as in FF1 (NIST SP 800-38G): four leave a few dozen rows visibly uneven
+ROUNDS = 10  # of the Feistel network, as in FF1 (NIST SP 800-38G); four shuffle a dozen rows unevenly
 MIX = np.array([0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53], dtype=np.uint64)  # multipliers of MurmurHash3's finaliser
 
 
