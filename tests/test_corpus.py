@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from kozero.data.store import tokenizer_hash
@@ -147,7 +148,7 @@ def test_pieces_end_at_documents_and_lose_nothing(tmp_path, monkeypatch, seed):
     text = random_text(seed)
     path = write(tmp_path / "a.txt", text)
     longest = max((len(block.encode()) for block in re.split(r"\n\s*\n", text)), default=0)
-    for size in (longest + 1, longest + 2, longest + 7, 10**6):
+    for size in (*range(longest + 1, longest + 40), 10**6):
         monkeypatch.setattr(corpus, "PIECE_BYTES", size)
         assert documents_of(path) == plainly(text)
 
@@ -237,8 +238,12 @@ def test_a_line_that_is_no_text_is_named(tmp_path, monkeypatch, piece_bytes):
     monkeypatch.setattr(corpus, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(corpus, "LINE_BYTES", 30)
     assert documents_of(write(tmp_path / "a.txt", f"가\n\n{'x' * 30}\n\n나")) == [["가"], ["x" * 30], ["나"]]
+    path = write(tmp_path / "a.txt", f"가\n\n{'x' * 91}\n\n나")
     with pytest.raises(UserError, match=r"a\.txt:3: a line of over .* bytes; break it into lines"):
-        documents_of(write(tmp_path / "a.txt", f"가\n\n{'x' * 61}\n\n나"))
+        documents_of(path)
+    if piece_bytes < 91:  # it is not read into a piece first
+        with pytest.raises(UserError, match=r"a\.txt:3: a line of over"):
+            list(pieces_of(path))
 
 
 # Shards ----------------------------------------------------------------------------------------------------------
@@ -256,6 +261,14 @@ def test_ids_are_those_of_each_sentence_alone(tmp_path, monkeypatch, piece_bytes
     assert flat == [sentence for document in alone(plainly(text)) for sentence in document]
     if piece_bytes > 100:
         assert ids_of(shards) == alone(plainly(text))
+
+
+def test_a_sentence_has_no_frame_of_the_tokenizers_own(tmp_path):
+    tokenizer = word_tokenizer(5)
+    frame = [("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", "$A $B", frame)
+    assert tokenizer("w0")["input_ids"] == [1, 3, 2]
+    assert ids_of(build(write(tmp_path / "a.txt", "w0 w1\nw2"), tmp_path / "cache", tokenizer)) == [[[3, 4], [5]]]
 
 
 def test_a_text_that_spells_a_special_token_is_text(tmp_path):
