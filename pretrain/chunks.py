@@ -1,6 +1,6 @@
 """Runs of sentences that fill a row, and blocks of a stream of documents: a corpus cut up without losing its tail."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -8,11 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kozero.data.order import permute
 from kozero.data.store import build_once
-from pretrain.corpus import Shard
-
-GROUPS = 50  # of rows that are sorted by length together
+from pretrain.corpus import Shard, is_whole, seal
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def num_held_out(num_documents: int, fraction: float) -> int:
 def cut(shard: Shard, room: int, fraction: float) -> Chunks:
     """The chunks of a shard, cut once and kept beside it."""
     folder = build_once(
-        shard.folder.parent, f"{shard.folder.name}-{room}", cut_is_whole, partial(write_cut, shard=shard, room=room)
+        shard.folder.parent, f"{shard.folder.name}-{room}", is_whole, partial(write_cut, shard=shard, room=room)
     )
     units, chunks, documents = (np.load(folder / name, mmap_mode="r") for name in CUT_FILES)
     held_out = num_held_out(shard.num_documents, fraction)
@@ -59,11 +56,6 @@ def cut(shard: Shard, room: int, fraction: float) -> Chunks:
 CUT_FILES = ("units.npy", "chunks.npy", "chunk_of_document.npy")
 
 
-def cut_is_whole(folder: Path) -> bool:
-    """Whether the last file is there."""
-    return (folder / CUT_FILES[-1]).is_file()
-
-
 def write_cut(folder: Path, shard: Shard, room: int) -> None:
     """Cut greedily: a chunk takes sentences of its document while they fit."""
     units, unit_of_sentence = split_long(np.asarray(shard.sentences), room)
@@ -71,7 +63,6 @@ def write_cut(folder: Path, shard: Shard, room: int) -> None:
     chunks = [0]
     if len(units) > 1:
         fits = np.searchsorted(units, units[:-1] + room, side="right") - 1
-        fits = np.maximum(fits, np.arange(1, len(units)))  # a unit without tokens is no reason to stop
         inside = np.repeat(ends[1:], np.diff(ends))
         following = np.minimum(fits, inside).tolist()
         while chunks[-1] < len(following):
@@ -79,6 +70,7 @@ def write_cut(folder: Path, shard: Shard, room: int) -> None:
     starts = np.asarray(chunks, dtype=np.int64)
     for name, values in zip(CUT_FILES, (units, starts, np.searchsorted(starts, ends)), strict=True):
         np.save(folder / name, values)
+    seal(folder)
 
 
 def split_long(sentences: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,39 +180,3 @@ class Numbered:
 def len_of(part: Chunks | Blocks) -> int:
     """All rows of a shard, held-out ones too."""
     return len(part.chunks) - 1 if isinstance(part, Chunks) else len(part)
-
-
-@dataclass
-class Order:
-    """Which row stands at a place of an endless stream of epochs.
-
-    An epoch is `epoch_rows` rows drawn without repetition from `num`, in an order that depends on (seed, epoch) alone
-    and is computed a window at a time. The rows of a group (one step) have about the same length: windows of GROUPS
-    groups are sorted by length, then their groups change places.
-    """
-
-    num: int
-    epoch_rows: int
-    group: int
-    seed: int
-    lengths: Callable[[np.ndarray], np.ndarray]
-    windows: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-
-    def __getitem__(self, place: int) -> int:
-        epoch, offset = divmod(place, self.epoch_rows)
-        window, k = divmod(offset, GROUPS * self.group)
-        if (epoch, window) not in self.windows:
-            recent = sorted(self.windows)[-1:]  # a step touches two windows at most
-            self.windows = {key: self.windows[key] for key in recent} | {(epoch, window): self.window(epoch, window)}
-        return int(self.windows[epoch, window][k])
-
-    def window(self, epoch: int, window: int) -> np.ndarray:
-        """The rows of a window."""
-        start = window * GROUPS * self.group
-        places = np.arange(start, min(start + GROUPS * self.group, self.epoch_rows))
-        rows = permute(places, self.num, (self.seed, 3, epoch))
-        rows = rows[np.argsort(-self.lengths(rows), kind="stable")]
-        whole = len(rows) // self.group * self.group
-        groups = rows[:whole].reshape(-1, self.group)
-        moved = np.random.default_rng([self.seed, 4, epoch, window]).permutation(groups)
-        return np.concatenate([moved.ravel(), rows[whole:]])

@@ -9,11 +9,13 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from os import SEEK_END
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from kozero.errors import UserError
 
 PIECE_BYTES = 16 * 2**20
 LINE_BYTES = 2**20  # a longer line is no text
+TOO_LONG = f"a line of over {LINE_BYTES:,} bytes; break it into lines"
 ENCODE_SENTENCES = 4096  # handed to the tokenizer at once
 SUFFIXES = (".txt", ".dat")
 
@@ -40,31 +43,36 @@ class Piece:
 
     def content(self) -> bytes:
         """The bytes."""
-        with self.path.open("rb") as file:
+        with reading(self.path) as file:
             file.seek(self.start)
             return file.read(self.end - self.start)
 
     def documents(self) -> Iterator[Document]:
-        """Documents as their lines without the empty ones.
+        """Documents as their lines without the empty ones."""
+        document: Document = []
+        for line in self.lines():
+            if line:
+                document.append(line)
+            elif document:
+                yield document
+                document = []
+        if document:
+            yield document
 
-        Raises: UserError naming the line that is not UTF-8.
+    def lines(self) -> Iterator[str]:
+        """Lines without the spaces around them and without byte order marks (a file may be several put together).
+
+        Raises: UserError naming the line that is not UTF-8 or too long.
         """
         content = self.content()
-        try:
-            text = content.decode("utf-8-sig" if self.start == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            with self.path.open("rb") as file:
-                line = file.read(self.start + error.start).count(b"\n") + 1
-            raise UserError(f"{self.path}:{line}: {not_utf8(content)}") from None
-        lines: Document = []
-        for line in text.split("\n"):
-            if stripped := line.strip():
-                lines.append(stripped)
-            elif lines:
-                yield lines
-                lines = []
-        if lines:
-            yield lines
+        for number, line in enumerate(content.split(b"\n")):
+            if len(line) > LINE_BYTES:
+                raise fault(self.path, self.start, number, TOO_LONG)
+            try:
+                text = line.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                raise fault(self.path, self.start, number, not_utf8(content)) from None
+            yield text.strip()
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,26 @@ class HubPiece:
     def documents(self) -> Iterator[Document]:
         """Rows as their lines without the empty ones; rows without text are passed over."""
         for row in self.rows.select(range(self.start, self.end)):
-            if lines := [line.strip() for line in (row[self.column] or "").splitlines() if line.strip()]:
+            if lines := [line.strip() for line in (row[self.column] or "").split("\n") if line.strip()]:
                 yield lines
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """A file open for reading; one that cannot be read is a UserError."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def fault(path: Path, place: int, number: int, what: str) -> UserError:
+    """What is wrong with the line `number` lines after that at byte `place`. Counts lines with a block in memory."""
+    with reading(path) as file:
+        blocks = iter(lambda: file.read(min(2**20, place - file.tell())), b"")
+        before = sum(block.count(b"\n") for block in blocks)
+    return UserError(f"{path}:{before + number + 1}: {what}")
 
 
 def find_files(path: Path) -> list[Path]:
@@ -99,16 +125,24 @@ def find_files(path: Path) -> list[Path]:
 
 def pieces_of(path: Path) -> Iterator[Piece]:
     """A file cut at the first blank line after every PIECE_BYTES; at the end of a line where a document is longer."""
-    size, start = path.stat().st_size, 0
-    with path.open("rb") as file:
+    with reading(path) as file:
+        size, start = file.seek(0, SEEK_END), 0
         while start < size:
-            file.seek(min(start + PIECE_BYTES, size))
-            while line := file.readline(LINE_BYTES + 1):
-                require(len(line) <= LINE_BYTES, f"{path}: a line of over {LINE_BYTES:,} bytes; break it into lines")
+            file.seek(min(start + PIECE_BYTES, size) - 1)
+            next_line(file, path)  # the rest of one, so it tells nothing
+            while line := next_line(file, path):
                 if not line.strip() or file.tell() > start + 2 * PIECE_BYTES:
                     break
             yield Piece(path, start, file.tell())
             start = file.tell()
+
+
+def next_line(file: BinaryIO, path: Path) -> bytes:
+    """A line, or what is left of one; empty at the end of the file."""
+    start, line = file.tell(), file.readline(LINE_BYTES + 1)
+    if len(line) > LINE_BYTES + line.endswith(b"\n"):
+        raise fault(path, start, 0, TOO_LONG)
+    return line
 
 
 def hub_pieces(name: str, split: str, column: str, rows: int = 10_000) -> list[HubPiece]:
@@ -125,6 +159,8 @@ def hub_pieces(name: str, split: str, column: str, rows: int = 10_000) -> list[H
         ) from None
     known = ", ".join(data.column_names)
     require(column in data.column_names, f"--text_column {column}: {name} has the columns {known}")
+    kind = getattr(data.features[column], "dtype", "list")
+    require(kind in ("string", "large_string"), f"--text_column {column}: {name} has no text there but {kind}")
     return [HubPiece(data, column, k, min(k + rows, len(data))) for k in range(0, len(data), rows)]
 
 
@@ -155,8 +191,14 @@ class Shard:
         return len(self.documents) - 1
 
 
-def shard_is_whole(folder: Path) -> bool:
-    """Whether a shard's files have the sizes that its meta names."""
+def seal(folder: Path, **meta: Any) -> None:
+    """Write `meta.json` behind all other files of a folder: their sizes, and what a reader has to know."""
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / "meta.json").write_text(json.dumps(meta | {"sizes": sizes}))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a sealed folder's files have the sizes that its meta names."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         return bool(meta["sizes"]) and all((folder / k).stat().st_size == size for k, size in meta["sizes"].items())
@@ -168,7 +210,7 @@ def build_shard(piece: Piece | HubPiece, tokenizer: Any, split: Splitter, splitt
     """The folder of a piece's shard, tokenised unless it is there."""
     content = hashlib.sha256(piece.content()).hexdigest()
     key = "corpus-" + key_of(content, tokenizer_hash(tokenizer), splitter_name)
-    return build_once(cache, key, shard_is_whole, partial(write_shard, piece=piece, tokenizer=tokenizer, split=split))
+    return build_once(cache, key, is_whole, partial(write_shard, piece=piece, tokenizer=tokenizer, split=split))
 
 
 def write_shard(folder: Path, piece: Piece | HubPiece, tokenizer: Any, split: Splitter) -> None:
@@ -182,13 +224,13 @@ def write_shard(folder: Path, piece: Piece | HubPiece, tokenizer: Any, split: Sp
             encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
             lengths.extend(len(ids) for ids in encoded)
             file.write(np.fromiter((i for ids in encoded for i in ids), dtype).tobytes())
-    places = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.uint32), dtype=np.int64)])
-    if places[-1] == 0:
+    ends = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.uint32), dtype=np.int64)])
+    if ends[-1] == 0:
         (folder / "tokens.bin").write_bytes(dtype.type(0).tobytes())  # an empty file cannot be mapped
+    places = np.unique(ends)  # without the sentences, and below the documents, that have no tokens
     np.save(folder / "sentences.npy", places)
-    np.save(folder / "documents.npy", np.frombuffer(documents, dtype=np.uint64).astype(np.int64))
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "sizes": sizes}))
+    np.save(folder / "documents.npy", np.unique(np.searchsorted(places, ends[np.asarray(documents)])))
+    seal(folder, dtype=dtype.name)
 
 
 def numbered_sentences(documents: Iterable[Document], split: Splitter, ends: array) -> Iterator[str]:
@@ -198,8 +240,7 @@ def numbered_sentences(documents: Iterable[Document], split: Splitter, ends: arr
         for sentence in split(document):
             count += 1
             yield sentence
-        if count > ends[-1]:
-            ends.append(count)
+        ends.append(count)
 
 
 def by_line(document: Document) -> Document:

@@ -9,8 +9,9 @@ from tqdm import tqdm
 from kozero import distributed
 from kozero.config import BatchSizes, require
 from kozero.data.batch import Rows
+from kozero.data.order import Order
 from pretrain.arguments import CorpusArguments, PretrainingArguments
-from pretrain.chunks import Blocks, Numbered, Order, cut
+from pretrain.chunks import Blocks, Numbered, cut
 from pretrain.corpus import SPLITTERS, HubPiece, Piece, Shard, build_shard, find_files, hub_pieces, pieces_of
 from pretrain.rows import BlockRows, EncoderRows, Masking, Tokens
 

@@ -1,12 +1,12 @@
 """What an encoder learns in pre-training: masked tokens, and the order of segments or the passage of a sentence."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
+from kozero.distributed import gather_rows
 from kozero.pause import IGNORE
+from models.heads import PositionPool
 
 TASKS = ("mlm", "mlm_sop", "mlm_ict")
 
@@ -25,19 +25,6 @@ class MaskedHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) to (N, V)."""
         return self.decoder(self.norm(F.gelu(self.dense(hidden))))
-
-
-class PositionPool(nn.Module):
-    """One vector of a text: a learned weight for each position, over the real ones."""
-
-    def __init__(self, num_positions: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((num_positions,), 1.0 / num_positions**0.5))
-
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(B, T, H) vectors and their (B, T) mask to (B, H)."""
-        weights = self.weight[: hidden.shape[1]] * mask
-        return torch.einsum("bt,bth->bh", weights.to(hidden.dtype), hidden)
 
 
 class EncoderPretraining(nn.Module):
@@ -133,13 +120,3 @@ def summed(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, t
     """Sum of the cross entropy in nats over targets that are not IGNORE, and how many are the most likely."""
     loss = F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE)
     return loss, (logits.argmax(-1) == targets).sum()
-
-
-def gather_rows(mine: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(B, H) rows of this rank to (world * B, H) rows of all, and the number of this rank's first. The gradient of a
-    row comes back from every rank that used it."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    if world == 1:
-        return mine, 0
-    whole = torch.cat([mine if r == rank else torch.zeros_like(mine) for r in range(world)])
-    return all_reduce(whole), rank * len(mine)

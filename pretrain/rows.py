@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from kozero.config import BatchSizes, require
-from kozero.data.batch import Batch
+from kozero.data.batch import Batch, deal, padded
 from kozero.data.batches import PackedBatch, Text, collate
+from kozero.data.order import Order
 from kozero.pause import IGNORE
-from pretrain.chunks import Numbered, Order
+from pretrain.chunks import Numbered
 
-PAD_MULTIPLE = 8  # rows are padded to the longest of their batch, rounded up to this
 KEEP_QUERY = 0.1  # share of the passages that keep their query (Lee et al. 2019, arXiv 1906.00300, section 4)
 
 
@@ -41,15 +41,23 @@ class Tokens:
         """
         require(tokenizer.mask_token_id is not None, "the tokenizer has no mask token, which --task mlm needs")
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        pieces = any(name.startswith("##") for name in names)
-        special = np.zeros(len(names), dtype=bool)
+        special = np.array([name.startswith(("<unused", "[unused")) for name in names])
         special[list(tokenizer.all_special_ids)] = True
-        special |= [name.startswith("<unused") for name in names]
-        continues = np.array([n.startswith("##") if pieces else not n.startswith(("▁", "Ġ")) for n in names])
+        special[[number for number, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
         first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
         last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         require(first is not None and last is not None, "the tokenizer has neither [CLS] and [SEP] nor <s> and </s>")
-        return cls(first, last, tokenizer.mask_token_id, len(names), special, continues)
+        prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
+        return cls(first, last, tokenizer.mask_token_id, len(names), special, continuing(names, prefix))
+
+
+def continuing(names: Sequence[str], prefix: str | None) -> np.ndarray:
+    """Which tokens go on with a word: those with WordPiece's prefix, or those without the mark of a space before them;
+    none where no token has such a mark."""
+    if prefix:
+        return np.array([name.startswith(prefix) for name in names])
+    begins = np.array([name.startswith(("▁", "Ġ")) for name in names])
+    return ~begins & begins.any()
 
 
 @dataclass(frozen=True)
@@ -61,15 +69,14 @@ class Masking:
     share: float = 0.15
     whole_words: bool = False
 
-    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) ids without special tokens to (T,) ids with some hidden, and (T,) what each must predict or IGNORE.
-
-        At least one token is hidden. Words are taken in random order while they fit into the share.
-        """
+    def __call__(self, units: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Units of a segment, without special tokens, to (T,) ids with some hidden, and (T,) what each must predict or
+        IGNORE. At least one token is hidden. No word goes on in the next unit."""
+        ids = np.concatenate(units)
         words = np.arange(len(ids))
         if self.whole_words:
             starts = ~self.tokens.continues[ids]
-            starts[:1] = True
+            starts[np.cumsum([0, *map(len, units[:-1])])] = True
             words = np.cumsum(starts) - 1
         hidden = self.draw(words, rng)
         targets = np.where(hidden, ids, IGNORE)
@@ -80,12 +87,17 @@ class Masking:
         return np.where(hidden, shown, ids), targets
 
     def draw(self, words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Which of (T,) tokens are hidden, given the number of each one's word."""
+        """Which of (T,) tokens are hidden, given the number of each one's word. Words are taken in random order, those
+        passed over that do not fit into what is left of the share; a shortest one where none fits."""
         sizes = np.bincount(words)
         order = rng.permutation(len(sizes))
-        wanted = max(1, round(self.share * len(words)))
-        taken = order[np.cumsum(sizes[order]) <= wanted]
-        return np.isin(words, taken if len(taken) else order[np.argmin(sizes[order])])
+        taken, left = np.zeros(len(sizes), dtype=bool), max(1, round(self.share * len(words)))
+        for word, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+            if size <= left:
+                taken[word], left = True, left - size
+        if not taken.any():
+            taken[order[np.argmin(sizes[order])]] = True
+        return taken[words]
 
 
 @dataclass(frozen=True)
@@ -124,9 +136,13 @@ class EncoderRows:
         return [self.batch(places) for places in deal(consumed, sizes, rank)]
 
     def num_tokens(self, consumed: int, group: int) -> int:
-        """Tokens of the corpus in the `group` rows that begin after `consumed`."""
-        rows = np.array([self.order[place] for place in range(consumed, consumed + group)])
-        return int(self.chunks.lengths(rows).sum())
+        """Tokens of the corpus in the `group` rows that begin after `consumed`: special tokens are none of it, and a
+        query that stays in its passage too counts once."""
+        return self.count(range(consumed, consumed + group))
+
+    def count(self, places: Sequence[int]) -> int:
+        """Tokens of the corpus in the rows at some places."""
+        return int(self.chunks.lengths(np.array([self.order[place] for place in places])).sum())
 
     def batch(self, places: Sequence[int]) -> Batch:
         """One forward pass over the rows at some places."""
@@ -152,9 +168,9 @@ class EncoderRows:
             inputs["query_ids"], inputs["query_mask"] = padded(queries, most)
             inputs["has_query"] = np.array([sample.query is not None for sample in samples])
             counts.append(int(inputs["has_query"].sum()))
-        num_tokens = int(mask.sum())
-        counts += [num_tokens, num_tokens] if self.router else []
-        return Batch({name: torch.from_numpy(value) for name, value in inputs.items()}, tuple(counts), num_tokens)
+        counts += [int(mask.sum())] * 2 if self.router else []
+        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        return Batch(tensors, tuple(counts), self.count(places))
 
     def sample(self, place: int) -> Sample:
         """The row at a place of the stream."""
@@ -162,19 +178,19 @@ class EncoderRows:
         units = self.chunks[self.order[place]]
         if self.task == "mlm_sop" and len(units) > 1:
             at = int(rng.integers(1, len(units)))
-            segments = [np.concatenate(units[:at]), np.concatenate(units[at:])]
+            segments = [units[:at], units[at:]]
             swapped = int(rng.random() < 0.5)
             return self.framed(segments[::-1] if swapped else segments, rng, swapped=swapped)
         if self.task == "mlm_ict" and len(units) > 1:
             taken = int(rng.integers(len(units)))
             keep = rng.random() < KEEP_QUERY
-            passage = np.concatenate([unit for k, unit in enumerate(units) if keep or k != taken])
+            passage = [unit for k, unit in enumerate(units) if keep or k != taken]
             return self.framed([passage], rng, query=frame([units[taken]], self.masking.tokens)[0])
-        return self.framed([np.concatenate(units)], rng)
+        return self.framed([units], rng)
 
-    def framed(self, segments: list[np.ndarray], rng: np.random.Generator, **other: Any) -> Sample:
-        """Segments with tokens hidden and special tokens around them."""
-        hidden = [self.masking(segment, rng) if len(segment) else (segment, segment) for segment in segments]
+    def framed(self, segments: Sequence[Sequence[np.ndarray]], rng: np.random.Generator, **other: Any) -> Sample:
+        """Segments, each of some units, with tokens hidden and special tokens around them."""
+        hidden = [self.masking(units, rng) for units in segments]
         ids, types = frame([ids for ids, _ in hidden], self.masking.tokens)
         ignored = np.array([IGNORE])
         predicts = np.concatenate([ignored, *(part for _, targets in hidden for part in (targets, ignored))])
@@ -186,23 +202,6 @@ def frame(segments: Sequence[np.ndarray], tokens: Tokens) -> tuple[np.ndarray, n
     ids = [np.array([tokens.cls]), *(part for segment in segments for part in (segment, np.array([tokens.sep])))]
     types = [np.full(len(segment) + 1, k) for k, segment in enumerate(segments)]
     return np.concatenate(ids), np.concatenate([[0], *types])
-
-
-def padded(rows: Sequence[np.ndarray], most: int, value: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of different lengths as (B, T) int64 with `value` behind them, and (B, T) 1 where they are. T is that of the
-    longest rounded up, `most` at most."""
-    length = min(most, -(-max(map(len, rows)) // PAD_MULTIPLE) * PAD_MULTIPLE)
-    filled = np.full((len(rows), length), value, dtype=np.int64)
-    mask = np.zeros((len(rows), length), dtype=np.int64)
-    for k, row in enumerate(rows):
-        filled[k, : len(row)], mask[k, : len(row)] = row, 1
-    return filled, mask
-
-
-def deal(consumed: int, sizes: BatchSizes, rank: int) -> list[list[int]]:
-    """Places of a rank's micro batches: the global batch is dealt out to rank 0, 1, ..., then again."""
-    starts = range(rank * sizes.micro, sizes.global_batch, sizes.micro * sizes.world_size)
-    return [list(range(consumed + start, consumed + start + sizes.micro)) for start in starts]
 
 
 class BlockRows:

@@ -22,7 +22,7 @@ class Batch:
 
     inputs: dict[str, torch.Tensor]
     num_targets: tuple[int, ...]
-    num_tokens: int  # real tokens, without padding
+    num_tokens: int  # tokens of texts: no padding, and of an encoder's rows no special tokens
 
     def to(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The module's arguments on a device."""
@@ -40,7 +40,7 @@ class Rows(Protocol):
         """The micro batches of one rank in the step that begins after `consumed` rows."""
 
     def num_tokens(self, consumed: int, group: int) -> int:
-        """Real tokens of the `group` rows that begin after `consumed`, over all ranks."""
+        """Sum of the batches' num_tokens over all ranks in the `group` rows that begin after `consumed`."""
 
 
 def deal(consumed: int, sizes: BatchSizes, rank: int) -> list[list[int]]:

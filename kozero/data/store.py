@@ -72,8 +72,10 @@ def file_hash(path: Path) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of a fast tokenizer's whole state: vocabulary, merges, normaliser, special tokens."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """Hash of a fast tokenizer's whole state: special tokens, normaliser, vocabulary, merges. Truncation and padding,
+    which the state begins with, are not in it: every call sets them anew."""
+    state = tokenizer.backend_tokenizer.to_str().split('"added_tokens"', 1)[-1]
+    return hashlib.sha256(state.encode()).hexdigest()
 
 
 def open_or_build(
