@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from kozero.config import arg, at_least, check_keys, describe_run, parse_arguments, read_json_object, require
-from kozero.errors import run_main
+from kozero.config import arg, at_least, describe_run, parse_arguments
+from kozero.errors import require, run_main
+from kozero.json_files import check_keys, read_json_object
 from models.mix_lm import MixedConvolution, MixFeedForward, MixLmConfig, MixLmEncoder
 
 TOLERANCE = 1e-4  # of outputs and gradients in 32 bit, relative to the largest value

@@ -25,8 +25,8 @@ from torch import nn
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from kozero.config import arg, at_least, describe_run, parse_arguments, require
-from kozero.errors import run_main
+from kozero.config import arg, at_least, describe_run, parse_arguments
+from kozero.errors import require, run_main
 from models.transformer import SwitchFeedForward, TransformerConfig, has_grouped_product, router_losses
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -4,7 +4,8 @@ transformers' TrainingArguments has another name for the same thing, both are ta
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kozero.config import TrainingArguments, arg, at_least, require
+from kozero.config import TrainingArguments, arg, at_least
+from kozero.errors import require
 from pretrain.corpus import SPLITTERS
 
 MODELS = ("transformer", "mix_lm", "causal_lm")

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kozero.config import not_utf8, require
 from kozero.data.store import build_once, key_of, tokenizer_hash
-from kozero.errors import UserError
+from kozero.errors import UserError, require
+from kozero.json_files import not_utf8
 
 PIECE_BYTES = 16 * 2**20
 LINE_BYTES = 2**20  # a longer line is no text

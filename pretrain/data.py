@@ -7,9 +7,10 @@ from typing import Any
 from tqdm import tqdm
 
 from kozero import distributed
-from kozero.config import BatchSizes, require
+from kozero.config import BatchSizes
 from kozero.data.batch import Rows
 from kozero.data.order import Order
+from kozero.errors import require
 from pretrain.arguments import CorpusArguments, PretrainingArguments
 from pretrain.chunks import Blocks, Numbered, cut
 from pretrain.corpus import SPLITTERS, HubPiece, Piece, Shard, build_shard, find_files, hub_pieces, pieces_of

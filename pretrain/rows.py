@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kozero.config import BatchSizes, require
+from kozero.config import BatchSizes
 from kozero.data.batch import Batch, deal, padded
 from kozero.data.batches import PackedBatch, Text, collate
 from kozero.data.order import Order
+from kozero.errors import require
 from kozero.pause import IGNORE
 from pretrain.chunks import Numbered
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from kozero import distributed
 from kozero.checkpoint import Checkpoints
-from kozero.config import BatchSizes, batch_sizes, describe_run, parse_arguments, require
+from kozero.config import BatchSizes, batch_sizes, describe_run, parse_arguments
 from kozero.data.batch import Rows
 from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
 from kozero.engines.base import Engine
-from kozero.errors import run_main
+from kozero.errors import require, run_main
 from kozero.folder import claim_output, save_run
 from kozero.loop import Trainer
 from kozero.runlog import RunLog
