@@ -64,6 +64,7 @@ class CorpusArguments:
     sentences: str = arg(
         "line", "what a sentence is: a line, or what kiwipiepy finds in it (0.1 MB/s a core)", choices=list(SPLITTERS)
     )
+    dropout: float | None = arg(None, "replaces the model's dropout rates, 0 to 1")
     max_seq_length: int = arg(128, "tokens of a row")
     whole_word_mask: bool = arg(False, "hide whole words (eojeol) instead of single tokens")
     mask_share: float = arg(0.15, "share of the tokens that are hidden")
@@ -77,6 +78,7 @@ class CorpusArguments:
         require(
             0 <= self.validation_fraction < 1, f"--validation_fraction {self.validation_fraction}: must be in [0, 1)"
         )
+        require(self.dropout is None or 0 <= self.dropout < 1, f"--dropout {self.dropout}: must be in [0, 1)")
         require(0 < self.mask_share < 1, f"--mask_share {self.mask_share}: must be above 0 and below 1")
         require(not (self.corpus_path and self.corpus_hub), "--corpus_path and --corpus_hub: choose one of the two")
         self.task = self.task or ("clm" if self.model == "causal_lm" else "mlm_sop")

@@ -24,6 +24,7 @@ def run_ranks(main: Callable[[], None], nproc: int) -> None:
         mp.spawn(one_rank, args=(main, wanted, free_port(), sys.argv), nprocs=wanted)
     except mp.ProcessExitedException as ended:
         sys.exit(ended.exit_code)
+    sys.exit()  # not by run_main, which would leave the queues of this process behind
 
 
 def one_rank(rank: int, main: Callable[[], None], world_size: int, port: int, argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Pre-training from a corpus: what train.py, train_zero_one.py and train_zero_two.py have in common, which is all but
 the engine. Reads top to bottom: arguments, tokenizer, corpus, model, engine, loop, export."""
 
+import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from kozero import distributed
 from kozero.checkpoint import Checkpoints
@@ -129,19 +131,59 @@ def load_tokenizer(corpus: CorpusArguments) -> Any:
 def build_module(training: PretrainingArguments, corpus: CorpusArguments, tokenizer: Any) -> nn.Module:
     """The model with its objectives: random weights, or those of --checkpoint."""
     if corpus.model == "causal_lm":
-        path = Path(corpus.config_file or ROOT / "models" / "kogpt2_config.json")
-        config = language_model.read_config(path)
-        config.vocab_size = -(-len(tokenizer) // 128) * 128  # a multiple of 128 keeps matrix products fast
-        check_positions(corpus, config.n_positions)
-        lm = build(config, training.seed)
-        return CausalLM(lm, list(range(len(tokenizer), config.vocab_size)))
-    path = Path(corpus.config_file or encoders.config_file_of(corpus.model))
-    config = encoders.read_encoder_config(path, corpus.model, len(tokenizer))
-    check_positions(corpus, config.max_position_embeddings)
-    encoder = encoders.build_encoder(config, training.seed)
+        lm = causal_lm(training, corpus, len(tokenizer))
+        if corpus.dropout is not None:
+            language_model.set_dropout(lm, corpus.dropout)
+        check_positions(corpus, lm.config.n_positions)
+        return CausalLM(lm, list(range(len(tokenizer), lm.config.vocab_size)))
+    encoder = encoder_of(training, corpus, tokenizer)
+    check_positions(corpus, encoder.config.max_position_embeddings)
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        return EncoderPretraining(encoder, corpus.task)
+        module = EncoderPretraining(encoder, corpus.task)
+    if training.checkpoint:
+        load_heads(module, Path(training.checkpoint) / "heads.safetensors")
+    return module
+
+
+def causal_lm(training: PretrainingArguments, corpus: CorpusArguments, num_tokens: int) -> GPT2LMHeadModel:
+    """A GPT-2 of a config file, its vocabulary a multiple of 128 (which keeps matrix products fast), or a folder's."""
+    if training.checkpoint:
+        lm = language_model.load_weights(training.checkpoint, language_model.load_config(training.checkpoint))
+        language_model.check_vocabulary(num_tokens, lm.config.vocab_size, foreign=True)
+        return lm
+    config = language_model.read_config(Path(corpus.config_file or ROOT / "models" / "kogpt2_config.json"))
+    config.vocab_size = -(-num_tokens // 128) * 128
+    return build(config, training.seed)
+
+
+def encoder_of(training: PretrainingArguments, corpus: CorpusArguments, tokenizer: Any) -> PreTrainedModel:
+    """An encoder of a config file, or a folder's, whose tokenizer must be that of this run."""
+    if training.checkpoint:
+        encoder = encoders.load_encoder(training.checkpoint)
+        require(
+            encoder.config.vocab_size == len(tokenizer),
+            f"--checkpoint {training.checkpoint}: has {encoder.config.vocab_size:,} tokens, the tokenizer "
+            f"{len(tokenizer):,}; give its own with --tokenizer_name_or_path {training.checkpoint}",
+        )
+        if corpus.dropout is not None:
+            encoder.config.dropout_prob = corpus.dropout
+        return encoder
+    path = Path(corpus.config_file or encoders.config_file_of(corpus.model))
+    config = encoders.read_encoder_config(path, corpus.model, len(tokenizer))
+    if corpus.dropout is not None:
+        config.dropout_prob = corpus.dropout
+    return encoders.build_encoder(config, training.seed)
+
+
+def load_heads(module: EncoderPretraining, path: Path) -> None:
+    """The heads that were exported beside an encoder; those of another task begin anew."""
+    if not path.is_file():
+        return
+    saved, own = load_file(path), dict(module.named_parameters())
+    with torch.no_grad():
+        for name in own.keys() & saved.keys():
+            own[name].copy_(saved[name])
 
 
 def check_positions(corpus: CorpusArguments, positions: int) -> None:
@@ -160,19 +202,22 @@ def held_out_scores(
         return {}
     sizes = BatchSizes(sizes.micro, 1, sizes.world_size)
     num = min(limit or len(rows), len(rows))
+    asked = {"score": True} if isinstance(engine.module, EncoderPretraining) else {}
     total = torch.zeros(3, len(objectives), dtype=torch.float64)
     with engine.evaluating() as module:
         for start in range(0, num, sizes.global_batch):
             (batch,) = rows.step(start, sizes, distributed.rank())
             inputs = batch.to(distributed.device())
-            found = module(**inputs, score=True).double().cpu()
-            total += torch.cat([found.view(2, -1), torch.tensor([batch.num_targets], dtype=torch.float64)])
+            found = module(**inputs, **asked).double().cpu().view(-1, len(objectives))
+            total[: len(found)] += found
+            total[2] += torch.tensor(batch.num_targets, dtype=torch.float64)
     sums, right, counts = distributed.all_reduce(total.to(distributed.device())).cpu()
     losses, shares = (sums / counts.clamp(min=1)).tolist(), (right / counts.clamp(min=1)).tolist()
     scores = {"loss": sum(losses)}
     for name, loss, share in zip(objectives, losses, shares, strict=True):
         scores |= {f"{name}_loss": loss}
-        scores |= {f"{name}_accuracy": share} if name in ("mlm", "sop", "ict", "clm") else {}
+        scores |= {f"{name}_accuracy": share} if name in ("mlm", "sop", "ict") else {}
+        scores |= {"perplexity": math.exp(min(loss, 80.0))} if name == "clm" else {}
     return scores
 
 

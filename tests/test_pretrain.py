@@ -1,0 +1,181 @@
+"""Pre-training as a user runs it: the three entries, what a run leaves, resume, mistakes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from kozero import distributed
+from kozero.config import BatchSizes
+from kozero.errors import UserError
+from pretrain import run as pretraining
+from tests.helpers import ROOT
+
+SIZES = (
+    "--num_steps", 4, "--train_batch_size", 4, "--warmup_steps", 1, "--scheduler_num_steps", 8, "--max_seq_length", 64,
+    "--logging_steps", 1, "--eval_steps", 2, "--max_eval_samples", 8, "--learning_rate", 0.003,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """A process group of this process alone."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    distributed.setup()
+    monkeypatch.setattr(distributed, "shutdown", lambda: None)
+    yield
+    monkeypatch.undo()
+    distributed.shutdown()
+    torch.set_num_threads(threads)
+
+
+def pretrain(monkeypatch, folder, *flags, entry="train", model="transformer"):
+    config = "tiny_config.json" if model == "causal_lm" else f"{model}_tiny_config.json"
+    shared = ("--model_name", "hong", "--model", model, "--config_file", ROOT / "models" / config)
+    told = [*shared, *SIZES, "--output_dir", folder, "--cache_dir", folder.parent / "cache", *flags]
+    monkeypatch.setattr(sys, "argv", ["prog", *map(str, told)])
+    pretraining.main(entry)
+    return folder / "hong"
+
+
+def points(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {row["step"]: row["train/loss"] for row in points(folder) if "train/loss" in row}
+
+
+@pytest.mark.parametrize("task", ["mlm", "mlm_sop", "mlm_ict"])
+@pytest.mark.parametrize("model", ["transformer", "mix_lm"])
+def test_an_encoder_learns_and_loads_again(monkeypatch, tmp_path, model, task):
+    longer = ("--num_steps", 12, "--scheduler_num_steps", 24, "--dropout", 0)
+    folder = pretrain(monkeypatch, tmp_path / "runs", "--task", task, *longer, model=model)
+    curve = list(losses(folder).values())
+    assert len(curve) == 12 and sum(curve[-4:]) < sum(curve[:4])
+    last = points(folder)[-1]
+    parts = task.split("_") + (["balance", "router_z"] if model == "transformer" else [])
+    assert last["eval/loss"] == pytest.approx(sum(last[f"eval/{part}_loss"] for part in parts), rel=1e-6)
+    encoder, tokenizer = AutoModel.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    assert encoder(**tokenizer("정말 좋다", return_tensors="pt")).last_hidden_state.shape[-1] == 64
+    assert (folder / "model/heads.safetensors").is_file()
+
+
+def test_a_language_model_learns_from_scratch_and_writes(monkeypatch, tmp_path):
+    folder = pretrain(monkeypatch, tmp_path / "runs", model="causal_lm")
+    curve = losses(folder)
+    assert curve[4] < curve[1]
+    lm = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    out = lm.generate(**tokenizer("오늘은", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    assert len(tokenizer.decode(out[0])) > 0
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(monkeypatch, tmp_path):
+    whole = pretrain(monkeypatch, tmp_path / "whole")
+    pretrain(monkeypatch, tmp_path / "parts", "--num_steps", 2)
+    parts = pretrain(monkeypatch, tmp_path / "parts", "--resume", "auto")
+    assert losses(parts) == losses(whole)
+    ours, theirs = (AutoModel.from_pretrained(folder / "model").state_dict() for folder in (whole, parts))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_may_start_from_the_weights_of_another(monkeypatch, tmp_path):
+    first = pretrain(monkeypatch, tmp_path / "first", "--learning_rate", 0)
+    flags = ("--checkpoint", first / "model", "--learning_rate", 0, "--seed", 7, "--num_steps", 1)
+    second = pretrain(monkeypatch, tmp_path / "second", *flags)
+    ours, theirs = (AutoModel.from_pretrained(folder / "model").state_dict() for folder in (first, second))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_held_out_text_is_never_trained_on(monkeypatch, tmp_path):
+    """A corpus whose last document alone has a word: the training rows never hold it."""
+    wood, sea = "나무가 자란다. 숲이 푸르다.", "바다가 깊다. 파도가 높다."
+    (tmp_path / "corpus.txt").write_text("\n\n".join([wood] * 30 + [sea]))
+    given = {}
+    monkeypatch.setattr(pretraining, "make_rows", lambda *args: given.setdefault("data", make(*args)))
+    pretrain(monkeypatch, tmp_path / "runs", "--corpus_path", tmp_path / "corpus.txt", "--task", "mlm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs/hong/model")
+    only = set(tokenizer(sea)["input_ids"]) - set(tokenizer(wood)["input_ids"])
+    rows, held_out = given["data"].training, given["data"].validation
+    trained = np.concatenate([np.concatenate(rows.chunks[k]) for k in range(len(rows.chunks))])
+    assert not only & set(trained.tolist())
+    assert only <= set(np.concatenate(held_out.chunks[0]).tolist()) and len(held_out.chunks) == 1
+
+
+make = pretraining.make_rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--corpus_path", "nowhere"], "--corpus_path nowhere: no such file or folder"),
+        (["--max_seq_length", "129"], "the model has 128 positions"),
+        (["--task", "clm"], "--model transformer and --task clm"),
+        (["--config_file", "models/mix_lm_tiny_config.json"], "'kozero_transformer' is needed here"),
+        (["--config_file", "nowhere.json"], "nowhere.json: no such file"),
+        (["--tokenizer_name_or_path", "./nowhere"], "./nowhere: no such folder"),
+        (["--model_name", "a/b"], "a name, not a path"),
+        (["--checkpoint", "./nowhere"], "./nowhere: no such folder"),
+        (["--scheduler_num_steps", "2"], "must be the run's 4 steps or more"),
+        (["--corpus_hub", "owner/none"], "Offline? Give files with --corpus_path"),
+        (["--mask_share", "1"], "--mask_share 1.0"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(monkeypatch, tmp_path, flags, message):
+    with pytest.raises(UserError) as caught:
+        pretrain(monkeypatch, tmp_path / "runs", *flags)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "runs/hong/model").exists()
+
+
+def test_a_run_needs_a_name(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(UserError, match="--model_name: give the run a name"):
+        pretraining.arguments("train")
+
+
+def test_batches_of_held_out_rows_are_the_same_on_any_number_of_ranks(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(pretraining, "make_rows", lambda *args: given.setdefault("data", make(*args)))
+    pretrain(monkeypatch, tmp_path / "runs", "--task", "mlm")
+    rows = given["data"].validation
+    alone = rows.step(0, BatchSizes(4, 1, 1), 0)[0].inputs["target_ids"]
+    both = [rows.step(0, BatchSizes(2, 1, 2), rank)[0].inputs["target_ids"] for rank in (0, 1)]
+    assert torch.equal(alone, torch.cat(both))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["transformer", "mix_lm", "causal_lm"])
+def test_every_entry_trains_alike_on_two_ranks(tmp_path, model):
+    config = "tiny_config.json" if model == "causal_lm" else f"{model}_tiny_config.json"
+    shared = ["--model_name", "hong", "--nproc", "2", "--model", model, "--config_file", f"models/{config}"]
+    entries = {"train": [], "train_zero_one": [], "train_zero_two": [], "zero3": ["--zero3", "--auto_wrap"]}
+    curves = {}
+    for name, flags in entries.items():
+        script = "pretrain/train_zero_two.py" if name == "zero3" else f"pretrain/{name}.py"
+        told = [*shared, *map(str, SIZES), "--output_dir", str(tmp_path / name), "--cache_dir", str(tmp_path / "cache")]
+        done = subprocess.run(
+            [sys.executable, script, *told, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == str(tmp_path / name / "hong/model")
+        curves[name] = losses(tmp_path / name / "hong")
+    for name, curve in curves.items():
+        assert curve == pytest.approx(curves["train"], abs=2e-5), name
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_all_ranks_with_exit_code_2(tmp_path):
+    told = ["--model_name", "hong", "--nproc", "2", "--corpus_path", "nowhere", "--output_dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "pretrain/train.py", *told], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "error: --corpus_path nowhere: no such file or folder" in done.stderr and "Traceback" not in done.stderr
