@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kozero.errors import UserError, nearest
@@ -46,6 +47,14 @@ def build_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModel.from_config(config)
+
+
+def set_dropout(encoder: PreTrainedModel, rate: float) -> None:
+    """One dropout rate, in the config and in the modules that were built from it."""
+    encoder.config.dropout_prob = rate
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
 
 
 def load_encoder(folder: str) -> PreTrainedModel:

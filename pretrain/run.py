@@ -137,6 +137,8 @@ def build_module(training: PretrainingArguments, corpus: CorpusArguments, tokeni
         check_positions(corpus, lm.config.n_positions)
         return CausalLM(lm, list(range(len(tokenizer), lm.config.vocab_size)))
     encoder = encoder_of(training, corpus, tokenizer)
+    if corpus.dropout is not None:
+        encoders.set_dropout(encoder, corpus.dropout)
     check_positions(corpus, encoder.config.max_position_embeddings)
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
@@ -166,13 +168,9 @@ def encoder_of(training: PretrainingArguments, corpus: CorpusArguments, tokenize
             f"--checkpoint {training.checkpoint}: has {encoder.config.vocab_size:,} tokens, the tokenizer "
             f"{len(tokenizer):,}; give its own with --tokenizer_name_or_path {training.checkpoint}",
         )
-        if corpus.dropout is not None:
-            encoder.config.dropout_prob = corpus.dropout
         return encoder
     path = Path(corpus.config_file or encoders.config_file_of(corpus.model))
     config = encoders.read_encoder_config(path, corpus.model, len(tokenizer))
-    if corpus.dropout is not None:
-        config.dropout_prob = corpus.dropout
     return encoders.build_encoder(config, training.seed)
 
 
