@@ -83,7 +83,7 @@ def test_empty_groups_are_left_out():
 def test_adamw_steps_as_torch_does():
     """One update by hand: with bias correction the first step is lr times the sign, plus decoupled decay."""
     parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
-    arguments = TrainingArguments(learning_rate=0.01, adam_epsilon=0.0)
+    arguments = TrainingArguments(learning_rate=0.01, adam_epsilon=1e-30)
     optimizer = build_optimizer([{"params": [parameter], "weight_decay": 0.1}], arguments)
     parameter.grad = torch.tensor([[0.5, -0.3]])
     optimizer.step()
