@@ -1,4 +1,4 @@
-"""Fine-tune a Korean GPT-2 on a task, with or without pause tokens.
+"""Fine-tune a Korean GPT-2 on a task, with or without pause tokens; or an encoder (--task mrc, ict).
 
     deepspeed finetune/train.py --deepspeed_config ds_configs/zero2.json --task nsmc --num_pauses 10 ...
     torchrun --nproc_per_node 2 finetune/train.py ...        several ranks, with or without DeepSpeed
@@ -7,25 +7,32 @@
 Reads top to bottom: arguments, model, data, engine, loop, export.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from finetune.arguments import DataArguments, ModelArguments
+from finetune.arguments import (
+    DataArguments,
+    FinetuningArguments,
+    ModelArguments,
+    ReadingArguments,
+    TrainingDataArguments,
+)
 from finetune.card import model_card
-from finetune.data import EvaluationSet, cached_store, evaluation_set, sources
+from finetune.data import EvaluationSet, cached_store, evaluation_set, training_sources
+from finetune.passages import encode_passages
+from finetune.run import Setting, finish, resume_key, run_to_end, tell_next
 from finetune.scoring import score, write
 from finetune.setup import load_model, row_capacity
 from finetune.tasks import TASKS, Source, Task
+from finetune.train_encoder import train_encoder
 from kozero import distributed, plan
-from kozero.checkpoint import Checkpoints, RunState
-from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments, require
+from kozero.config import TrainingArguments, arg, describe_run, parse_arguments, require
 from kozero.data.batches import TrainingRows, prefix_and_target
 from kozero.data.rows import fit
-from kozero.engines import build_engine, prepare_engine
+from kozero.engines import build_engine
 from kozero.engines.base import Engine
-from kozero.errors import UserError, run_main
-from kozero.folder import claim_output, save_run, write_text
+from kozero.errors import run_main
+from kozero.folder import claim_output
 from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters, report
 from kozero.loop import Trainer
 from kozero.pause import PauseArguments, Pauses
@@ -47,17 +54,23 @@ class FreezeArguments:
 
 def main() -> None:
     """The whole run."""
-    training, model_arguments, data_arguments, pause_arguments, freeze_arguments = parse_arguments(
-        TrainingArguments, ModelArguments, DataArguments, PauseArguments, FreezeArguments,
-        prog="finetune/train.py", description="Fine-tune a Korean GPT-2 with pause tokens under ZeRO.",
+    training, model_arguments, data, reading, pauses, freezing = parse_arguments(
+        FinetuningArguments, ModelArguments, TrainingDataArguments, ReadingArguments, PauseArguments, FreezeArguments,
+        prog="finetune/train.py", description="Fine-tune a Korean language model or encoder under ZeRO.",
     )  # fmt: skip
     distributed.setup(training.timeout_seconds)
     with claim_output(training.output_dir) as output_dir:
-        train(training, model_arguments, data_arguments, pause_arguments, freeze_arguments, output_dir)
+        if data.task in TASKS:
+            train(training, model_arguments, data, pauses, freezing, output_dir)
+            return
+        require(not pauses.num_pauses, f"--num_pauses {pauses.num_pauses}: --task {data.task} has no pauses")
+        require(not freezing.freeze, f"--freeze {freezing.freeze}: names parts of a GPT-2; leave it out here")
+        run = encode_passages if data.train_mode == "encoder" else train_encoder
+        run(training, model_arguments, data, reading, output_dir)
 
 
 def train(
-    training: TrainingArguments,
+    training: FinetuningArguments,
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     pause_arguments: PauseArguments,
@@ -65,13 +78,9 @@ def train(
     output_dir: Path,
 ) -> None:
     """Model, data, engine, loop, export."""
-    sizes = batch_sizes(training, distributed.world_size())
-    engine_settings = prepare_engine(training, sizes)  # before the model: a wrong JSON ends the run at once
     task = TASKS[data_arguments.task]
-    checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume)
-    train_source, validation_source = sources(data_arguments, task)
-    if train_source.path is None and train_source.hub is None:
-        raise UserError("--validation_file alone trains nothing; give --train_file too")
+    setting = Setting.of(training, task, output_dir)
+    train_source, validation_source = training_sources(data_arguments, task)
 
     if not (model_arguments.model_name_or_path or model_arguments.config_file):
         model_arguments.config_file = str(TINY)
@@ -82,7 +91,7 @@ def train(
     freeze_plan = freeze(model, freeze_arguments.freeze, pause_arguments.num_pauses > 0)
     counts = count_parameters(model.module)
     saved_bytes = [
-        plan.state_bytes(counts["total"], number, engine_settings.stage, sizes.world_size, training.dtype)
+        plan.state_bytes(counts["total"], number, setting.engine.stage, setting.sizes.world_size, training.dtype)
         for number in (counts["total"], counts["trainable"])
     ]
     shape = plan.ModelShape.of(model.config)
@@ -92,38 +101,35 @@ def train(
     rows = training_rows(train_source, task, data_arguments, training, model, pause_arguments, capacity)
     validation = evaluation_set(validation_source, task, data_arguments, model.tokenizer)
     inference = Pauses(model.pause_id or 0, pause_arguments.at_inference)
-    micro = training.per_device_eval_batch_size or training.per_device_train_batch_size
 
     if training.gradient_checkpointing:
         model.module.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = build_engine(model.module, training, engine_settings)
+    engine = build_engine(model.module, training, setting.engine)
 
     def evaluate(log: RunLog, step: int) -> dict[str, float]:
-        result = score(engine, validation, inference, capacity, micro, model.tokenizer)
+        result = score(engine, validation, inference, capacity, setting.eval_rows, model.tokenizer)
         for note in result.notes:
             log.say(note)
         log.text(step, "eval/sample", sample_text(engine, validation, inference, capacity, model))
         return result.values
 
     run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
-    same = resume_key(run, rows, sizes, engine_settings.stage, shape)
-    trainer = Trainer(engine, rows, training, sizes, evaluate, task.best_score, same)
-    if checkpoint:
-        trainer.resume(checkpoint)
-        distributed.say(f"resumed from {checkpoint} at step {trainer.state.step}")
-    save_run(output_dir, run | {"deepspeed": engine_settings.resolved, "parameters": counts})
-    distributed.say(
-        f"{task.name}: {len(rows):,} rows of {capacity} tokens ({rows.length.sum() / len(rows) / capacity:.1%} real), "
-        f"{sizes.global_batch} rows a step on {sizes.world_size} ranks ({distributed.device().type}, {training.dtype}, "
-        f"ZeRO-{engine_settings.stage}), {trainer.total_steps:,} steps; {len(validation.examples):,} validate"
-    )
-    state = trainer.fit()
-    trainer.load_best()
+    same = resume_key(
+        setting, run["arguments"], ("batching", "freeze", "num_pauses"),
+        rows=rows.store.folder.name, capacity=capacity, model=asdict(shape),
+    )  # fmt: skip
+    trainer = Trainer(engine, rows, training, setting.sizes, evaluate, task.best_score, same)
+    state = run_to_end(
+        setting, trainer, run | {"parameters": counts},
+        f"{task.name}: {len(rows):,} rows of {capacity} tokens ({rows.length.sum() / len(rows) / capacity:.1%} real)",
+        f"{len(validation.examples):,} validate",
+    )  # fmt: skip
     pause = pause_settings(model, pause_arguments)
     data = (str(train_source), str(validation_source))
     card = model_card(task.name, run, data, state.best_scores, state.best_step, pause)
-    finish(engine, model, output_dir, pause, card, state)
-    tell_next(output_dir / "model", run["arguments"], output_dir)
+    finish(engine, output_dir, state, lambda weights: export(output_dir / "model", model, weights, pause, card))
+    generate = "generate: python finetune/generate.py --model_name_or_path {folder} --prompt ..."
+    tell_next(output_dir, run["arguments"], (), generate)
 
 
 def freeze(model: LanguageModel, text: str | None, has_pause: bool) -> FreezePlan:
@@ -171,20 +177,6 @@ def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     return " | ".join(f"{head} → {text.strip()}" for head, text in zip(heads, texts, strict=True))
 
 
-def resume_key(run: dict, rows: TrainingRows, sizes: BatchSizes, stage: int, shape: plan.ModelShape) -> dict:
-    """What must not change between a run and its resumption: the rows, their order, the batch, the weights."""
-    named = ("seed", "task", "batching", "freeze", "num_pauses", "optim", "gradient_accumulation_steps")
-    return {name: run["arguments"][name] for name in named} | {
-        "rows": rows.store.folder.name,
-        "capacity": rows.capacity,
-        "global_batch": sizes.global_batch,
-        "world_size": sizes.world_size,
-        "model": asdict(shape),
-        "zero_stage": stage,
-        "dtype": "bf16" if run["arguments"]["bf16"] else "fp16" if run["arguments"]["fp16"] else "fp32",
-    }
-
-
 def pause_settings(model: LanguageModel, arguments: PauseArguments) -> dict:
     """What config.json of the exported model says about its pauses; empty for a model without."""
     if not arguments.num_pauses:
@@ -196,33 +188,6 @@ def pause_settings(model: LanguageModel, arguments: PauseArguments) -> dict:
         "num_pauses": arguments.num_pauses,
         "num_inference_pauses": arguments.at_inference,
     }
-
-
-def finish(engine: Engine, model: LanguageModel, output_dir: Path, pause: dict, card: str, state: RunState) -> None:
-    """Export the best weights, keep their scores, and let the engine go."""
-    weights = engine.full_state_dict()
-    if distributed.is_main():
-        export(output_dir / "model", model, weights, pause, card)
-        scores = {"step": state.best_step, "scores": state.best_scores}
-        write_text(output_dir / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False))
-        shown = " ".join(f"{name} {value:.4f}" for name, value in state.best_scores.items())
-        print(f"best scores (step {state.best_step}): {shown}")
-    engine.close()
-    distributed.shutdown()
-
-
-def tell_next(folder: Path, arguments: dict, output_dir: Path) -> None:
-    """The commands to go on with; the last line is the folder alone."""
-    if not distributed.is_main():
-        return
-    named = ("task", "train_file", "validation_file", "validation_fraction", "bad_rows", "max_seq_length")
-    defaults = asdict(DataArguments())
-    flags = [f"--{name} {arguments[name]}" for name in named if name == "task" or arguments[name] != defaults[name]]
-    flags += ["--from_hub"] if arguments["from_hub"] else []
-    print(f"curves:   tensorboard --logdir {output_dir}")
-    print(f"score:    python finetune/evaluate.py --model_name_or_path {folder} {' '.join(flags)}")
-    print(f"generate: python finetune/generate.py --model_name_or_path {folder} --prompt ...")
-    print(folder, flush=True)
 
 
 if __name__ == "__main__":

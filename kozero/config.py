@@ -18,7 +18,10 @@ from transformers import HfArgumentParser
 
 from kozero.errors import UserError, nearest
 
-LIBRARIES = ("torch", "deepspeed", "fairscale", "transformers", "datasets", "tokenizers", "safetensors", "tensorboard")
+LIBRARIES = (
+    "torch", "deepspeed", "fairscale", "transformers", "datasets", "tokenizers", "safetensors", "tensorboard",
+    "bm25s", "kiwipiepy",
+)  # fmt: skip
 
 
 def arg(default: Any, help: str, **metadata: Any) -> Any:
@@ -85,7 +88,8 @@ class TrainingArguments:
         )
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be in [0, 1)")
-        require(self.num_train_epochs > 0, f"--num_train_epochs {self.num_train_epochs}: must be above 0")
+        epochs = self.num_train_epochs  # None where an entry lets the task decide
+        require(epochs is None or epochs > 0, f"--num_train_epochs {epochs}: must be above 0")
         require(self.timeout_seconds > 0, f"--timeout_seconds {self.timeout_seconds}: must be above 0")
         require(not (self.fp16 and self.bf16), "--fp16 and --bf16: choose one of the two")
 

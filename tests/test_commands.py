@@ -12,18 +12,29 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from finetune import evaluate, generate, train
-from finetune.arguments import DataArguments, ModelArguments
-from kozero.config import TrainingArguments, parse_arguments
+from finetune.arguments import (
+    DataArguments,
+    FinetuningArguments,
+    ModelArguments,
+    ReadingArguments,
+    TrainingDataArguments,
+)
+from kozero.config import parse_arguments
 from kozero.pause import PauseArguments
 from kozero.plan import ModelShape
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = {
-    "finetune/train.py": (TrainingArguments, ModelArguments, DataArguments, PauseArguments, train.FreezeArguments),
-    "finetune/evaluate.py": (evaluate.EvaluationArguments, ModelArguments, DataArguments, PauseArguments),
+    "finetune/train.py": (
+        FinetuningArguments, ModelArguments, TrainingDataArguments, ReadingArguments, PauseArguments,
+        train.FreezeArguments,
+    ),
+    "finetune/evaluate.py": (
+        evaluate.EvaluationArguments, ModelArguments, DataArguments, ReadingArguments, PauseArguments,
+    ),
     "finetune/generate.py": (generate.GenerationArguments, ModelArguments, PauseArguments),
-}
+}  # fmt: skip
 DS_CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
 SHORT = "--max_steps 2 --max_eval_samples 4 --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
 
