@@ -20,6 +20,7 @@ from kozero.engines.base import Engine
 from kozero.metrics import question_answering
 
 NUM_SAMPLES = 3  # predictions shown at each evaluation
+SPARE = 4  # spans that a window hands on for each answer that is listed: some spell the same text
 
 
 class SpanReader(nn.Module):
@@ -141,9 +142,9 @@ class Reading(EncoderTask):
         )
 
     def window_spans(self, engine: Engine, windows: Windows, micro: int) -> np.ndarray:
-        """(W, n_best, 3) score, first token and last token in the passage. Collective: all ranks make the same number
-        of forward passes."""
-        num = self.arguments.n_best_size
+        """(W, N, 3) score, first token and last token in the passage, of the best spans of each window. Collective: all
+        ranks make the same number of forward passes."""
+        num = SPARE * self.arguments.n_best_size
         order = np.argsort(-windows.lengths, kind="stable")
         world, device = distributed.world_size(), distributed.device()
         total = torch.zeros(len(windows), num, 3, dtype=torch.float64)

@@ -25,6 +25,7 @@ from kozero.metrics import RECALL_AT, retrieval
 from models.heads import PositionPool
 
 SPECIAL = 2  # [CLS], [SEP]
+LENGTHS = 64  # tokens by which passages of a batch may differ: questions of one passage would else always meet there
 CHUNK_BYTES = 2**26  # of vectors that a search has in memory at once
 QUERIES = 1024  # of one matrix product in a search
 
@@ -146,7 +147,7 @@ class Retrieval(EncoderTask):
         """Every question with its passage, which is cut where it does not fit."""
 
         def lengths(numbers: np.ndarray) -> np.ndarray:
-            return pair_lengths(store, self.capacity, self.max_query_length, numbers)
+            return np.minimum(store.passage_lengths[store.answers[numbers, 0]], self.capacity) // LENGTHS
 
         num = store.num_questions
         order = Order(num, num, sizes.global_batch, seed, lengths)
