@@ -11,6 +11,7 @@ import numpy as np
 from kozero.data.store import build_once, key_of
 
 NAME = "morphemes.jsonl"
+CONTENT = ("N", "V", "M", "X", "SN", "SL", "SH")  # Sejong tags: nouns, verbs, modifiers, roots, numbers, other scripts
 
 
 def rank_by_bm25(questions: Sequence[str], passages: Sequence[str], k: int, cache: Path) -> np.ndarray:
@@ -25,8 +26,9 @@ def rank_by_bm25(questions: Sequence[str], passages: Sequence[str], k: int, cach
 
 
 def morphemes(texts: Sequence[str], cache: Path) -> list[list[str]]:
-    """The morphemes of each text as kiwipiepy finds them: particles and endings apart from what they stand on. Analysed
-    once (0.1 MB/s a core) and kept below `cache`."""
+    """The morphemes of each text that carry its meaning, as kiwipiepy finds them: without particles, endings and marks,
+    with which recall@1 on KorQuAD's dev set is 0.882 instead of 0.892. Analysed once (0.1 MB/s a core) and kept below
+    `cache`."""
     spelled = hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
     versions = [metadata.version(name) for name in ("kiwipiepy", "kiwipiepy_model")]
 
@@ -35,11 +37,12 @@ def morphemes(texts: Sequence[str], cache: Path) -> list[list[str]]:
 
         with (folder / NAME).open("w", encoding="utf-8") as file:
             for tokens in Kiwi().tokenize(texts):
-                file.write(json.dumps([token.form for token in tokens], ensure_ascii=False) + "\n")
+                forms = [token.form for token in tokens if token.tag.startswith(CONTENT)]
+                file.write(json.dumps(forms, ensure_ascii=False) + "\n")
 
     def is_whole(folder: Path) -> bool:
         return (folder / NAME).is_file()
 
-    folder = build_once(cache, key_of("morphemes", spelled, *versions), is_whole, write)
+    folder = build_once(cache, key_of("morphemes", CONTENT, spelled, *versions), is_whole, write)
     with (folder / NAME).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]

@@ -80,7 +80,7 @@ def read(path):
 @pytest.mark.parametrize("model", ["transformer", "mix_lm"])
 def test_reading_is_learned_scored_and_exported(monkeypatch, shared, tmp_path, capsys, model):
     out = tmp_path / "run"
-    run(monkeypatch, shared, out, "mrc", "--max_steps", 30, "--eval_steps", 30, "--dropout", 0, model=model)
+    run(monkeypatch, shared, out, "mrc", "--max_steps", 20, "--eval_steps", 20, "--dropout", 0, model=model)
     said = capsys.readouterr().out
     assert said.strip().splitlines()[-1] == str(out / "model") and "8 questions in 8 windows" in said
     found = losses(out)
@@ -113,7 +113,7 @@ def test_retrieval_goes_on_from_pretraining_and_its_vectors_are_searched(
     monkeypatch, shared, pretrained, tmp_path, capsys
 ):
     out, vectors = tmp_path / "run", tmp_path / "vectors"
-    flags = ("--max_steps", 20, "--eval_steps", 20, "--max_train_samples", 32)
+    flags = ("--max_steps", 16, "--eval_steps", 16, "--max_train_samples", 32)
     run(monkeypatch, shared, out, "ict", *flags, model=pretrained)
     assert "begin anew" not in capsys.readouterr().out
     found = losses(out)
