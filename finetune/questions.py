@@ -17,6 +17,7 @@ from finetune.tasks import Example, Source, Task
 from kozero import distributed
 from kozero.data.readers import LeftOut
 from kozero.data.store import ENCODE_ROWS, build_once, key_of, token_span, tokenizer_hash
+from kozero.metrics import exact_match
 
 ARRAYS = ("passage_tokens", "offsets", "passage_ends", "question_tokens", "question_ends", "answers")
 
@@ -25,11 +26,13 @@ class QuestionStore:
     """P passages and Q questions.
 
     `answers` is (Q, 3) int64: the passage, and the tokens of it that hold the answer, [first, last); -1 where none do.
+    `spelled` is the share of the (first) answers that whole tokens match exactly, as KorQuAD compares them.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.notes = json.loads((folder / "meta.json").read_text())["notes"]
+        meta = json.loads((folder / "meta.json").read_text())
+        self.notes, self.spelled = meta["notes"], meta["spelled"]
         arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
         self.passage_tokens, self.offsets, self.passage_ends, self.question_tokens, self.question_ends, self.answers = (
             arrays
@@ -100,8 +103,9 @@ def question_set(source: Source, task: Task, limit: int, tokenizer: Any, cache_d
 def is_whole(folder: Path) -> bool:
     """Whether a store is there and its files have the sizes that its meta names."""
     try:
-        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
-        return all((folder / f"{name}.npy").stat().st_size == sizes[name] for name in ARRAYS)
+        meta = json.loads((folder / "meta.json").read_text())
+        whole = all((folder / f"{name}.npy").stat().st_size == meta["sizes"][name] for name in ARRAYS)
+        return whole and isinstance(meta["notes"], list) and isinstance(meta["spelled"], float)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -131,12 +135,12 @@ def write_store(
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     spelled = sum(
-        text_of(texts[number], offsets[number], first, last) == target
+        exact_match(text_of(texts[number], offsets[number], first, last), target)
         for (number, first, last), target in zip(answers, targets, strict=True)
     )
     sizes = {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
-    share = f"{spelled / len(targets):.1%} of the answers are whole tokens; in the others a token holds more"
-    (folder / "meta.json").write_text(json.dumps({"sizes": sizes, "notes": [*notes(), share]}))
+    meta = {"sizes": sizes, "notes": notes(), "spelled": spelled / len(targets)}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def encode(texts: list[str], tokenizer: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:

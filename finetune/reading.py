@@ -118,7 +118,8 @@ class Reading(EncoderTask):
         distributed.say(
             f"{store.num_questions:,} questions in {len(windows):,} windows of {self.capacity} tokens at most; "
             f"{store.num_questions - len(with_answer):,} have their answer whole in none; "
-            f"{int((store.question_lengths > self.size.max_query_length).sum()):,} questions are cut"
+            f"{int((store.question_lengths > self.size.max_query_length).sum()):,} questions are cut; "
+            f"whole tokens match {store.spelled:.1%} of the answers exactly"
         )
         return WindowRows(windows, self.framing, order, routes)
 
@@ -134,6 +135,7 @@ class Reading(EncoderTask):
         shown = zip(examples[:NUM_SAMPLES], predictions, strict=False)
         return Found(
             values,
+            notes=[f"whole tokens match {questions.store.spelled:.1%} of the answers exactly; more cannot be reached"],
             files={
                 "predictions": dict(zip(names, predictions, strict=True)),
                 "nbest": dict(zip(names, nbest, strict=True)),

@@ -102,7 +102,7 @@ def tell_next(output_dir: Path, told: dict[str, Any], named: Sequence[str], then
     """The commands to go on with; the last line is the folder of the model alone.
 
     Args: told: the run's arguments, of which those that are `named` matter to its scores; then: one more line, in which
-        {folder} stands for that folder.
+        {model}, {output_dir} and {flags} stand for the folders and those arguments.
     """
     if not distributed.is_main():
         return
@@ -113,5 +113,5 @@ def tell_next(output_dir: Path, told: dict[str, Any], named: Sequence[str], then
     flags += ["--from_hub"] if told["from_hub"] else []
     print(f"curves:   tensorboard --logdir {output_dir}")
     print(f"score:    python finetune/evaluate.py --model_name_or_path {folder} {' '.join(flags)}")
-    print(then.format(folder=folder))
+    print(then.format(model=folder, output_dir=output_dir, flags=" ".join(flags)))
     print(folder, flush=True)

@@ -128,7 +128,7 @@ def train(
     data = (str(train_source), str(validation_source))
     card = model_card(task.name, run, data, state.best_scores, state.best_step, pause)
     finish(engine, output_dir, state, lambda weights: export(output_dir / "model", model, weights, pause, card))
-    generate = "generate: python finetune/generate.py --model_name_or_path {folder} --prompt ..."
+    generate = "generate: python finetune/generate.py --model_name_or_path {model} --prompt ..."
     tell_next(output_dir, run["arguments"], (), generate)
 
 

@@ -24,8 +24,9 @@ from kozero.runlog import RunLog
 
 ENCODER_TRAINING: dict[str, type[EncoderTask]] = {"mrc": Reading, "ict": Retrieval}
 NEXT = {
-    "mrc": "answers:  predictions.json and nbest.json beside {folder}",
-    "ict": "search:   python finetune/train.py --train_mode encoder --model_name_or_path {folder} --output_dir ...",
+    "mrc": "answers:  {output_dir}/predictions.json, {output_dir}/nbest.json",
+    "ict": "search:   python finetune/train.py --train_mode encoder --model_name_or_path {model} {flags} "
+    "--output_dir {output_dir}",
 }
 
 

@@ -73,9 +73,14 @@ def load_encoder(folder: str) -> PreTrainedModel:
             raise UserError(
                 f"{folder}: model_type {config.model_type!r}; an encoder of {', '.join(ENCODERS)} is needed here"
             )
-        return AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, trust_remote_code=False)
+        encoder, loading = AutoModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded ({first_line(error)})") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
+    return encoder
 
 
 def load_heads(folder: str) -> dict[str, torch.Tensor]:

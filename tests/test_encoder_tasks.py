@@ -222,6 +222,7 @@ BAD_INPUT = {
     "nothing to train on": ("mrc", "mix_lm", ["--validation_file", str(DEV)], "--validation_file alone trains nothing"),
     "another shape": ("mrc", "mix_lm", ["--train_file", "sample_data/klue_nli/klue-nli-v1.1_dev.json"], "klue-nli"),
     "another tokenizer": ("mrc", "{pretrained}", ["--tokenizer_name_or_path", "{words}"], "vocabulary mismatch"),
+    "half an encoder": ("mrc", "{half}", [], "1 weights are missing, the first is embeddings.norm.bias"),
     "a damaged head": ("ict", "{damaged}", [], "heads.safetensors: cannot be loaded"),
     "a head of another size": ("ict", "{short}", [], "pool.weight has the shape (9,), this encoder needs (160,)"),
 }
@@ -231,8 +232,11 @@ BAD_INPUT = {
 def places(shared, pretrained, gpt2) -> dict[str, Path]:
     """Folders that are wrong in their own way."""
     found = {"gpt2": gpt2, "pretrained": pretrained, "mix_lm": shared / "mix_lm.json"}
-    for name in ("damaged", "short"):
+    for name in ("half", "damaged", "short"):
         found[name] = Path(shutil.copytree(pretrained, shared / name))
+    weights = load_file(pretrained / "model.safetensors")
+    del weights["embeddings.norm.bias"]
+    save_file(weights, found["half"] / "model.safetensors", metadata={"format": "pt"})
     (found["damaged"] / "heads.safetensors").write_bytes(b"nothing")
     save_file({"pool.weight": torch.zeros(9)}, found["short"] / "heads.safetensors")
     word_tokenizer(9, ("<unk>", "</s>", "<pad>", "<s>")).save_pretrained(shared / "words")

@@ -44,6 +44,7 @@ class Questions(QuestionStore):
         self.question_tokens = np.concatenate([np.arange(50, 50 + n) for n, _ in questions])
         self.question_ends = np.cumsum([0, *(n for n, _ in questions)])
         self.answers = np.array([(p, *span) for (_, p), span in zip(questions, answers, strict=True)])
+        self.spelled = 1.0
         self.offsets = np.concatenate([np.stack([np.arange(n) * 3, np.arange(n) * 3 + 2], 1) for n in passages])
 
 
@@ -160,12 +161,12 @@ def test_a_store_is_built_once_and_a_damaged_one_again(sample, tmp_path, monkeyp
     )
 
 
-def test_the_store_says_how_many_answers_are_whole_tokens(tmp_path):
+def test_the_store_counts_the_answers_that_whole_tokens_match(tmp_path):
     context = "w1 w2 w3"
-    spans = [("w2", (3, 5)), ("2", (4, 5))]
+    spans = [("w2", (3, 5)), ("2", (4, 5))]  # "w2" is one token
     examples = [Example(str(k), "", context, "w4", (text,), 0, span) for k, (text, span) in enumerate(spans)]
     write_store(lambda: examples, word_tokenizer(9), list, tmp_path)
-    assert QuestionStore(tmp_path).notes == ["50.0% of the answers are whole tokens; in the others a token holds more"]
+    assert QuestionStore(tmp_path).spelled == 0.5
 
 
 # Spans -------------------------------------------------------------------------------------------------------------
