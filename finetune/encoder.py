@@ -127,7 +127,7 @@ def load(arguments: ModelArguments, head: Callable[[PreTrainedModel], nn.Module]
 
     model = distributed.machine_first(read)
     if model.fresh:
-        distributed.say(f"{name}: no {', '.join(model.fresh)} beside the encoder; they begin anew")
+        distributed.say(f"{name}: no {', '.join(model.fresh)} beside the encoder; drawn anew")
     return model
 
 

@@ -16,7 +16,7 @@ from finetune.arguments import ReadingArguments
 from finetune.encoder import EncoderTask, Found, router_sums
 from finetune.questions import QuestionSet, QuestionStore
 from kozero import distributed
-from kozero.config import BatchSizes
+from kozero.config import BatchSizes, require
 from kozero.data.batch import Batch, deal, padded
 from kozero.data.framing import Framing
 from kozero.data.order import Order
@@ -132,7 +132,10 @@ def framed(texts: Sequence[np.ndarray], framing: Framing, most: int) -> tuple[to
 
 
 class Retrieval(EncoderTask):
-    """Finding the passage of a question."""
+    """Finding the passage of a question.
+
+    Raises: UserError when a row has no room for a text.
+    """
 
     head = Retriever
     objective = "ict"
@@ -140,6 +143,7 @@ class Retrieval(EncoderTask):
     needs_head = False  # equal weights pool as well
 
     def __init__(self, arguments: ReadingArguments, framing: Framing, capacity: int) -> None:
+        require(capacity > SPECIAL, f"--max_seq_length {capacity}: {SPECIAL} special tokens leave no room; raise it")
         self.framing, self.capacity = framing, capacity
         self.max_query_length = min(arguments.max_query_length, capacity - SPECIAL)
 

@@ -115,7 +115,7 @@ def test_retrieval_goes_on_from_pretraining_and_its_vectors_are_searched(
     out, vectors = tmp_path / "run", tmp_path / "vectors"
     flags = ("--max_steps", 16, "--eval_steps", 16, "--max_train_samples", 32)
     run(monkeypatch, shared, out, "ict", *flags, model=pretrained)
-    assert "begin anew" not in capsys.readouterr().out
+    assert "drawn anew" not in capsys.readouterr().out
     found = losses(out)
     assert found[0] > 1 and np.mean(found[-3:]) < 0.5 * found[0]
     pool = load_file(out / "model/heads.safetensors")["pool.weight"]
@@ -214,6 +214,12 @@ BAD_INPUT = {
     "model and config": ("mrc", "mix_lm", ["--model_name_or_path", "{pretrained}"], "either --model_name_or_path or"),
     "no such folder": ("mrc", "./no-model", [], "./no-model: no such folder"),
     "rows too short": ("mrc", "mix_lm", ["--max_seq_length", 80], "--max_seq_length 80: beside a question of"),
+    "rows for nothing": (
+        "ict",
+        "mix_lm",
+        ["--max_seq_length", 2],
+        "--max_seq_length 2: 2 special tokens leave no room",
+    ),
     "rows above the positions": ("ict", "mix_lm", ["--max_seq_length", 384], "the model has 160 positions"),
     "no stride": ("mrc", "mix_lm", ["--doc_stride", 0], "--doc_stride 0: must be 1 or more"),
     "pauses": ("mrc", "mix_lm", ["--num_pauses", 3], "--num_pauses 3: --task mrc has no pauses"),
