@@ -1,10 +1,19 @@
-"""Arguments that train, evaluate and generate share: which model, which data."""
+"""Arguments of the fine-tuning entries: how a run trains, which model, which data."""
 
 from dataclasses import dataclass
 
-from finetune.tasks import TASKS
-from kozero.config import arg, at_least
+from finetune.tasks import ENCODER_TASKS, TASKS
+from kozero.config import TrainingArguments, arg, at_least
 from kozero.errors import require
+
+
+@dataclass
+class FinetuningArguments(TrainingArguments):
+    """How a run trains."""
+
+    num_train_epochs: float | None = arg(
+        None, "passes over the training rows, rounded up to whole steps; default: 3, mrc 5; see --max_steps"
+    )
 
 
 @dataclass
@@ -12,9 +21,12 @@ class ModelArguments:
     """Which model."""
 
     model_name_or_path: str | None = arg(
-        None, "hub name (skt/kogpt2-base-v2, skt/ko-gpt-trinity-1.2B-v0.5) or folder of a GPT-2"
+        None,
+        "hub name (skt/kogpt2-base-v2, skt/ko-gpt-trinity-1.2B-v0.5) or folder of a GPT-2; mrc and ict: of an encoder",
     )
-    config_file: str | None = arg(None, "JSON of a GPT-2 with random weights, e.g. models/kogpt2_config.json")
+    config_file: str | None = arg(
+        None, "JSON of a model with random weights, e.g. models/kogpt2_config.json or models/transformer_config.json"
+    )
     tokenizer_name_or_path: str | None = arg(
         None, "hub name or folder; default: the model's own, or the sample tokenizer for --config_file"
     )
@@ -28,7 +40,11 @@ class ModelArguments:
 class DataArguments:
     """Which data. Without files or --from_hub the sample data of this project are used."""
 
-    task: str = arg("nsmc", "what to learn", choices=list(TASKS))
+    task: str | None = arg(
+        None,
+        "what to learn: nsmc (the default), klue_nli, korquad by a GPT-2; mrc, ict by an encoder",
+        choices=[*TASKS, *ENCODER_TASKS],
+    )
     train_file: str | None = arg(None, "published training file of the task")
     validation_file: str | None = arg(None, "published validation or test file; without it a part of --train_file")
     validation_fraction: float = arg(
@@ -42,14 +58,17 @@ class DataArguments:
     max_train_samples: int = arg(0, "train on this many examples at most; 0: all")
     max_eval_samples: int = arg(0, "evaluate on this many examples at most, evenly spaced; 0: all")
     max_seq_length: int = arg(
-        0, "tokens of a row; 0: the task's default (256, KorQuAD 512), at most the model's positions"
+        0, "tokens of a row; 0: the task's default (256, korquad 512, mrc and ict 384), at most the model's positions"
     )
     batching: str = arg(
-        "packed", "texts side by side in full rows, or one text a row grouped by length", choices=["packed", "grouped"]
+        "packed",
+        "texts side by side in full rows, or one text a row grouped by length (mrc and ict: always grouped)",
+        choices=["packed", "grouped"],
     )
     cache_dir: str = arg("~/.cache/kozero", "folder of tokenised data")
 
     def __post_init__(self) -> None:
+        self.task = self.task or "nsmc"
         at_least(0, self, "max_train_samples", "max_eval_samples", "max_seq_length")
         require(
             0 < self.validation_fraction < 1,
@@ -59,3 +78,36 @@ class DataArguments:
             not (self.from_hub and (self.train_file or self.validation_file)),
             "--from_hub and files: choose one of the two",
         )
+
+
+@dataclass
+class TrainingDataArguments(DataArguments):
+    """Which data, and what for. Without files or --from_hub the sample data of this project are used."""
+
+    train_mode: str = arg(
+        "finetune",
+        "train, or turn all paragraphs into vectors with a model that is there and search them (--task ict)",
+        choices=["finetune", "encoder"],
+    )
+
+    def __post_init__(self) -> None:
+        encoder = self.train_mode == "encoder"
+        self.task = self.task or ("ict" if encoder else None)
+        super().__post_init__()
+        require(
+            not encoder or self.task == "ict",
+            f"--train_mode encoder and --task {self.task}: vectors are those of --task ict; leave --task out",
+        )
+
+
+@dataclass
+class ReadingArguments:
+    """How questions and passages become rows of an encoder (mrc, ict)."""
+
+    doc_stride: int = arg(128, "mrc: tokens from the beginning of a window on the passage to that of the next")
+    max_query_length: int = arg(64, "tokens of a question; a longer one is cut")
+    n_best_size: int = arg(5, "mrc: answers kept for each question")
+    max_answer_length: int = arg(20, "mrc: tokens of an answer at most")
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "doc_stride", "max_query_length", "n_best_size", "max_answer_length")

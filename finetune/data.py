@@ -41,15 +41,20 @@ def sources(arguments: DataArguments, task: Task) -> tuple[Source, Source]:
     )
 
 
+def training_sources(arguments: DataArguments, task: Task) -> tuple[Source, Source]:
+    """The same for a run that trains, which needs something to train on."""
+    train, validation = sources(arguments, task)
+    if train.path is None and train.hub is None:
+        raise UserError("--validation_file alone trains nothing; give --train_file too")
+    return train, validation
+
+
 def cached_store(source: Source, task: Task, kind: str, limit: int, tokenizer: Any, cache_dir: str) -> TokenStore:
     """The token store of a source: `train` pairs, or all `choices` of every example, or `prompts` alone.
 
     Built once a machine; the other ranks wait and read it.
     """
-    content = file_hash(source.path) if source.path else source.hub
-    parts = (task.name, kind, limit, content, source.side, source.validation_fraction, source.skip_bad_rows)
-    key = key_of(*parts, tokenizer_hash(tokenizer), tokenizer.eos_token_id)
-
+    key = key_of(task.name, kind, *identity(source, limit), tokenizer_hash(tokenizer), tokenizer.eos_token_id)
     left_out = LeftOut()
 
     def rows() -> Iterator[TextRow]:
@@ -65,6 +70,12 @@ def cached_store(source: Source, task: Task, kind: str, limit: int, tokenizer: A
     for note in store.meta["notes"]:
         distributed.say(f"{source}: {note.replace(HERE, str(source.path))}")
     return store
+
+
+def identity(source: Source, limit: int) -> tuple:
+    """What the name of a store says of its source: another content or choice of rows is another store."""
+    content = file_hash(source.path) if source.path else source.hub
+    return limit, content, source.side, source.validation_fraction, source.skip_bad_rows
 
 
 def existing(path: Path) -> Path:
@@ -112,10 +123,14 @@ def evaluation_set(source: Source, task: Task, arguments: DataArguments, tokeniz
     kind = "choices" if task.labels else "prompts"
     store = cached_store(source, task, kind, 0, tokenizer, arguments.cache_dir)
     examples = list(read(source, task, LeftOut()))
-    wanted = arguments.max_eval_samples
-    if wanted and wanted < len(examples):
-        chosen = [k * len(examples) // wanted for k in range(wanted)]
+    chosen = evenly(len(examples), arguments.max_eval_samples)
+    if len(chosen) < len(examples):
         width = len(store) // len(examples)
         store.rows = store.rows[[k * width + j for k in chosen for j in range(width)]]
-        examples = [examples[k] for k in chosen]
-    return EvaluationSet(task, examples, store)
+    return EvaluationSet(task, [examples[k] for k in chosen], store)
+
+
+def evenly(num: int, wanted: int) -> list[int]:
+    """`wanted` evenly spaced numbers below `num`; all of them when `wanted` is 0 or no less."""
+    wanted = min(wanted or num, num)
+    return [k * num // wanted for k in range(wanted)]

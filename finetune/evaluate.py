@@ -7,15 +7,20 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from finetune.arguments import DataArguments, ModelArguments
+from finetune.arguments import DataArguments, ModelArguments, ReadingArguments
 from finetune.data import evaluation_set, sources
-from finetune.scoring import Scores, score
+from finetune.encoder import load
+from finetune.questions import question_set
+from finetune.scoring import score
 from finetune.setup import inference_pauses, load_model, row_capacity
-from finetune.tasks import TASKS, Example
+from finetune.tasks import ENCODER_TASKS, TASKS, Example
+from finetune.train_encoder import ENCODER_TRAINING, encoder_capacity, write_files
 from kozero import distributed
 from kozero.config import TrainingArguments, arg, at_least, batch_sizes, check_timeout, parse_arguments
-from kozero.engines import build_engine, prepare_engine
+from kozero.data.framing import Framing
+from kozero.engines import EngineSettings, build_engine, prepare_engine
 from kozero.errors import require, run_main
 from kozero.folder import writable_folder, write_text
 from kozero.pause import PauseArguments
@@ -29,7 +34,10 @@ class EvaluationArguments:
     per_device_eval_batch_size: int = arg(8, "rows of one forward pass on one rank", aliases=["--eval_batch_size"])
     bf16: bool = arg(False, "compute in bfloat16")
     fp16: bool = arg(False, "compute in float16")
-    output_file: str | None = arg(None, "JSON for the scores; predictions go beside it as .predictions.jsonl")
+    output_file: str | None = arg(
+        None,
+        "JSON for the scores; predictions go beside it as .predictions.jsonl (mrc: .predictions.json, .nbest.json)",
+    )
     timeout_seconds: float = arg(600.0, "seconds that a rank waits for the others before the run ends")
     local_rank: int = arg(-1, "set by the deepspeed launcher; leave it alone")
 
@@ -46,50 +54,102 @@ class EvaluationArguments:
             fp16=self.fp16,
         )
 
+    def engine_settings(self) -> EngineSettings:
+        """Checked before a model is loaded."""
+        training = self.as_training()
+        return prepare_engine(training, batch_sizes(training, distributed.world_size()))
+
 
 def main() -> None:
     """Load, score, print."""
-    arguments, model_arguments, data_arguments, pause_arguments = parse_arguments(
-        EvaluationArguments, ModelArguments, DataArguments, PauseArguments,
+    arguments, model_arguments, data_arguments, reading_arguments, pause_arguments = parse_arguments(
+        EvaluationArguments, ModelArguments, DataArguments, ReadingArguments, PauseArguments,
         prog="finetune/evaluate.py", description="Score a model on a task.",
     )  # fmt: skip
     distributed.setup(arguments.timeout_seconds)
     if arguments.output_file:
         writable_folder("--output_file", Path(arguments.output_file).parent)
         require(not Path(arguments.output_file).is_dir(), f"--output_file {arguments.output_file}: is a folder")
-    training = arguments.as_training()
-    settings = prepare_engine(training, batch_sizes(training, distributed.world_size()), trains=False)
-    task = TASKS[data_arguments.task]
-    model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=0)
-    pauses = inference_pauses(model, pause_arguments)
-    capacity = row_capacity(data_arguments.max_seq_length, task.max_seq_length, model.config.n_positions)
-    source = sources(data_arguments, task)[1]
-    data = evaluation_set(source, task, data_arguments, model.tokenizer)
-    engine = build_engine(model.module, training, settings)
-    started = time.perf_counter()
-    micro = arguments.per_device_eval_batch_size
-    result = score(engine, data, pauses, capacity, micro, model.tokenizer)
-    seconds = time.perf_counter() - started
-    for note in result.notes:
-        distributed.say(note)
-    distributed.say(f"{task.name}: {len(data.examples):,} examples of {source}, {pauses.num} pauses, {seconds:.1f} s")
-    for name, value in result.values.items():
-        distributed.say(f"{name:>24} {value:.4f}")
-    if arguments.output_file and distributed.is_main():
-        save(Path(arguments.output_file), result, data.examples, pauses.num, str(source))
-    engine.close()
+    if data_arguments.task in TASKS:
+        score_language_model(arguments, model_arguments, data_arguments, pause_arguments)
+    else:
+        score_encoder(arguments, model_arguments, data_arguments, reading_arguments)
     distributed.shutdown()
 
 
-def save(path: Path, result: Scores, examples: list[Example], num_pauses: int, source: str) -> None:
-    """Scores as JSON, predictions as JSON lines beside it."""
-    found = {"data": source, "num_pauses": num_pauses, "scores": result.values}
+def score_language_model(
+    arguments: EvaluationArguments, model_arguments: ModelArguments, data: DataArguments, pause: PauseArguments
+) -> None:
+    """A GPT-2."""
+    settings = arguments.engine_settings()
+    task = TASKS[data.task]
+    model = load_model(model_arguments, pause, with_pauses=False, seed=0)
+    pauses = inference_pauses(model, pause)
+    capacity = row_capacity(data.max_seq_length, task.max_seq_length, model.config.n_positions)
+    source = sources(data, task)[1]
+    questions = evaluation_set(source, task, data, model.tokenizer)
+    engine = build_engine(model.module, arguments.as_training(), settings)
+    started = time.perf_counter()
+    result = score(engine, questions, pauses, capacity, arguments.per_device_eval_batch_size, model.tokenizer)
+    seconds = time.perf_counter() - started
+    for note in result.notes:
+        distributed.say(note)
+    tell(f"{task.name}: {len(questions.examples):,} examples of {source}, {pauses.num} pauses", seconds, result.values)
+    if arguments.output_file and distributed.is_main():
+        path = Path(arguments.output_file)
+        save_scores(path, result.values, str(source), num_pauses=pauses.num)
+        save_predictions(path.with_suffix(".predictions.jsonl"), result.predictions, questions.examples)
+    engine.close()
+
+
+def score_encoder(
+    arguments: EvaluationArguments, model_arguments: ModelArguments, data: DataArguments, reading: ReadingArguments
+) -> None:
+    """An encoder with the head of its task."""
+    settings = arguments.engine_settings()
+    task, kind = ENCODER_TASKS[data.task], ENCODER_TRAINING[data.task]
+    model = load(model_arguments, kind.head, seed=0)
+    require(
+        not (model.fresh and kind.needs_head),
+        f"{model_arguments.model_name_or_path}: no head for --task {task.name}; fine-tune one with finetune/train.py",
+    )
+    learner = kind(reading, Framing.of(model.tokenizer), encoder_capacity(model, data, task))
+    source = sources(data, task)[1]
+    questions = question_set(source, task, data.max_eval_samples, model.tokenizer, data.cache_dir)
+    engine = build_engine(model.module, arguments.as_training(), settings)
+    started = time.perf_counter()
+    found = learner.score(engine, questions, arguments.per_device_eval_batch_size)
+    seconds = time.perf_counter() - started
+    for note in found.notes:
+        distributed.say(note)
+    tell(f"{task.name}: {len(questions.examples):,} questions of {source}", seconds, found.values)
+    if arguments.output_file and distributed.is_main():
+        path = Path(arguments.output_file)
+        save_scores(path, found.values, str(source))
+        write_files(found, path.parent, f"{path.stem}.")
+    engine.close()
+
+
+def tell(what: str, seconds: float, values: dict[str, float]) -> None:
+    """The scores, one a line."""
+    distributed.say(f"{what}, {seconds:.1f} s")
+    for name, value in values.items():
+        distributed.say(f"{name:>24} {value:.4f}")
+
+
+def save_scores(path: Path, values: dict[str, float], source: str, **told: Any) -> None:
+    """Scores as JSON, with what they were taken on."""
+    found = {"data": source, **told, "scores": values}
     write_text(path, json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def save_predictions(path: Path, predictions: list[str], examples: list[Example]) -> None:
+    """What was predicted for each example, as JSON lines."""
     rows = (
         json.dumps({"id": example.id, "prediction": prediction}, ensure_ascii=False) + "\n"
-        for example, prediction in zip(examples, result.predictions, strict=True)
+        for example, prediction in zip(examples, predictions, strict=True)
     )
-    write_text(path.with_suffix(".predictions.jsonl"), "".join(rows))
+    write_text(path, "".join(rows))
 
 
 if __name__ == "__main__":

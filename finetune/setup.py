@@ -1,5 +1,6 @@
 """What training, evaluation and generation do first: the model by its arguments, and how long its rows may be."""
 
+import models.encoders  # noqa: F401  makes an encoder known to AutoConfig, so that one in a wrong place is named
 from finetune.arguments import ModelArguments
 from finetune.data import SAMPLE_TOKENIZER
 from kozero import distributed

@@ -1,4 +1,4 @@
-"""Fine-tune a Korean GPT-2 on a task, with or without pause tokens.
+"""Fine-tune a Korean GPT-2 on a task, with or without pause tokens; or an encoder (--task mrc, ict).
 
     deepspeed finetune/train.py --deepspeed_config ds_configs/zero2.json --task nsmc --num_pauses 10 ...
     torchrun --nproc_per_node 2 finetune/train.py ...        several ranks, with or without DeepSpeed
@@ -7,28 +7,34 @@
 Reads top to bottom: arguments, model, data, engine, loop, export.
 """
 
-import json
-import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from finetune.arguments import DataArguments, ModelArguments
+from finetune.arguments import (
+    DataArguments,
+    FinetuningArguments,
+    ModelArguments,
+    ReadingArguments,
+    TrainingDataArguments,
+)
 from finetune.card import model_card
-from finetune.data import EvaluationSet, cached_store, evaluation_set, sources
+from finetune.data import EvaluationSet, cached_store, evaluation_set, training_sources
+from finetune.passages import encode_passages
+from finetune.run import DATA, LENGTH, Setting, finish, resume_key, run_to_end, tell_next
 from finetune.scoring import score, write
 from finetune.setup import load_model, row_capacity
 from finetune.tasks import TASKS, Source, Task
+from finetune.train_encoder import train_encoder
 from kozero import distributed, plan
-from kozero.checkpoint import Checkpoints, RunState
-from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments
+from kozero.config import TrainingArguments, arg, batch_sizes, describe_run, parse_arguments
 from kozero.data.batches import TrainingRows, prefix_and_target
 from kozero.data.rows import fit
-from kozero.engines import EngineSettings, build_engine, prepare_engine
+from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
-from kozero.errors import UserError, require, run_main
-from kozero.folder import claim_output, save_run, write_text
+from kozero.errors import require, run_main
+from kozero.folder import claim_output
 from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters, report
 from kozero.loop import Trainer
 from kozero.pause import PauseArguments, Pauses
@@ -50,41 +56,34 @@ class FreezeArguments:
 
 def main() -> None:
     """The whole run."""
-    training, model_arguments, data_arguments, pause_arguments, freeze_arguments = parse_arguments(
-        TrainingArguments, ModelArguments, DataArguments, PauseArguments, FreezeArguments,
-        prog="finetune/train.py", description="Fine-tune a Korean GPT-2 with pause tokens under ZeRO.",
+    training, model_arguments, data, reading, pauses, freezing = parse_arguments(
+        FinetuningArguments, ModelArguments, TrainingDataArguments, ReadingArguments, PauseArguments, FreezeArguments,
+        prog="finetune/train.py", description="Fine-tune a Korean language model or encoder under ZeRO.",
     )  # fmt: skip
     distributed.setup(training.timeout_seconds)
-    sizes = batch_sizes(training, distributed.world_size())
-    engine_settings = prepare_engine(training, sizes)  # before all else: a wrong JSON ends the run at once
+    prepare_engine(training, batch_sizes(training, distributed.world_size()))  # a wrong JSON leaves no folder behind
     with claim_output(training.output_dir) as output_dir:
-        train(
-            training, model_arguments, data_arguments, pause_arguments, freeze_arguments, sizes, engine_settings,
-            output_dir,
-        )  # fmt: skip
+        if data.task in TASKS:
+            train(training, model_arguments, data, pauses, freezing, output_dir)
+            return
+        require(not pauses.num_pauses, f"--num_pauses {pauses.num_pauses}: --task {data.task} has no pauses")
+        require(not freezing.freeze, f"--freeze {freezing.freeze}: names parts of a GPT-2; leave it out here")
+        run = encode_passages if data.train_mode == "encoder" else train_encoder
+        run(training, model_arguments, data, reading, output_dir)
 
 
 def train(
-    training: TrainingArguments,
+    training: FinetuningArguments,
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     pause_arguments: PauseArguments,
     freeze_arguments: FreezeArguments,
-    sizes: BatchSizes,
-    engine_settings: EngineSettings,
     output_dir: Path,
 ) -> None:
     """Model, data, engine, loop, export."""
     task = TASKS[data_arguments.task]
-    checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume)
-    base = model_arguments.model_name_or_path
-    require(
-        base is None or Path(base).resolve() != (output_dir / "model").resolve(),
-        f"--model_name_or_path {base}: --output_dir would write over it; choose another --output_dir",
-    )
-    train_source, validation_source = sources(data_arguments, task)
-    if train_source.path is None and train_source.hub is None:
-        raise UserError("--validation_file alone trains nothing; give --train_file too")
+    setting = Setting.of(training, task, model_arguments.model_name_or_path, output_dir)
+    train_source, validation_source = training_sources(data_arguments, task)
 
     if not (model_arguments.model_name_or_path or model_arguments.config_file):
         model_arguments.config_file = str(TINY)
@@ -95,7 +94,7 @@ def train(
     freeze_plan = freeze(model, freeze_arguments.freeze, pause_arguments.num_pauses > 0)
     counts = count_parameters(model.module)
     saved_bytes = [
-        plan.state_bytes(counts["total"], number, engine_settings.stage, sizes.world_size, training.dtype)
+        plan.state_bytes(counts["total"], number, setting.engine.stage, setting.sizes.world_size, training.dtype)
         for number in (counts["total"], counts["trainable"])
     ]
     shape = plan.ModelShape.of(model.config)
@@ -105,42 +104,42 @@ def train(
     rows = training_rows(train_source, task, data_arguments, training, model, pause_arguments, capacity)
     validation = evaluation_set(validation_source, task, data_arguments, model.tokenizer)
     inference = Pauses(model.pause_id or 0, pause_arguments.at_inference)
+
     require_room(validation, inference, capacity)
-    micro = training.per_device_eval_batch_size or training.per_device_train_batch_size
 
     if training.gradient_checkpointing:
         checkpoint_activations(model.module.lm)
-    engine = build_engine(model.module, training, engine_settings)
+    engine = build_engine(model.module, training, setting.engine)
 
     def evaluate(log: RunLog, step: int) -> dict[str, float]:
-        result = score(engine, validation, inference, capacity, micro, model.tokenizer)
+        result = score(engine, validation, inference, capacity, setting.eval_rows, model.tokenizer)
         for note in result.notes:
             log.say(note)
         log.text(step, "eval/sample", sample_text(engine, validation, inference, capacity, model))
         return result.values
 
     run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
-    run["dtype"] = training.dtype
-    same = resume_key(run, rows, sizes, shape, model.pause_id)
-    trainer = Trainer(engine, rows, training, sizes, evaluate, task.best_score, same)
-    if checkpoint:
-        trainer.resume(checkpoint)
-        distributed.say(f"resumed from {checkpoint} at step {trainer.state.step}")
-    save_run(output_dir, run | {"deepspeed": engine_settings.resolved, "parameters": counts})
+    same = resume_key(
+        setting, run["arguments"], ("batching", "freeze", "num_pauses"),
+        {
+            DATA: rows.store.folder.name, LENGTH: capacity, "model sizes": asdict(shape),
+            "pause token id (--pause_token)": model.pause_id if pause_arguments.num_pauses else None,
+        },
+    )  # fmt: skip
     packed = data_arguments.batching == "packed"
     filled = f"{rows.length.sum() / len(rows) / capacity:.1%} filled" if packed else "at most"
-    distributed.say(
-        f"{task.name}: {len(rows):,} rows of {capacity} tokens ({filled}), "
-        f"{sizes.global_batch} rows a step on {sizes.world_size} ranks ({distributed.device().type}, {training.dtype}, "
-        f"ZeRO-{engine_settings.stage}), {trainer.total_steps:,} steps; {len(validation.examples):,} validate"
-    )
-    state = trainer.fit()
-    trainer.load_best()
+    trainer = Trainer(engine, rows, training, setting.sizes, evaluate, task.best_score, same)
+    state = run_to_end(
+        setting, trainer, run | {"parameters": counts},
+        f"{task.name}: {len(rows):,} rows of {capacity} tokens ({filled})",
+        f"{len(validation.examples):,} validate",
+    )  # fmt: skip
     pause = pause_settings(model, pause_arguments)
     data = (str(train_source), str(validation_source))
     card = model_card(task.name, run, data, state.best_scores, state.best_step, pause)
-    finish(engine, model, output_dir, pause, card, state)
-    tell_next(output_dir / "model", run["arguments"], output_dir)
+    finish(engine, output_dir, state, lambda weights: export(output_dir / "model", model, weights, pause, card))
+    generate = "generate: python finetune/generate.py --model_name_or_path {model} --prompt ..."
+    tell_next(output_dir, run["arguments"], (), generate)
 
 
 def freeze(model: LanguageModel, text: str | None, has_pause: bool) -> FreezePlan:
@@ -176,18 +175,6 @@ def training_rows(
     return rows
 
 
-def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, model: LanguageModel) -> str:
-    """What the model writes after the first prompts of the validation set."""
-    new_tokens = min(SAMPLE_TOKENS, data.task.max_new_tokens)
-    fitted = fit(data.store, max(1, capacity - new_tokens), pauses.num)
-    prefixes = [prefix_and_target(data.store, fitted.cut, k)[0] for k in fitted.used[:8].tolist()]
-    prefixes = list({prefix.tobytes(): prefix for prefix in prefixes}.values())[:NUM_SAMPLES]  # choices share a prompt
-    prompts = [pauses.prompt(prefix) for prefix in prefixes]
-    texts = write(engine, model.tokenizer, prompts, 1, max_new_tokens=new_tokens, do_sample=False) if prompts else []
-    heads = [model.tokenizer.decode(prefix.tolist())[-60:] for prefix in prefixes]
-    return " | ".join(f"{head} → {text.strip()}" for head, text in zip(heads, texts, strict=True))
-
-
 def require_room(data: EvaluationSet, pauses: Pauses, capacity: int) -> None:
     """Something of the validation set must fit, or its score would be known only after training."""
     new_tokens = 0 if data.task.labels else data.task.max_new_tokens
@@ -202,18 +189,16 @@ def checkpoint_activations(lm: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def resume_key(run: dict, rows: TrainingRows, sizes: BatchSizes, shape: plan.ModelShape, pause_id: int | None) -> dict:
-    """What must not change between a run and its resumption: the rows, their order, the batch, the weights. Each by
-    the words that tell a user what to change back. Ranks and ZeRO stage may change where the engine can follow."""
-    named = ("seed", "task", "batching", "freeze", "num_pauses", "optim")
-    return {f"--{name}": run["arguments"][name] for name in named} | {
-        "data (files, --max_train_samples, --bad_rows, tokenizer)": rows.store.folder.name,
-        "row length (--max_seq_length)": rows.capacity,
-        "rows of a step (micro batch x accumulation x ranks)": sizes.global_batch,
-        "model sizes": asdict(shape),
-        "pause token id (--pause_token)": pause_id if run["arguments"]["num_pauses"] else None,
-        "precision (--bf16, --fp16)": run["dtype"],
-    }
+def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, model: LanguageModel) -> str:
+    """What the model writes after the first prompts of the validation set."""
+    new_tokens = min(SAMPLE_TOKENS, data.task.max_new_tokens)
+    fitted = fit(data.store, max(1, capacity - new_tokens), pauses.num)
+    prefixes = [prefix_and_target(data.store, fitted.cut, k)[0] for k in fitted.used[:8].tolist()]
+    prefixes = list({prefix.tobytes(): prefix for prefix in prefixes}.values())[:NUM_SAMPLES]  # choices share a prompt
+    prompts = [pauses.prompt(prefix) for prefix in prefixes]
+    texts = write(engine, model.tokenizer, prompts, 1, max_new_tokens=new_tokens, do_sample=False) if prompts else []
+    heads = [model.tokenizer.decode(prefix.tolist())[-60:] for prefix in prefixes]
+    return " | ".join(f"{head} → {text.strip()}" for head, text in zip(heads, texts, strict=True))
 
 
 def pause_settings(model: LanguageModel, arguments: PauseArguments) -> dict:
@@ -227,35 +212,6 @@ def pause_settings(model: LanguageModel, arguments: PauseArguments) -> dict:
         "num_pauses": arguments.num_pauses,
         "num_inference_pauses": arguments.at_inference,
     }
-
-
-def finish(engine: Engine, model: LanguageModel, output_dir: Path, pause: dict, card: str, state: RunState) -> None:
-    """Export the best weights, keep their scores, and let the engine go."""
-    weights = engine.full_state_dict()
-    if distributed.is_main():
-        export(output_dir / "model", model, weights, pause, card)
-        scores = {"step": state.best_step, "scores": state.best_scores}
-        write_text(output_dir / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False))
-        shown = " ".join(f"{name} {value:.4f}" for name, value in state.best_scores.items())
-        print(f"best scores (step {state.best_step}): {shown}")
-    engine.close()
-    distributed.shutdown()
-
-
-def tell_next(folder: Path, arguments: dict, output_dir: Path) -> None:
-    """The commands to go on with; the last line is the folder alone."""
-    if not distributed.is_main():
-        return
-    named = ("task", "train_file", "validation_file", "validation_fraction", "bad_rows", "max_seq_length")
-    defaults = asdict(DataArguments())
-    said = [name for name in named if name == "task" or arguments[name] != defaults[name]]
-    flags = [word for name in said for word in (f"--{name}", str(arguments[name]))]
-    flags += ["--from_hub"] if arguments["from_hub"] else []
-    model = ["--model_name_or_path", str(folder)]
-    print("curves:   " + shlex.join(["tensorboard", "--logdir", str(output_dir)]))
-    print("score:    " + shlex.join(["python", "finetune/evaluate.py", *model, *flags]))
-    print("generate: " + shlex.join(["python", "finetune/generate.py", *model, "--prompt"]) + " ...")
-    print(folder, flush=True)
 
 
 if __name__ == "__main__":

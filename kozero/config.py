@@ -17,7 +17,10 @@ from transformers import HfArgumentParser
 from kozero.errors import UserError, nearest, require
 from kozero.json_files import check_keys, read_json_object
 
-LIBRARIES = ("torch", "deepspeed", "fairscale", "transformers", "datasets", "tokenizers", "safetensors", "tensorboard")
+LIBRARIES = (
+    "torch", "deepspeed", "fairscale", "transformers", "datasets", "tokenizers", "safetensors", "tensorboard",
+    "bm25s", "kiwipiepy",
+)  # fmt: skip
 
 
 def arg(default: Any, help: str, **metadata: Any) -> Any:
@@ -80,8 +83,8 @@ class TrainingArguments:
         )
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be in [0, 1)")
-        require(self.num_train_epochs > 0, f"--num_train_epochs {self.num_train_epochs}: must be above 0")
-        require(self.num_train_epochs <= 1e6, f"--num_train_epochs {self.num_train_epochs}: must be 1e6 or less")
+        epochs = self.num_train_epochs  # None where an entry lets the task decide
+        require(epochs is None or 0 < epochs <= 1e6, f"--num_train_epochs {epochs}: must be above 0 and at most 1e6")
         check_timeout(self.timeout_seconds)
         require(self.adam_epsilon > 0, f"--adam_epsilon {self.adam_epsilon}: must be above 0")
         check_seed(self.seed)

@@ -1,12 +1,16 @@
-"""Scores: classification by label, and KorQuAD's exact match and character F1."""
+"""Scores: classification by label, KorQuAD's exact match and character F1, and ranks of what was searched for."""
 
 import string
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 # Marks that the official KorQuAD 1.0 script turns into spaces before it drops ASCII punctuation.
 KORQUAD_MARKS = str.maketrans(dict.fromkeys("'\"《》<>〈〉()‘’", " "))
 ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+RECALL_AT = (1, 5, 20, 100)
 
 
 def normalize_answer(text: str) -> str:
@@ -50,3 +54,15 @@ def classification(predictions: Sequence[int], labels: Sequence[int], names: Seq
     f1 = [2 * hits[k] / max(1, predicted[k] + wanted[k]) for k in range(len(names))]
     scores = {"accuracy": sum(hits.values()) / num, "macro_f1": sum(f1) / len(names)}
     return scores | {f"predicted_{name}": predicted[k] / num for k, name in enumerate(names)}
+
+
+def retrieval(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """Recall at some depths and the mean reciprocal rank, all in [0, 1].
+
+    Args: found: (Q, K) numbers, the best first; wanted: (Q,) the right ones. One that is not found has the
+    reciprocal rank 0, so it is that of the first K.
+    """
+    hits = found == wanted[:, None]
+    first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1.0, np.inf)
+    recall = {f"recall@{depth}": float((first <= depth).mean()) for depth in RECALL_AT}
+    return recall | {"mrr": float((1 / first).mean())}

@@ -5,11 +5,13 @@ import copy
 import dataclasses
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -119,15 +121,16 @@ def read_config(path: Path) -> GPT2Config:
     return config
 
 
-def read_model_json(path: Path, model_type: str) -> dict[str, Any]:
-    """The values of a model's JSON config, which must name its `model_type`."""
+def read_model_json(path: Path, *model_types: str) -> dict[str, Any]:
+    """The values of a model's JSON config, which must name one of `model_types`."""
     try:
         values = read_json(path)
     except UserError as error:
         raise UserError(f"--config_file {error}") from None
-    if not isinstance(values, dict) or values.get("model_type") != model_type:
+    if not isinstance(values, dict) or values.get("model_type") not in model_types:
         found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"--config_file {path}: model_type {found!r}; {model_type!r} is needed here")
+        wanted = " or ".join(map(repr, model_types))
+        raise UserError(f"--config_file {path}: model_type {found!r}; {wanted} is needed here")
     return values
 
 
@@ -139,7 +142,7 @@ def load_config(name: str) -> GPT2Config:
     except Exception as error:  # OSError, ValueError, hub errors
         raise cannot_load(name, error) from None
     if config.model_type != "gpt2":
-        raise UserError(f"--model_name_or_path {name}: model_type {config.model_type!r}; fine-tuning needs 'gpt2'")
+        raise UserError(f"--model_name_or_path {name}: model_type {config.model_type!r}; 'gpt2' is needed here")
     if config.activation_function == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same formula in one kernel instead of eight
     return config
@@ -316,13 +319,21 @@ def export(
     save_folder(folder, lm, tokenizer, card)
 
 
-def save_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str) -> None:
-    """Model, tokenizer and card in a folder that appears whole or not at all."""
+def save_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    card: str,
+    beside: Mapping[str, dict[str, torch.Tensor]] | None = None,
+) -> None:
+    """Model, tokenizer, card and files of further weights in a folder that appears whole or not at all."""
     staging = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
+    for name, weights in (beside or {}).items():
+        save_file(weights, staging / name)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

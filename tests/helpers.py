@@ -1,5 +1,6 @@
 """Small models, stores and tokenizers that several tests use."""
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,12 @@ from models.language_model import load_tokenizer
 ROOT = Path(__file__).parents[1]
 SAMPLE_DATA = ROOT / "sample_data"
 SAMPLE_TOKENIZER = SAMPLE_DATA / "tokenizer"
+
+
+def gpt2_configs() -> list[Path]:
+    """The shipped configs of language models."""
+    paths = sorted((ROOT / "models").glob("*_config.json"))
+    return [path for path in paths if json.loads(path.read_text())["model_type"] == "gpt2"]
 
 
 class MemoryStore(TokenStore):

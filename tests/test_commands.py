@@ -1,5 +1,6 @@
 """What the READMEs, the scripts and the shipped JSON files promise, run as a user runs it."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -12,18 +13,30 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from finetune import evaluate, generate, train
-from finetune.arguments import DataArguments, ModelArguments
-from kozero.config import TrainingArguments, parse_arguments
+from finetune.arguments import (
+    DataArguments,
+    FinetuningArguments,
+    ModelArguments,
+    ReadingArguments,
+    TrainingDataArguments,
+)
+from kozero.config import parse_arguments
 from kozero.pause import PauseArguments
 from kozero.plan import ModelShape
+from tests.helpers import gpt2_configs
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = {
-    "finetune/train.py": (TrainingArguments, ModelArguments, DataArguments, PauseArguments, train.FreezeArguments),
-    "finetune/evaluate.py": (evaluate.EvaluationArguments, ModelArguments, DataArguments, PauseArguments),
+    "finetune/train.py": (
+        FinetuningArguments, ModelArguments, TrainingDataArguments, ReadingArguments, PauseArguments,
+        train.FreezeArguments,
+    ),
+    "finetune/evaluate.py": (
+        evaluate.EvaluationArguments, ModelArguments, DataArguments, ReadingArguments, PauseArguments,
+    ),
     "finetune/generate.py": (generate.GenerationArguments, ModelArguments, PauseArguments),
-}
+}  # fmt: skip
 DS_CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
 SHORT = "--max_steps 2 --max_eval_samples 4 --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
 
@@ -75,8 +88,8 @@ def test_help_tells_meaning_and_default_of_every_argument(script, capsys):
     shown = capsys.readouterr().out
     assert end.value.code == 0 and shown.count("(default:") >= 8
     for part in ARGUMENTS[script]:
-        for name, field in part.__dataclass_fields__.items():
-            assert f"--{name}" in shown and len(field.metadata["help"]) > 8
+        for field in dataclasses.fields(part):
+            assert f"--{field.name}" in shown and len(field.metadata["help"]) > 8
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "finetune/recipes").glob("*.json")), ids=lambda path: path.name)
@@ -86,7 +99,7 @@ def test_every_recipe_names_arguments_and_files_that_exist(recipe, monkeypatch):
     assert all(Path(path).exists() for path in (training.deepspeed_config, model.config_file) if path)
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "models").glob("*_config.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("config", gpt2_configs(), ids=lambda path: path.name)
 def test_every_model_config_builds_a_model_of_the_size_that_is_planned(config):
     values = GPT2Config(**json.loads(config.read_text()))
     with torch.device("meta"):

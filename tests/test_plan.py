@@ -6,9 +6,9 @@ from transformers import GPT2LMHeadModel
 
 from kozero.plan import ModelShape, state_bytes
 from models.language_model import read_config
-from tests.helpers import ROOT
+from tests.helpers import gpt2_configs
 
-CONFIGS = {path.stem: read_config(path) for path in sorted((ROOT / "models").glob("*_config.json"))}
+CONFIGS = {path.stem: read_config(path) for path in gpt2_configs()}
 KOGPT2, TRINITY = (ModelShape.of(CONFIGS[name]) for name in ("kogpt2_config", "ko_gpt_trinity_config"))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from finetune.arguments import DataArguments
 from finetune.data import read, sources
-from finetune.tasks import TASKS, Source
+from finetune.tasks import ENCODER_TASKS, TASKS, Source
 from kozero.data.readers import LeftOut, read_hub
 from kozero.errors import UserError
 from tests.helpers import SAMPLE_DATA
@@ -119,6 +119,15 @@ def test_the_span_points_at_the_answer_in_the_context(context):
     start = context.index("훈민정음")
     example = of_row(KORQUAD, question([{"text": "훈민정음", "answer_start": start}], context))
     assert example.context[slice(*example.answer_span)] == "훈민정음"
+
+
+def test_an_encoder_reads_passage_and_question_as_they_are_written():
+    context = f"  \n{CONTEXT} "
+    answers = [{"text": "훈민정음", "answer_start": context.index("훈민정음")}]
+    for task in ENCODER_TASKS.values():
+        example = of_row(task, question(answers, context))
+        assert (example.context, example.prompt, example.targets) == (CONTEXT, "언제 만들었나?", ("훈민정음",))
+        assert example.context[slice(*example.answer_span)] == "훈민정음"
 
 
 @pytest.mark.parametrize(("task", "train", "validation"), [(NSMC, 480, 120), (NLI, 300, 60), (KORQUAD, 150, 30)])

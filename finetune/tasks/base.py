@@ -36,6 +36,7 @@ class Task(ABC):
     hub: tuple[str, str | None, str, str]  # data set, config, train split, validation split
     sample_files: tuple[str, str]  # below sample_data/: train, validation
     max_seq_length: int  # default row length, tokens
+    num_train_epochs: float = 3.0
     max_new_tokens: int = 64  # generated at most when text is asked for
     labels: tuple[str, ...] = ()  # what a choice can be; empty: answers are generated
     best_score: str  # the score that decides which checkpoint is the best (higher is better)

@@ -1,6 +1,7 @@
 """KorQuAD 1.0: questions on a passage, answered by writing the answer."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.tasks.base import Example, Task, check_suffix, filled
@@ -31,20 +32,25 @@ class Korquad(Task):
 
     def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
         """One question with its answers; the first is the one that is trained on."""
-        context = text_field(where, row, "context")
-        shift = len(CONTEXT_MARK) - len(row["context"]) + len(row["context"].lstrip())  # strip moved the answer
-        question = filled(where, text_field(where, row, "question"))
-        answers = list(answers_of_row(where, row))
-        for text, start in answers:
-            if row["context"][start : start + len(text)] != text:
-                raise BadRow(f"{where}: answer {text!r} does not stand at {start} in the context")
-        text, start = answers[0]
-        span = (start + shift, start + shift + len(text))
-        targets = tuple(dict.fromkeys(text for text, _ in answers))
-        prompt = f"질문: {question} 정답:"
-        yield Example(
-            str(row.get("id", where)), str(row.get("title", "")), CONTEXT_MARK + context, prompt, targets, 0, span
-        )
+        example = read_question(where, row)
+        span = tuple(place + len(CONTEXT_MARK) for place in example.answer_span)
+        prompt = f"질문: {example.prompt} 정답:"
+        yield replace(example, context=CONTEXT_MARK + example.context, prompt=prompt, answer_span=span)
+
+
+def read_question(where: str, row: dict) -> Example:
+    """A question as it is written: the passage is the context, the question the prompt, its answers the targets."""
+    context = text_field(where, row, "context")
+    shift = len(row["context"].lstrip()) - len(row["context"])  # strip moved the answer
+    question = filled(where, text_field(where, row, "question"))
+    answers = list(answers_of_row(where, row))
+    for text, start in answers:
+        if row["context"][start : start + len(text)] != text:
+            raise BadRow(f"{where}: answer {text!r} does not stand at {start} in the context")
+    text, start = answers[0]
+    span = (start + shift, start + shift + len(text))
+    targets = tuple(dict.fromkeys(text for text, _ in answers))
+    return Example(str(row.get("id", where)), str(row.get("title", "")), context, question, targets, 0, span)
 
 
 def members(where: str, parent: dict, name: str, kind: str) -> Iterator[Located | BadRow]:

@@ -1,0 +1,170 @@
+"""Questions and their passages as token ids with character offsets, on disk: tokenised once, read by memory map.
+
+A store is a folder of six arrays and `meta.json`. A passage that several questions share is there once.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.data import evenly, identity, read
+from finetune.tasks import Example, Source, Task
+from kozero import distributed
+from kozero.data.readers import LeftOut
+from kozero.data.store import ENCODE_ROWS, build_once, key_of, token_span, tokenizer_hash
+from kozero.metrics import exact_match
+
+ARRAYS = ("passage_tokens", "offsets", "passage_ends", "question_tokens", "question_ends", "answers")
+
+
+class QuestionStore:
+    """P passages and Q questions.
+
+    `answers` is (Q, 3) int64: the passage, and the tokens of it that hold the answer, [first, last); -1 where none do.
+    `spelled` is the share of the (first) answers that whole tokens match exactly, as KorQuAD compares them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        meta = json.loads((folder / "meta.json").read_text())
+        self.notes, self.spelled = meta["notes"], meta["spelled"]
+        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
+        self.passage_tokens, self.offsets, self.passage_ends, self.question_tokens, self.question_ends, self.answers = (
+            arrays
+        )
+
+    @property
+    def num_passages(self) -> int:
+        """Different passages."""
+        return len(self.passage_ends) - 1
+
+    @property
+    def num_questions(self) -> int:
+        """Questions."""
+        return len(self.question_ends) - 1
+
+    @property
+    def passage_lengths(self) -> np.ndarray:
+        """(P,) tokens."""
+        return np.diff(self.passage_ends)
+
+    @property
+    def question_lengths(self) -> np.ndarray:
+        """(Q,) tokens."""
+        return np.diff(self.question_ends)
+
+    def passage(self, number: int) -> np.ndarray:
+        """(T,) ids, without special tokens."""
+        return self.passage_tokens[self.passage_ends[number] : self.passage_ends[number + 1]]
+
+    def question(self, number: int) -> np.ndarray:
+        """(T,) ids, without special tokens."""
+        return self.question_tokens[self.question_ends[number] : self.question_ends[number + 1]]
+
+    def offsets_of(self, number: int) -> np.ndarray:
+        """(T, 2) characters of the tokens of a passage, [start, end)."""
+        return self.offsets[self.passage_ends[number] : self.passage_ends[number + 1]]
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions to score: `examples[k]` is question `numbers[k]` of the store."""
+
+    examples: list[Example]
+    numbers: np.ndarray
+    store: QuestionStore
+
+
+def open_questions(source: Source, task: Task, limit: int, tokenizer: Any, cache_dir: str) -> QuestionStore:
+    """The store of a source, at most `limit` questions of it. Built once a machine; the other ranks wait and read."""
+    key = key_of("questions", *identity(source, limit), tokenizer_hash(tokenizer))
+    left_out = LeftOut()
+    write = partial(write_store, lambda: read(source, task, left_out, limit), tokenizer, left_out.lines)
+    cache = Path(cache_dir).expanduser()
+    store = distributed.machine_first(lambda: QuestionStore(build_once(cache, key, is_whole, write)))
+    for note in store.notes:
+        distributed.say(f"{source}: {note}")
+    return store
+
+
+def question_set(source: Source, task: Task, limit: int, tokenizer: Any, cache_dir: str) -> QuestionSet:
+    """The questions of a source, or `limit` of them, evenly spaced; the passages are all of them."""
+    store = open_questions(source, task, 0, tokenizer, cache_dir)
+    examples = list(read(source, task, LeftOut()))
+    chosen = evenly(len(examples), limit)
+    return QuestionSet([examples[k] for k in chosen], np.asarray(chosen), store)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a store is there and its files have the sizes that its meta names."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        whole = all((folder / f"{name}.npy").stat().st_size == meta["sizes"][name] for name in ARRAYS)
+        return whole and isinstance(meta["notes"], list) and isinstance(meta["spelled"], float)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_store(
+    examples: Callable[[], Iterable[Example]], tokenizer: Any, notes: Callable[[], list[str]], folder: Path
+) -> None:
+    """Tokenise into `folder`. The texts are held meanwhile, as the reader of a published file does anyway."""
+    passages: dict[str, int] = {}
+    questions, spans, targets = [], [], []
+    for example in examples():
+        spans.append((passages.setdefault(example.context, len(passages)), example.answer_span))
+        questions.append(example.prompt)
+        targets.append(example.targets[0])
+    texts = list(passages)
+    passage_ids, offsets = encode(texts, tokenizer)
+    question_ids, _ = encode(questions, tokenizer)
+    answers = [(number, *token_span(offsets[number].tolist(), span)) for number, span in spans]
+    arrays = {
+        "passage_tokens": np.concatenate(passage_ids),
+        "offsets": np.concatenate(offsets),
+        "passage_ends": ends(passage_ids),
+        "question_tokens": np.concatenate(question_ids),
+        "question_ends": ends(question_ids),
+        "answers": np.asarray(answers, dtype=np.int64),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    spelled = sum(
+        exact_match(text_of(texts[number], offsets[number], first, last), target)
+        for (number, first, last), target in zip(answers, targets, strict=True)
+    )
+    sizes = {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
+    meta = {"sizes": sizes, "notes": notes(), "spelled": spelled / len(targets)}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def encode(texts: list[str], tokenizer: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(T,) ids of each text, and (T, 2) the characters of each token. A text that spells a special token is text."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    ids, offsets = [], []
+    for start in range(0, len(texts), ENCODE_ROWS):
+        found = tokenizer(
+            texts[start : start + ENCODE_ROWS],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        ids += [np.asarray(row, dtype=dtype) for row in found["input_ids"]]
+        offsets += [np.asarray(row, dtype=np.int32).reshape(-1, 2) for row in found["offset_mapping"]]
+    return ids, offsets
+
+
+def ends(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """(N + 1,) places where rows begin when they lie side by side, and where the last one ends."""
+    return np.cumsum([0, *map(len, rows)])
+
+
+def text_of(text: str, offsets: np.ndarray, first: int, last: int) -> str:
+    """What the tokens [first, last) spell, without the space that a token may begin with."""
+    return text[offsets[first, 0] : offsets[last - 1, 1]].strip()
