@@ -3,9 +3,12 @@ CPU with streams that do nothing.
 
 Gradients are reduced with every micro batch: whole ones would have to be kept until the last otherwise, and not
 keeping them is what these stages are for. Each unit gathers its parameters for every micro batch, and at stage 3 once
-more in backward.
+more in backward; the root does not, it is used last and first. Without auto_wrap the root is all there is, and stage 3
+is stage 2.
 
-Precision is autocast's, as in the plain engine: parameters are gathered and gradients reduced in 32 bit.
+Precision is autocast's, as in the plain engine: parameters are gathered and gradients reduced in 32 bit. Its copies of
+weights live from forward to backward, 2 bytes for each parameter of a matrix, with --gradient_checkpointing for one
+layer.
 
 Traps of fairscale 0.4.13, found in its source:
 
