@@ -33,7 +33,7 @@ def streams_that_do_nothing() -> Iterator[None]:
     set_up = FullyShardedDataParallel._setup_streams
 
     def set_up_streams(module: FullyShardedDataParallel) -> None:
-        module.bucket_cap_mb = 1  # the usual 25 take longer to allocate than all of a toy's step
+        module.bucket_cap_mb = 0.1  # the usual 25 take longer to allocate than all of a toy's step
         set_up(module)
         module._streams.update(dict.fromkeys(STREAMS, STREAM))  # its units share the dictionary
 

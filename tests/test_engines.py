@@ -19,6 +19,7 @@ from tests.measures import (
     CASES,
     DTYPES,
     END,
+    HALF_CASES,
     PARTS,
     RESUME_AT,
     RESUME_FREEZE,
@@ -117,6 +118,11 @@ def points(folder: Path) -> dict[int, dict[str, Any]]:
 def names_of(freeze: str | None, trainable: bool = True) -> set[str]:
     """Names of the toy's parameters that train, or do not."""
     return {name for name, p in toy(freeze).named_parameters() if p.requires_grad == trainable}
+
+
+def freeze_of(what: str) -> str | None:
+    """The freeze plan of a case."""
+    return CASES[what][2] if what in CASES else HALF_CASES.get(what)
 
 
 every_engine = pytest.mark.parametrize("name", ENGINES)
@@ -330,12 +336,10 @@ def test_going_back_to_a_checkpoint_forgets_everything_since(measured, name):
 # Tests: weights that come out ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "what", ["adamw, parts frozen", "adamw, pause alone", "bf16, parts frozen", "fp16, parts frozen"]
-)
+@pytest.mark.parametrize("what", ["adamw, parts frozen", "adamw, pause alone", *HALF_CASES])
 @every_engine
 def test_frozen_parameters_come_out_bit_equal_and_the_others_do_not(measured, name, what):
-    freeze = CASES.get(what, (None, None, PARTS))[2]
+    freeze = freeze_of(what)
     first, found = dict(toy(freeze).named_parameters()), measured(name, what)["state"]
     assert {key for key in first if torch.equal(found[key], first[key])} == names_of(freeze, trainable=False)
 
@@ -348,10 +352,10 @@ def test_frozen_parameters_are_bit_equal_after_a_resumed_run(measured, resumed, 
             assert torch.equal(found["weights"][key], first[key])
 
 
-@pytest.mark.parametrize("what", [*CASES, "bf16", "fp16", "bf16, parts frozen", "fp16, parts frozen"])
+@pytest.mark.parametrize("what", [*CASES, *HALF_CASES, "bf16", "fp16"])
 @every_engine
 def test_rank_0_gets_every_parameter_once_in_32_bit_and_the_others_none(measured, elsewhere, name, what):
-    freeze = CASES[what][2] if what in CASES else PARTS if "frozen" in what else None
+    freeze = freeze_of(what)
     state = measured(name, what)["state"]
     assert set(state) == {key for key, _ in toy(freeze).named_parameters()}
     assert "lm.lm_head.weight" not in state

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fairscale.optim.grad_scaler import ShardedGradScaler
 from torch import nn
 
 from kozero.config import BatchSizes, TrainingArguments
@@ -138,3 +139,12 @@ def test_a_loss_scale_goes_on_from_what_was_saved_also_by_torchs_scaler():
     again.load_state_dict(ours.state_dict())
     assert (again.value, again.applied) == (2.0**8, 0)
     assert other.state_dict() == {}
+
+
+def test_fairscales_own_scaler_scales_nothing_without_cuda(monkeypatch):
+    """Why the engines of fairscale have the same loss scale as all others."""
+    monkeypatch.setattr("fairscale.optim.grad_scaler.amp_definitely_not_available", lambda: True)
+    with pytest.warns(UserWarning, match="CUDA is not available"):
+        scaler = ShardedGradScaler()
+    assert not scaler.is_enabled()
+    assert scaler.scale(torch.ones(1)) == 1

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
+from torch.utils.checkpoint import checkpoint
 
 from kozero import distributed
 from kozero.config import BatchSizes
@@ -41,21 +42,33 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN, HIDDEN) / HIDDEN**0.5)
 
     def forward(
-        self, x: torch.Tensor, scores: torch.Tensor | None, mixer: nn.Module, has_room: torch.Tensor
+        self, x: torch.Tensor, scores: torch.Tensor | None, mixer: nn.Module, has_room: torch.Tensor, recompute: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T, H), (B, T, E) and (B, T) to the first two."""
+        if recompute:
+            return checkpoint(self.run, x, scores, mixer, has_room, use_reentrant=False)
+        return self.run(x, scores, mixer, has_room)
+
+    def run(
+        self, x: torch.Tensor, scores: torch.Tensor | None, mixer: nn.Module, has_room: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` says."""
         scores = self.router(x) if scores is None else self.router(x) + scores
         chances = scores.softmax(-1)
         chosen = F.one_hot(chances.argmax(-1), NUM_EXPERTS) * has_room.unsqueeze(-1)
         x = x + torch.einsum("bte,bth,ehk->btk", chosen * chances, x, self.weight)
-        return x + mixer(x).tanh(), scores
+        return x + mixer(x.tanh()), scores
 
 
 class TwoTasks(nn.Module):
-    """Words behind a mask, and the order of segments by two passes through the same layers."""
+    """Words behind a mask, and the order of segments by two passes through the same layers.
 
-    def __init__(self) -> None:
+    With `recompute` activations inside a layer are computed once more in the backward pass.
+    """
+
+    def __init__(self, recompute: bool) -> None:
         super().__init__()
+        self.recompute = recompute
         self.embedding = nn.Embedding(VOCAB, HIDDEN)
         self.layers = nn.ModuleList([Layer(), Layer(), Layer()])
         self.layers[2].weight = self.layers[0].weight  # so that only the second can be gathered by itself
@@ -67,7 +80,7 @@ class TwoTasks(nn.Module):
         """(B, T) to (B, T, H)."""
         x, scores = self.embedding(ids), None
         for layer in self.layers:
-            x, scores = layer(x, scores, self.mixers[0], has_room)
+            x, scores = layer(x, scores, self.mixers[0], has_room, self.recompute)
         return self.norm(x)
 
     def forward(
@@ -88,11 +101,11 @@ def met(x: torch.Tensor) -> torch.Tensor:
     return x + 0 * all_reduce(x.clone()) if dist.is_initialized() else x
 
 
-def two_tasks() -> TwoTasks:
+def two_tasks(recompute: bool = False) -> TwoTasks:
     """The same weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return TwoTasks()
+        return TwoTasks(recompute)
 
 
 def examples() -> list[list[Example]]:

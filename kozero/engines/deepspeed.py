@@ -186,10 +186,12 @@ def prepare() -> None:
 
 
 def relax_cpu() -> None:
-    """Lift two demands that training on a CPU does not need."""
+    """Lift what training on a CPU does not need."""
     # DeepSpeed compiles a shared-memory extension when it initialises on a CPU (34 s, needs g++ and ninja). Only its
     # inference_all_reduce uses it; the collectives of training are gloo's either way.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Stage 3 counts the devices in every backward pass, by starting numactl (0.1 s) where the launcher was not its own.
+    os.environ.setdefault("LOCAL_SIZE", str(distributed.local_world_size()))
     # It also refuses float16 on a CPU without AVX512-FP16, although torch computes it there.
     get_accelerator().is_fp16_supported = lambda: True
 

@@ -3,9 +3,12 @@ CPU with streams that do nothing.
 
 Gradients are reduced with every micro batch: whole ones would have to be kept until the last otherwise, and not
 keeping them is what these stages are for. Each unit gathers its parameters for every micro batch, and at stage 3 once
-more in backward.
+more in backward; the root does not, it is used last and first. Without auto_wrap the root is all there is, and stage 3
+is stage 2.
 
-Precision is autocast's, as in the plain engine: parameters are gathered and gradients reduced in 32 bit.
+Precision is autocast's, as in the plain engine: parameters are gathered and gradients reduced in 32 bit. Its copies of
+weights live from forward to backward, 2 bytes for each parameter of a matrix, with --gradient_checkpointing for one
+layer.
 
 Traps of fairscale 0.4.13, found in its source:
 
@@ -16,6 +19,10 @@ Traps of fairscale 0.4.13, found in its source:
 - The end of a backward pass passes the root over, so its frozen parameters stay whole; and at stage 2 a forward pass
   without a backward pass leaves all of them whole, and the next pass takes them for current, also when a checkpoint has
   been loaded since. `reshard` puts the shards back after both.
+- Before backward a unit gathers its weights when the first gradient reaches one of its outputs. An output that the unit
+  itself goes on to use gets its gradient when some weights are done and freed, and an assertion fails: `pass_on`.
+- Activation checkpointing ends a recomputation by an exception once it has what it needs. Inside a unit that the layer
+  was handed, the unit then believes itself in a forward pass for ever: `Unit`.
 - summon_full_params, the public way to whole weights, forbids calls to a unit inside it, with an AssertionError of the
   wrapper that flattens nothing here, and fails itself where a frozen parameter is whole already.
 """
@@ -43,16 +50,28 @@ warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 warnings.filterwarnings("ignore", message=r".*_base` is a private function", category=FutureWarning)
 
 
+class Unit(FullyShardedDataParallel):
+    """Parameters that are gathered together."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's; one that is broken off leaves no trace."""
+        state = self.training_state
+        try:
+            return super().forward(*args, **kwargs)
+        except Exception:
+            self.training_state = state
+            raise
+
+
 class FairscaleFSDPEngine(TorchEngine):
     """Gradients and optimizer states in shards (stage 2), and parameters too (stage 3)."""
 
-    wrapped: FullyShardedDataParallel
+    wrapped: Unit
 
     def __init__(self, module: nn.Module, arguments: TrainingArguments, stage: int, auto_wrap: bool) -> None:
         super().__init__(arguments)
         self.module = module
         self.stage = stage
-        self.keep_casts = stage == 2  # at stage 3 the copies would be all weights, whole
         self.parameters_by_name = dict(module.named_parameters())
         self.sizes = {name: parameter.shape for name, parameter in self.parameters_by_name.items()}
         groups = parameter_groups(module, arguments.weight_decay)
@@ -67,10 +86,10 @@ class FairscaleFSDPEngine(TorchEngine):
             unit._lazy_init()
         self.optimizer = build_optimizer(groups, arguments)
 
-    def shard(self, part: nn.Module) -> FullyShardedDataParallel:
+    def shard(self, part: nn.Module) -> Unit:
         """One unit."""
         part.register_forward_hook(pass_on)
-        return FullyShardedDataParallel(
+        return Unit(
             part.to(self.device),
             process_group=dist.group.WORLD,
             reshard_after_forward=self.stage == 3,

@@ -57,7 +57,6 @@ class TorchEngine(Engine):
 
     wrapped: nn.Module  # what is called in training
     optimizer: torch.optim.Optimizer
-    keep_casts = True  # autocast casts a weight once for all its uses, and keeps the copy until then
 
     def __init__(self, arguments: TrainingArguments) -> None:
         self.device = distributed.device()
@@ -65,11 +64,9 @@ class TorchEngine(Engine):
         self.dtype = AUTOCAST[arguments.dtype]
         self.loss_scale = LossScale(arguments.fp16)
 
-    def autocast(self) -> AbstractContextManager:
-        """The precision of forward passes."""
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype, cache_enabled=self.keep_casts)
+    def autocast(self, keep_casts: bool) -> AbstractContextManager:
+        """The precision of forward passes. `keep_casts` casts a weight once for all its uses."""
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=keep_casts) if self.dtype else nullcontext()
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepStats:
         """One update from the sum of the micro batches' gradients."""
@@ -78,7 +75,8 @@ class TorchEngine(Engine):
         total = torch.zeros_like(num_targets)
         for k, batch in enumerate(micro_batches):
             with self.micro_batch(last=k == len(micro_batches) - 1):
-                with self.autocast():
+                # The gradients of a weight that several layers use would be summed in 16 bit if it were cast once.
+                with self.autocast(keep_casts=False):
                     losses = self.wrapped(**batch.to(self.device)) / num_targets
                 # Gradients are averaged over ranks, the step's loss is a sum over them.
                 (losses.sum() * (distributed.world_size() * self.loss_scale.value)).backward()
@@ -88,8 +86,8 @@ class TorchEngine(Engine):
     def update(self, losses: torch.Tensor, lr: float) -> StepStats:
         """Clip and step, unless a gradient is not finite: the norm is the same on all ranks and they decide alike."""
         scale = self.loss_scale.value
-        if scale != 1:  # a power of two: dividing by it rounds nothing
-            torch._foreach_mul_(self.gradients(), 1 / scale)
+        if scale != 1 and (gradients := self.gradients()):  # a rank may hold none
+            torch._foreach_mul_(gradients, 1 / scale)  # a power of two: it rounds nothing
         norm = self.clip_grad_norm()
         applied = bool(torch.isfinite(norm))
         for group in self.optimizer.param_groups:
@@ -124,7 +122,8 @@ class TorchEngine(Engine):
     def evaluating(self) -> Iterator[nn.Module]:
         """The unwrapped module with its weights at hand."""
         self.module.eval()
-        with torch.no_grad(), self.autocast(), self.gathered():
+        # In lockstep weights come and go; kept copies of them would stay.
+        with torch.no_grad(), self.autocast(keep_casts=not self.lockstep), self.gathered():
             yield self.module
         self.module.train()
 
