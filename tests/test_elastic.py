@@ -21,7 +21,7 @@ CASES = {  # engine that saved on 2 ranks: engines that go on, by number of rank
 def started(name: str):
     """A fresh engine with AdamW and frozen parts on the ranks that are there."""
     said = arguments(name, SHAPES[distributed.world_size()], optim="adamw")
-    return engine_for(toy(FREEZE), said)
+    return engine_for(name, toy(FREEZE), said)
 
 
 def losses(engine, sizes, first: int, last: int) -> list[float]:
