@@ -84,4 +84,4 @@ def test_what_cannot_be_followed_is_refused(saved):
     said = run_ranks(refusals, saved[0], world_size=1)[0]
     assert "saved at ZeRO-3, which ZeRO-2 cannot go on from" in said[0]
     assert "saved at ZeRO-2, which ZeRO-3 cannot go on from" in said[1]
-    assert "not saved by DeepSpeed" in said[2] and "saved under DeepSpeed" in said[3]
+    assert "not saved by DeepSpeed" in said[2] and "saved by another engine" in said[3]
