@@ -325,7 +325,7 @@ def test_segments_are_neighbours_in_the_order_that_the_label_tells():
 
 def test_the_query_is_a_unit_that_one_passage_in_ten_keeps():
     taken, kept = Counter(), []
-    for sample, units in samples("mlm_ict"):
+    for sample, units in samples("mlm_ict", 5000):
         check_hidden(sample)
         passage = restored(sample)[1:-1].tolist()
         assert not sample.types.any() and sample.swapped == IGNORE
