@@ -43,7 +43,6 @@ class Tokens:
         require(tokenizer.mask_token_id is not None, "the tokenizer has no mask token, which --task mlm needs")
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         special = np.array([name.startswith(("<unused", "[unused")) for name in names])
-        special[list(tokenizer.all_special_ids)] = True
         special[[number for number, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
         first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
         last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
@@ -92,7 +91,7 @@ class Masking:
         passed over that do not fit into what is left of the share; a shortest one where none fits."""
         sizes = np.bincount(words)
         order = rng.permutation(len(sizes))
-        taken, left = np.zeros(len(sizes), dtype=bool), max(1, round(self.share * len(words)))
+        taken, left = np.zeros(len(sizes), dtype=bool), round(self.share * len(words))
         for word, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
             if size <= left:
                 taken[word], left = True, left - size
