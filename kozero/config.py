@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import HfArgumentParser
 
@@ -31,8 +31,6 @@ def arg(default: Any, help: str, **metadata: Any) -> Any:
 @dataclass
 class TrainingArguments:
     """How a run trains. Names and meanings are those of transformers' TrainingArguments wherever both have one."""
-
-    smallest_batch: ClassVar[int] = 1  # 0 where it can be searched for
 
     output_dir: str = arg("runs/run", "folder for checkpoints, curves and the exported model")
     deepspeed_config: str | None = arg(
@@ -71,8 +69,9 @@ class TrainingArguments:
     local_rank: int = arg(-1, "set by the deepspeed launcher; leave it alone")
 
     def __post_init__(self) -> None:
-        at_least(self.smallest_batch, self, "per_device_train_batch_size")
-        at_least(1, self, "gradient_accumulation_steps", "logging_steps", "save_total_limit")
+        at_least(
+            1, self, "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"
+        )
         at_least(
             0, self, "per_device_eval_batch_size", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm",
             "scheduler_num_steps", "eval_steps", "save_steps", "early_stopping_patience", "learning_rate",

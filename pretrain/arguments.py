@@ -2,7 +2,6 @@
 transformers' TrainingArguments has another name for the same thing, both are taken."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from kozero.config import TrainingArguments, arg, at_least
 from kozero.errors import require
@@ -16,14 +15,10 @@ TASKS = ("mlm_sop", "mlm_ict", "mlm", "clm")
 class PretrainingArguments(TrainingArguments):
     """How a run trains."""
 
-    smallest_batch: ClassVar[int] = 0
-
     model_name: str | None = arg(None, "name of the run: its folder below --output_dir (required)")
     output_dir: str = arg("runs", "folder of runs")
     per_device_train_batch_size: int = arg(
-        0,
-        "rows of one forward pass on one rank (micro batch); 0: the largest that fits",
-        aliases=["--train_batch_size"],
+        32, "rows of one forward pass on one rank (micro batch)", aliases=["--train_batch_size"]
     )
     learning_rate: float = arg(2e-4, "peak learning rate")
     max_steps: int = arg(400_000, "optimizer updates in all", aliases=["--num_steps"])
