@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kozero import distributed
 from kozero.config import TrainingArguments
 from kozero.engines.base import cpu_copy
-from kozero.engines.torch_engine import TorchEngine
+from kozero.engines.torch_engine import TorchEngine, total_norm
 from kozero.errors import UserError
 from kozero.optim import build_optimizer, parameter_groups, settings_kept
 
@@ -38,7 +38,9 @@ class PlainEngine(TorchEngine):
 
     def clip_grad_norm(self) -> torch.Tensor:
         """Every rank holds all gradients."""
-        return nn.utils.clip_grad_norm_(self.trainable(), self.max_grad_norm)
+        norm = total_norm(self.gradients())
+        nn.utils.clip_grads_with_norm_(self.trainable(), self.max_grad_norm, norm)
+        return norm
 
     def save(self, folder: Path) -> None:
         """Rank 0 writes weights and optimizer; they are the same everywhere."""
