@@ -42,6 +42,7 @@ def work(rank: int, function: Callable, args: tuple, world_size: int, port: int,
     except BaseException:
         traceback.print_exc()
         raise
+    os._exit(0)  # as kozero.errors.run_main leaves: the interpreter's teardown aborts now and then
 
 
 def free_port() -> int:

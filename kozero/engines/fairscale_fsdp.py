@@ -98,9 +98,9 @@ class FairscaleFSDPEngine(TorchEngine):
         )
 
     def clip_grad_norm(self) -> torch.Tensor:
-        """Each rank adds its shards."""
+        """Of shards."""
         self.reshard()
-        return self.wrapped.clip_grad_norm_(self.max_grad_norm)
+        return super().clip_grad_norm()
 
     def reshard(self) -> None:
         """Free what passes have left whole."""

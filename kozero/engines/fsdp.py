@@ -64,11 +64,9 @@ class FSDPEngine(TorchEngine):
         self.module.set_reshard_after_backward(last or self.stage == 3)
         yield
 
-    def clip_grad_norm(self) -> torch.Tensor:
-        """Each rank adds its shards."""
-        norm = nn.utils.get_total_norm(self.gradients()).full_tensor()
-        nn.utils.clip_grads_with_norm_(self.trainable(), self.max_grad_norm, norm)
-        return norm
+    def gradients(self) -> list[torch.Tensor]:
+        """This rank's shards."""
+        return [gradient.to_local() for gradient in super().gradients()]
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

@@ -6,8 +6,8 @@ Traps of fairscale 0.4.13 on torch 2, found in its source:
 - ShardedDataParallel gives small gradients to buckets, of which `.grad` is a view. `optimizer.zero_grad()`, which since
   torch 2.0 sets them to None, cuts that tie without an error, and the buckets that travel hold zeros from then on. Its
   own `zero_grad` keeps them.
-- OSS remembers at the first clipping which parameters had a gradient, and leaves all others out of every later norm;
-  `filter_params_fn` can name them anew.
+- Its `clip_grad_norm` remembers at the first call which parameters had a gradient, and leaves all others out of every
+  later norm; the one of TorchEngine is used.
 - ShardedGradScaler switches itself off without CUDA and asks all ranks for overflows once more; LossScale takes the
   answer from the norm, which OSS has summed over all ranks.
 - A rank updates whole parameters, so a large embedding makes shards uneven, and a run that trains one parameter has
@@ -31,6 +31,7 @@ from kozero.optim import build_optimizer, settings_kept
 class OSSEngine(PlainEngine):
     """Every rank holds all weights, and the optimizer states of its share of them."""
 
+    sharded = True
     optimizer: OSS
 
     def wrap(self, groups: list[dict], arguments: TrainingArguments) -> None:
@@ -46,10 +47,6 @@ class OSSEngine(PlainEngine):
     def trainable(self) -> list[torch.nn.Parameter]:
         """Parameters that this rank updates; gradients of the others are left over from the reduction."""
         return [p for group in self.optimizer.optim.param_groups for p in group["params"]]
-
-    def clip_grad_norm(self) -> torch.Tensor:
-        """Each rank adds its share."""
-        return self.optimizer.clip_grad_norm(self.max_grad_norm, filter_params_fn=lambda _: self.trainable())
 
     def zero_grad(self) -> None:
         """Through the wrapper, whose buckets must keep their gradients."""

@@ -11,13 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 from kozero import distributed
 from kozero.config import TrainingArguments
 from kozero.engines.base import cpu_copy
-from kozero.engines.torch_engine import TorchEngine, total_norm
+from kozero.engines.torch_engine import TorchEngine
 from kozero.errors import UserError
 from kozero.optim import build_optimizer, parameter_groups, settings_kept
 
 
 class PlainEngine(TorchEngine):
     """All weights, gradients and optimizer states on every rank."""
+
+    sharded = False
 
     def __init__(self, module: nn.Module, arguments: TrainingArguments) -> None:
         super().__init__(arguments)
@@ -35,12 +37,6 @@ class PlainEngine(TorchEngine):
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Gradients travel once, with the last micro batch."""
         return nullcontext() if last or self.wrapped is self.module else self.wrapped.no_sync()
-
-    def clip_grad_norm(self) -> torch.Tensor:
-        """Every rank holds all gradients."""
-        norm = total_norm(self.gradients())
-        nn.utils.clip_grads_with_norm_(self.trainable(), self.max_grad_norm, norm)
-        return norm
 
     def save(self, folder: Path) -> None:
         """Rank 0 writes weights and optimizer; they are the same everywhere."""
