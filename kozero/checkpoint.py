@@ -170,6 +170,11 @@ class Checkpoints:
         return folder
 
 
+def saved_run(folder: Path) -> dict:
+    """What `Checkpoints.save` was told of the run that wrote a whole checkpoint."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))["run"]
+
+
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file of a checkpoint but its state, by its path in the folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STATE)

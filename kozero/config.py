@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import HfArgumentParser
 
@@ -67,11 +67,11 @@ class TrainingArguments:
     resume: str | None = arg(None, "go on from a checkpoint: 'auto' (the newest in --output_dir, if any) or its folder")
     timeout_seconds: float = arg(600.0, "seconds that a rank waits for the others before the run ends")
     local_rank: int = arg(-1, "set by the deepspeed launcher; leave it alone")
+    least_batch: ClassVar[int] = 1  # 0 where an entry looks for the batch itself
 
     def __post_init__(self) -> None:
-        at_least(
-            1, self, "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"
-        )
+        at_least(self.least_batch, self, "per_device_train_batch_size")
+        at_least(1, self, "gradient_accumulation_steps", "logging_steps", "save_total_limit")
         at_least(
             0, self, "per_device_eval_batch_size", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm",
             "scheduler_num_steps", "eval_steps", "save_steps", "early_stopping_patience", "learning_rate",

@@ -2,6 +2,7 @@
 transformers' TrainingArguments has another name for the same thing, both are taken."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kozero.config import TrainingArguments, arg, at_least
 from kozero.errors import require
@@ -18,8 +19,9 @@ class PretrainingArguments(TrainingArguments):
     model_name: str | None = arg(None, "name of the run: its folder below --output_dir (required)")
     output_dir: str = arg("runs", "folder of runs")
     per_device_train_batch_size: int = arg(
-        32, "rows of one forward pass on one rank (micro batch)", aliases=["--train_batch_size"]
-    )
+        0, "rows of one forward pass on one rank (micro batch); 0: as many as fit into its memory, found by some steps",
+        aliases=["--train_batch_size"],
+    )  # fmt: skip
     learning_rate: float = arg(2e-4, "peak learning rate")
     max_steps: int = arg(400_000, "optimizer updates in all", aliases=["--num_steps"])
     scheduler_num_steps: int = arg(
@@ -31,6 +33,7 @@ class PretrainingArguments(TrainingArguments):
     save_steps: int = arg(50_000, "optimizer updates between two checkpoints; 0: at every evaluation")
     checkpoint: str | None = arg(None, "folder of an exported model to start from, weights only (see also --resume)")
     nproc: int = arg(0, "ranks to start on this machine; 0: one for each GPU, or one", aliases=["--nproc_per_node"])
+    least_batch: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

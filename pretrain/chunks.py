@@ -11,6 +11,8 @@ import numpy as np
 from kozero.data.store import build_once
 from pretrain.corpus import Shard, is_whole, seal
 
+SLICE = 2**18  # rows whose lengths are read at once
+
 
 @dataclass(frozen=True)
 class Chunks:
@@ -174,6 +176,15 @@ class Numbered:
         found = np.zeros(len(numbers), dtype=np.int64)
         for part in np.unique(parts):
             found[parts == part] = self.parts[part].lengths(rows[parts == part])
+        return found
+
+    def longest(self, most: int) -> int:
+        """Tokens of the longest row; looks no further once one has `most`."""
+        found = 0
+        for start in range(0, len(self), SLICE):
+            found = max(found, int(self.lengths(np.arange(start, min(start + SLICE, len(self)))).max()))
+            if found >= most:
+                break
         return found
 
 

@@ -14,7 +14,8 @@ from kozero.errors import require
 from pretrain.arguments import CorpusArguments, PretrainingArguments
 from pretrain.chunks import Blocks, Numbered, cut
 from pretrain.corpus import SPLITTERS, HubPiece, Piece, Shard, build_shard, find_files, hub_pieces, pieces_of
-from pretrain.rows import BlockRows, EncoderRows, Masking, Tokens
+from pretrain.full import FullBlockRows, FullEncoderRows
+from pretrain.rows import BlockRows, EncoderRows, Masking, Tokens, num_special
 
 SAMPLE_CORPUS = Path(__file__).parent.parent / "sample_data" / "corpus"
 VALIDATION_SEED = 0  # whatever the run's: the held-out scores of two runs are comparable
@@ -64,6 +65,29 @@ def build_shards(pieces: list[Piece | HubPiece], sentences: str, tokenizer: Any,
     return [Shard.open(build_shard(piece, tokenizer, split, sentences, cache)) for piece in bar]
 
 
+def number_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any) -> tuple[Numbered, Numbered]:
+    """The corpus cut into rows: those to train on, those held out."""
+    length, fraction = corpus.max_seq_length, corpus.validation_fraction
+    if corpus.task == "clm":
+        parts = [Blocks(shard, length, tokenizer.eos_token_id, fraction) for shard in shards]
+    else:
+        room = length - num_special(corpus.task)
+        parts = distributed.machine_first(lambda: [cut(shard, room, fraction) for shard in shards])
+    train, held_out = (Numbered(parts, held_out=held) for held in (False, True))
+    require(len(train) > 0, "the corpus has no document left to train on; lower --validation_fraction")
+    return train, held_out
+
+
+def full_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any, router: bool) -> Rows:
+    """As many rows as there are to train on, each as long as the longest; see pretrain/full.py."""
+    train, _ = number_rows(shards, corpus, tokenizer)
+    if corpus.task == "clm":
+        return FullBlockRows(len(train), len(tokenizer), corpus.max_seq_length)
+    longest = train.longest(corpus.max_seq_length - num_special(corpus.task))
+    masking = Masking(Tokens.of(tokenizer), corpus.mask_share, corpus.whole_word_mask)
+    return FullEncoderRows(len(train), longest, masking, corpus.task, router, corpus.max_seq_length)
+
+
 def make_rows(
     shards: list[Shard],
     corpus: CorpusArguments,
@@ -73,14 +97,8 @@ def make_rows(
     router: bool,
 ) -> PretrainingData:
     """The rows of a task. `router`: the model has the two losses of a Switch transformer."""
-    length, fraction = corpus.max_seq_length, corpus.validation_fraction
-    if corpus.task == "clm":
-        parts = [Blocks(shard, length, tokenizer.eos_token_id, fraction) for shard in shards]
-    else:
-        special = 3 if corpus.task == "mlm_sop" else 2
-        parts = distributed.machine_first(lambda: [cut(shard, length - special, fraction) for shard in shards])
-    train, held_out = (Numbered(parts, held_out=held) for held in (False, True))
-    require(len(train) > 0, "the corpus has no document left to train on; lower --validation_fraction")
+    length = corpus.max_seq_length
+    train, held_out = number_rows(shards, corpus, tokenizer)
 
     def rows(numbered: Numbered, group: int, seed: int, epoch_rows: int) -> Rows:
         order = Order(len(numbered), epoch_rows, group, seed, numbered.lengths)

@@ -100,6 +100,11 @@ class Masking:
         return taken[words]
 
 
+def num_special(task: str) -> int:
+    """Special tokens of an encoder's row."""
+    return 3 if task == "mlm_sop" else 2
+
+
 @dataclass(frozen=True)
 class Sample:
     """One row of an encoder: segments with their special tokens, what is predicted, and the second objective's part."""

@@ -3,7 +3,8 @@ the engine. Reads top to bottom: arguments, tokenizer, corpus, model, engine, lo
 
 import math
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,23 @@ from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from kozero import distributed
-from kozero.checkpoint import Checkpoints
+from kozero.batch_search import Prober, largest_micro_batch
+from kozero.checkpoint import Checkpoints, random_state, restore_random_state, saved_run
 from kozero.config import BatchSizes, batch_sizes, describe_run, parse_arguments
 from kozero.data.batch import Rows
+from kozero.ds_config import resolve
 from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import require, run_main
 from kozero.folder import claim_output, save_run
 from kozero.loop import Trainer
+from kozero.memory import rank_memory
 from kozero.runlog import RunLog
 from models import encoders, language_model
 from models.causal_lm import CausalLM, build
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments
 from pretrain.corpus import Shard
-from pretrain.data import make_rows, open_shards
+from pretrain.data import full_rows, make_rows, open_shards
 from pretrain.launch import run_ranks
 from pretrain.objectives import EncoderPretraining
 
@@ -81,15 +85,22 @@ def pretrain(
     output_dir: Path,
 ) -> None:
     """Tokenizer, corpus, model, engine, loop, export."""
-    sizes = batch_sizes(training, distributed.world_size())
-    settings = prepare_engine(training, sizes, sharding)
     checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume)
+    if checkpoint and not training.per_device_train_batch_size:
+        training.per_device_train_batch_size = micro_batch_of(checkpoint)
+    sizes = batch_sizes(training, distributed.world_size())
+    settings = check_engine(training, sizes, sharding)
     distributed.seed_everything(training.seed)
     tokenizer = load_tokenizer(corpus)
     module = build_module(training, corpus, tokenizer)
     shards = open_shards(corpus, tokenizer)
-    router = getattr(getattr(module, "encoder", None), "config", None)
-    data = make_rows(shards, corpus, training, sizes, tokenizer, hasattr(router, "capacity_factor"))
+    router = hasattr(getattr(getattr(module, "encoder", None), "config", None), "capacity_factor")
+    if not sizes.micro:
+        build = partial(build_module, training, corpus, tokenizer)
+        module = find_batch(module, build, full_rows(shards, corpus, tokenizer, router), training, settings)
+        sizes = batch_sizes(training, distributed.world_size())
+        settings = prepare_engine(training, sizes, sharding)
+    data = make_rows(shards, corpus, training, sizes, tokenizer, router)
     engine = build_engine(module, training, settings)
 
     def evaluate(log: RunLog, step: int) -> dict[str, float]:
@@ -116,6 +127,45 @@ def pretrain(
     distributed.shutdown()
     distributed.say(f"curves:   tensorboard --logdir {output_dir}")
     distributed.say(str(output_dir / "model"))
+
+
+def micro_batch_of(checkpoint: Path) -> int:
+    """The micro batch of the run that wrote a checkpoint: one that goes on does not look for another."""
+    micro = saved_run(checkpoint).get("sizes", {}).get("micro")
+    require(isinstance(micro, int) and micro > 0, f"{checkpoint}: does not tell its batch; give --train_batch_size")
+    return micro
+
+
+def check_engine(training: PretrainingArguments, sizes: BatchSizes, sharding: Sharding | None) -> EngineSettings:
+    """Check what can be known of the engine, also while the micro batch is not: then no DeepSpeed JSON may tell it."""
+    if not sizes.micro:
+        rank_memory()
+        if training.deepspeed_config and not sharding:
+            resolve(training, sizes)
+        sizes = replace(sizes, micro=1)
+    return prepare_engine(training, sizes, sharding)
+
+
+def find_batch(
+    module: nn.Module,
+    build: Callable[[], nn.Module],
+    rows: Rows,
+    training: PretrainingArguments,
+    settings: EngineSettings,
+) -> nn.Module:
+    """Put the largest micro batch that fits into `training`, by steps over `rows`, and return what `build` makes: the
+    probes use `module` up. Random generators stand afterwards where they stood before. Collective."""
+    once = BatchSizes(1, training.gradient_accumulation_steps, distributed.world_size())
+    state, modules = random_state(), [module]
+    prober = Prober(
+        lambda: build_engine(modules.pop() if modules else build(), training, settings),
+        lambda micro: rows.step(0, replace(once, micro=micro), distributed.rank()),
+        rank_memory(),
+    )
+    training.per_device_train_batch_size = largest_micro_batch(prober, max(1, len(rows) // once.global_batch))
+    module = build()
+    restore_random_state(state)
+    return module
 
 
 def load_tokenizer(corpus: CorpusArguments) -> Any:

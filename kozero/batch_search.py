@@ -1,0 +1,183 @@
+"""The largest micro batch that fits into the memory of a rank, found by real steps.
+
+The peak of a step of m rows is held + max(g, a + b m): what lies there between two steps (weights, optimizer states),
+and above it either all gradients, or activations that grow with m. The first does not grow, so the slope between two
+small batches may be far too small: with BERT's base size, rows of 128 tokens overtake the gradients after about four.
+What is sure, for m' > m:
+
+    peak(m') - held <= (peak(m) - held) m' / m
+
+as the growing part begins above zero. Every probe is at most as large as the one before it proves to fit, or as the
+line through the last two says if that is less; the last probe is the check.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kozero import distributed
+from kozero.data.batch import Batch
+from kozero.engines.base import Engine
+from kozero.errors import UserError
+from kozero.memory import Memory
+
+MARGIN = 0.1  # share of the limit that is kept free: fragments, evaluation, checkpoints, other processes
+MOST_ROWS = 4096  # of a micro batch: more makes a step longer and nothing faster
+GROWTH = 8  # from one probe to the next at most: small batches measure little more than noise
+ENOUGH = 1.05  # a probe that would be larger by less is not worth its time
+MAX_PROBES = 12
+MAX_SKIPPED = 40  # updates until fp16 has a loss scale that takes one: it halves from 2**16
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The peak of a step in bytes: the largest of all ranks, infinity where it ran out of memory."""
+
+    rows: int
+    peak: float
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of a rank, the least of all: `held` between two steps, the `limit`."""
+
+    held: float
+    limit: float
+
+    @property
+    def usable(self) -> float:
+        """What a batch may take."""
+        return self.limit * (1 - MARGIN)
+
+
+class Prober:
+    """Measures steps on an engine that is thrown away. Every rank does the same and gets the same answers.
+
+    Args:
+        build: a new engine with fresh weights.
+        batches: the micro batches of one step of this rank, of so many of the largest rows each.
+    """
+
+    def __init__(self, build: Callable[[], Engine], batches: Callable[[int], Sequence[Batch]], memory: Memory) -> None:
+        self.build, self.batches, self.memory = build, batches, memory
+        self.engine: Engine | None = None
+
+    def warm_up(self) -> Room:
+        """Build the engine and take an update of one row: afterwards optimizer states and buffers are there."""
+        self.engine = self.build()
+        for _ in range(MAX_SKIPPED):
+            if self.engine.train_step(self.batches(1), 0.0).applied:
+                break
+        return Room(-agreed_largest(-self.memory.reset()), -agreed_largest(-self.memory.limit()))
+
+    def peak(self, rows: int) -> float:
+        """Bytes at the peak of two updates, the second with what the first left in the allocator.
+
+        Raises: UserError when a rank of several runs out of memory: the others may wait inside a collective that it
+            has not reached, and nothing but its end ends that.
+        """
+        if self.engine is None:
+            self.warm_up()
+        self.memory.reset()
+        try:
+            for _ in range(2):
+                self.engine.train_step(self.batches(rows), 0.0)
+        except torch.cuda.OutOfMemoryError:
+            if distributed.world_size() > 1:
+                raise UserError(
+                    f"--train_batch_size 0: out of GPU memory in a probe of {rows} rows; give a smaller number of rows"
+                ) from None
+        else:
+            return agreed_largest(self.memory.peak())
+        self.close()  # outside the handler, whose traceback holds the activations
+        return math.inf
+
+    def close(self) -> None:
+        """Let go of everything."""
+        if self.engine is not None:
+            self.engine.close()
+        self.engine = None
+        self.memory.reset()
+
+
+def agreed_largest(value: float) -> float:
+    """The largest value of all ranks."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=distributed.device())
+    return distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX).item()
+
+
+def largest_micro_batch(prober: Prober, most: int) -> int:
+    """Rows of the largest micro batch that leaves MARGIN of the memory free, `most` at most. Says what it does.
+
+    Raises: UserError when one row is too much.
+    """
+    distributed.say("batch: looking for the largest that fits; --train_batch_size sets it")
+    try:
+        room = prober.warm_up()
+        return search(prober.peak, room, min(most, MOST_ROWS))
+    except torch.cuda.OutOfMemoryError:  # of one row: ranks that wait for this one end with it
+        raise UserError("--train_batch_size 0: one row on a rank does not fit into GPU memory; " + ADVICE) from None
+    finally:
+        prober.close()
+
+
+ADVICE = "shorten the rows, take a smaller model, or shard more (ZeRO-3, more ranks)"
+
+
+def search(peak_of: Callable[[int], float], room: Room, most: int) -> int:
+    """Probe by probe to the largest number of rows that was measured to fit."""
+    rows, fit, over = 1, [], None
+    for _ in range(MAX_PROBES):
+        probe = Probe(rows, peak_of(rows))
+        fits = probe.peak <= room.usable
+        said = f"{probe.peak / GIB:.3g} GiB" if probe.peak < math.inf else "out of memory"
+        distributed.say(f"batch: {amount(rows)} a rank, {said}{'' if fits else ': too much'}")
+        if fits:
+            fit.append(probe)
+        else:
+            over = probe
+        if not fit:
+            raise UserError(
+                f"--train_batch_size 0: one row on a rank takes {said}, {room.usable / GIB:.3g} GiB of "
+                f"{room.limit / GIB:.3g} GiB are to be used; {ADVICE}"
+            )
+        rows = min(most, between(fit[-1], over, room.usable) if over else beyond(fit, room))
+        if rows < fit[-1].rows * ENOUGH:
+            break
+    found = fit[-1]
+    end = ", more are not tried" if found.rows == most else ""
+    limits = f"{found.peak / room.limit:.0%} of {room.limit / GIB:.3g} GiB, of which {MARGIN:.0%} are to stay free"
+    distributed.say(f"batch: taking {amount(found.rows)} a rank{end}: {limits}")
+    return found.rows
+
+
+def amount(rows: int) -> str:
+    """In words."""
+    return f"{rows:,} rows" if rows != 1 else "1 row"
+
+
+def beyond(fit: Sequence[Probe], room: Room) -> int:
+    """The next rows to try above some that fit: what the line through the last two says, if that is sure."""
+    last = fit[-1]
+    # Where the line is wrong the peak grows in proportion; then half of the margin is still free.
+    sure = last.rows * ratio((room.usable + room.limit) / 2 - room.held, last.peak - room.held)
+    line = last.rows * ratio(room.usable - room.held, last.peak - room.held)
+    if len(fit) > 1:
+        before = fit[-2]
+        line = last.rows + (last.rows - before.rows) * ratio(room.usable - last.peak, last.peak - before.peak)
+    return int(min(sure, line, last.rows * GROWTH))
+
+
+def between(fit: Probe, over: Probe, usable: float) -> int:
+    """Rows between some that fit and some that do not: on the line between them, which lies above the curve."""
+    if over.peak == math.inf:
+        return (fit.rows + over.rows) // 2
+    return fit.rows + int((over.rows - fit.rows) * ratio(usable - fit.peak, over.peak - fit.peak))
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole, infinity where nothing was measured to grow."""
+    return part / whole if whole > 0 else math.inf
