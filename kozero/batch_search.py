@@ -1,14 +1,16 @@
 """The largest micro batch that fits into the memory of a rank, found by real steps.
 
 The peak of a step of m rows is held + max(g, a + b m): what lies there between two steps (weights, optimizer states),
-and above it either all gradients, or activations that grow with m. The first does not grow, so the slope between two
-small batches may be far too small: with BERT's base size, rows of 128 tokens overtake the gradients after about four.
-What is sure, for m' > m:
+and above it either all gradients, or activations that grow with m. The first does not grow, so a line through two small
+batches may be far too flat: with BERT's base size, rows of 128 tokens overtake the gradients after about four. What is
+sure, as nothing begins below zero: for m' > m
 
-    peak(m') - held <= (peak(m) - held) m' / m
+    peak(m') - held <= (peak(m) - held) m' / m                        and
+    peak(m') - peak(m) <= 2 (forward(m) - held) (m' - m) / m
 
-as the growing part begins above zero. Every probe is at most as large as the one before it proves to fit, or as the
-line through the last two says if that is less; the last probe is the check.
+where forward is the peak up to the end of the first forward pass, when no gradients are there yet; a backward pass
+takes no more beside what it frees than a forward pass made (2). Every probe is at most as large as the better of the
+two says, and as the line through the last two says if that is less; the last probe is the check.
 """
 
 import math
@@ -34,10 +36,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Probe:
-    """The peak of a step in bytes: the largest of all ranks, infinity where it ran out of memory."""
+    """Bytes at the peak of a step and at that of its first forward pass: the largest of all ranks, infinity where it
+    ran out of memory."""
 
     rows: int
     peak: float
+    forward: float
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ class Prober:
                 break
         return Room(-agreed_largest(-self.memory.reset()), -agreed_largest(-self.memory.limit()))
 
-    def peak(self, rows: int) -> float:
-        """Bytes at the peak of two updates, the second with what the first left in the allocator.
+    def measure(self, rows: int) -> Probe:
+        """Two updates, the second with what the first left in the allocator.
 
         Raises: UserError when a rank of several runs out of memory: the others may wait inside a collective that it
             has not reached, and nothing but its end ends that.
@@ -82,6 +86,8 @@ class Prober:
         if self.engine is None:
             self.warm_up()
         self.memory.reset()
+        peaks: list[float] = []
+        hook = self.engine.module.register_forward_hook(lambda *_: peaks.append(self.memory.peak()))
         try:
             for _ in range(2):
                 self.engine.train_step(self.batches(rows), 0.0)
@@ -91,9 +97,11 @@ class Prober:
                     f"--train_batch_size 0: out of GPU memory in a probe of {rows} rows; give a smaller number of rows"
                 ) from None
         else:
-            return agreed_largest(self.memory.peak())
+            return Probe(rows, agreed_largest(self.memory.peak()), agreed_largest(peaks[0]))
+        finally:
+            hook.remove()
         self.close()  # outside the handler, whose traceback holds the activations
-        return math.inf
+        return Probe(rows, math.inf, math.inf)
 
     def close(self) -> None:
         """Let go of everything."""
@@ -117,7 +125,7 @@ def largest_micro_batch(prober: Prober, most: int) -> int:
     distributed.say("batch: looking for the largest that fits; --train_batch_size sets it")
     try:
         room = prober.warm_up()
-        return search(prober.peak, room, min(most, MOST_ROWS))
+        return search(prober.measure, room, min(most, MOST_ROWS))
     except torch.cuda.OutOfMemoryError:  # of one row: ranks that wait for this one end with it
         raise UserError("--train_batch_size 0: one row on a rank does not fit into GPU memory; " + ADVICE) from None
     finally:
@@ -127,11 +135,11 @@ def largest_micro_batch(prober: Prober, most: int) -> int:
 ADVICE = "shorten the rows, take a smaller model, or shard more (ZeRO-3, more ranks)"
 
 
-def search(peak_of: Callable[[int], float], room: Room, most: int) -> int:
+def search(measure: Callable[[int], Probe], room: Room, most: int) -> int:
     """Probe by probe to the largest number of rows that was measured to fit."""
     rows, fit, over = 1, [], None
     for _ in range(MAX_PROBES):
-        probe = Probe(rows, peak_of(rows))
+        probe = measure(rows)
         fits = probe.peak <= room.usable
         said = f"{probe.peak / GIB:.3g} GiB" if probe.peak < math.inf else "out of memory"
         distributed.say(f"batch: {amount(rows)} a rank, {said}{'' if fits else ': too much'}")
@@ -162,13 +170,14 @@ def amount(rows: int) -> str:
 def beyond(fit: Sequence[Probe], room: Room) -> int:
     """The next rows to try above some that fit: what the line through the last two says, if that is sure."""
     last = fit[-1]
-    # Where the line is wrong the peak grows in proportion; then half of the margin is still free.
-    sure = last.rows * ratio((room.usable + room.limit) / 2 - room.held, last.peak - room.held)
-    line = last.rows * ratio(room.usable - room.held, last.peak - room.held)
+    utmost = (room.usable + room.limit) / 2  # where the line is wrong; half of the margin is still free then
+    in_all = last.rows * ratio(utmost - room.held, last.peak - room.held)
+    added = last.rows + last.rows * ratio(utmost - last.peak, 2 * (last.forward - room.held))
+    line = math.inf
     if len(fit) > 1:
         before = fit[-2]
         line = last.rows + (last.rows - before.rows) * ratio(room.usable - last.peak, last.peak - before.peak)
-    return int(min(sure, line, last.rows * GROWTH))
+    return int(min(max(in_all, added), line, last.rows * GROWTH))
 
 
 def between(fit: Probe, over: Probe, usable: float) -> int:
