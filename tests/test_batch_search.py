@@ -329,27 +329,22 @@ def test_a_run_that_found_its_batch_is_the_run_that_was_given_it(one_rank, monke
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_two_ranks_under_deepspeed_find_a_batch_and_train_as_if_given_it(tmp_path, stage):
-    """Two engines in one process, and the found size in the JSON of the second."""
-    curves = []
-    for name, size in (("found", 0), ("told", None)):
+    """Two engines in one process, and the found size in the JSON of the second. 30 rows keep the batch small."""
+    (tmp_path / "corpus.txt").write_text("\n\n".join(["나무가 자란다. 숲이 푸르다."] * 31))
+
+    def run(name: str, size: int) -> str:
         told = ["--model_name", "hong", "--config_file", "models/transformer_tiny_config.json", "--nproc", 2, *SIZES]
-        told += ["--corpus_path", small_corpus(tmp_path), "--deepspeed_config", f"ds_configs/{stage}.json"]
-        told += ["--output_dir", tmp_path / name, "--cache_dir", tmp_path / "cache"]
-        told += ["--train_batch_size", size if size is not None else found]
+        told += ["--corpus_path", tmp_path / "corpus.txt", "--deepspeed_config", f"ds_configs/{stage}.json"]
+        told += ["--output_dir", tmp_path / name, "--cache_dir", tmp_path / "cache", "--train_batch_size", size]
         command = [sys.executable, "pretrain/train.py", *map(str, told)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        if size == 0:
-            found = int(re.search(r"taking (\d+) row", done.stdout)[1])
-        curves.append(losses(tmp_path / name / "hong"))
-    assert curves[0] == curves[1] and len(curves[0]) == 4
+        return done.stdout
 
-
-def small_corpus(folder):
-    """A corpus of 30 rows, which keeps the batch small."""
-    path = folder / "corpus.txt"
-    path.write_text("\n\n".join(["나무가 자란다. 숲이 푸르다."] * 31))
-    return path
+    found = int(re.search(r"taking (\d+) row", run("found", 0))[1])
+    run("told", found)
+    ours, theirs = losses(tmp_path / "found/hong"), losses(tmp_path / "told/hong")
+    assert ours == theirs and len(ours) == 4
 
 
 @needs_proc
