@@ -58,9 +58,11 @@ def setup(timeout_seconds: float = 600.0) -> None:
 
 def shutdown() -> None:
     """Leave the process group together: a rank that is gone early takes the others down with it."""
+    global patient
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        patient = None
 
 
 def usable_cores() -> int:
