@@ -158,6 +158,23 @@ def machine_first(work: Callable[[], T]) -> T:
     return result
 
 
+def once_a_machine(work: Callable[[], T]) -> T:
+    """The result of `work` on the first rank of each machine, which must be the same on all, for every rank.
+
+    Raises: UserError on all ranks when a rank has raised one.
+    """
+    result, message = None, None
+    if local_rank() == 0:
+        try:
+            result = work()
+        except UserError as error:
+            message = str(error)
+    found = gather((result, message), patient)
+    if messages := [m for _, m in found if m]:
+        raise UserError(messages[0])
+    return found[0][0]
+
+
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch. Ranks get different streams: dropout must differ between them."""
     random.seed(seed + rank())
