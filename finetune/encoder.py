@@ -18,13 +18,11 @@ from kozero.config import BatchSizes
 from kozero.data.batch import Rows
 from kozero.data.framing import Framing
 from kozero.engines.base import Engine
-from kozero.errors import UserError, require
+from kozero.errors import require
 from models import encoders
 from models.language_model import check_vocabulary, load_tokenizer
 
 TINY = Path(__file__).parent.parent / "models" / "transformer_tiny_config.json"
-ROUTER = ("balance", "router_z")  # objectives of a Switch transformer beside that of the task
-ROUTER_WEIGHTS = (0.01, 0.001)  # Fedus et al. 2021 (arXiv 2101.03961); Zoph et al. 2022 (ST-MoE, arXiv 2202.08906)
 
 
 @dataclass
@@ -60,9 +58,7 @@ class EncoderModel:
 
         Args: state: all weights by the names of `module`.
         """
-        own = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
-        head = {name: t.contiguous() for name, t in state.items() if not name.startswith("encoder.")}
-        encoders.export_encoder(folder, self.encoder, own, self.tokenizer, card, head)
+        encoders.export_encoder(folder, self.module, state, self.tokenizer, card)
 
 
 @dataclass
@@ -115,7 +111,7 @@ def load(arguments: ModelArguments, head: Callable[[PreTrainedModel], nn.Module]
 
     def read() -> EncoderModel:
         tokenizer = load_tokenizer(tokenizer_name, writes=False)
-        encoder = encoders.load_encoder(name) if name else random_encoder(Path(config_file), len(tokenizer), seed)
+        encoder = encoders.load_encoder(name) if name else random_encoder(Path(config_file), tokenizer, seed)
         foreign = bool(name and arguments.tokenizer_name_or_path)
         check_vocabulary(len(tokenizer), encoder.config.vocab_size, foreign)
         if arguments.dropout is not None:
@@ -123,7 +119,7 @@ def load(arguments: ModelArguments, head: Callable[[PreTrainedModel], nn.Module]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             module = head(encoder)
-        return EncoderModel(module, tokenizer, load_head(module, name) if name else [])
+        return EncoderModel(module, tokenizer, encoders.load_heads(module, name) if name else [])
 
     model = distributed.machine_first(read)
     if model.fresh:
@@ -131,28 +127,7 @@ def load(arguments: ModelArguments, head: Callable[[PreTrainedModel], nn.Module]
     return model
 
 
-def random_encoder(path: Path, num_tokens: int, seed: int) -> PreTrainedModel:
+def random_encoder(path: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """An encoder of a config file with random weights."""
-    config = encoders.read_encoder_config(path, encoders.name_in_config(path), num_tokens)
+    config = encoders.read_encoder_config(path, encoders.name_in_config(path), tokenizer)
     return encoders.build_encoder(config, seed)
-
-
-def load_head(module: nn.Module, folder: str) -> list[str]:
-    """Fill the head with what lies beside the encoder; the names of what is not there."""
-    saved = encoders.load_heads(folder)
-    own = {name: p for name, p in module.named_parameters() if not name.startswith("encoder.")}
-    for name in own.keys() & saved.keys():
-        if own[name].shape != saved[name].shape:
-            found, wanted = tuple(saved[name].shape), tuple(own[name].shape)
-            raise UserError(f"{folder}/{encoders.HEADS}: {name} has the shape {found}, this encoder needs {wanted}")
-        with torch.no_grad():
-            own[name].copy_(saved[name])
-    return sorted(own.keys() - saved.keys())
-
-
-def router_sums(out: Any, mask: torch.Tensor) -> list[torch.Tensor]:
-    """The two router losses of a forward pass, weighted and summed over its real tokens; none without a router."""
-    if out.router_losses is None:
-        return []
-    num_tokens = mask.sum()
-    return [loss * weight * num_tokens for loss, weight in zip(out.router_losses.float(), ROUTER_WEIGHTS, strict=True)]

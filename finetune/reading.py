@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.arguments import ReadingArguments
-from finetune.encoder import EncoderTask, Found, router_sums
+from finetune.encoder import EncoderTask, Found
 from finetune.questions import QuestionSet, QuestionStore, text_of
 from finetune.windows import SPECIAL, WindowRows, Windows, WindowSize
 from kozero import distributed
@@ -19,6 +19,7 @@ from kozero.data.order import Order
 from kozero.engines.base import Engine
 from kozero.errors import require
 from kozero.metrics import question_answering
+from models.heads import router_sums
 
 NUM_SAMPLES = 3  # predictions shown at each evaluation
 SPARE = 4  # spans that a window hands on for each answer that is listed: some spell the same text

@@ -13,17 +13,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune.arguments import ReadingArguments
-from finetune.encoder import EncoderTask, Found, router_sums
+from finetune.encoder import EncoderTask, Found
 from finetune.questions import QuestionSet, QuestionStore
 from kozero import distributed
 from kozero.config import BatchSizes
-from kozero.data.batch import Batch, deal, padded
+from kozero.data.batch import Batch, padded
 from kozero.data.framing import Framing
-from kozero.data.order import Order
+from kozero.data.order import Order, OrderedRows
 from kozero.engines.base import Engine
 from kozero.errors import require
 from kozero.metrics import RECALL_AT, retrieval
-from models.heads import PositionPool
+from models.heads import PositionPool, router_sums
 
 SPECIAL = 2  # [CLS], [SEP]
 LENGTHS = 64  # tokens by which passages of a batch may differ: questions of one passage would else always meet there
@@ -85,8 +85,8 @@ def in_batch_loss(queries: torch.Tensor, passages: torch.Tensor, numbers: torch.
 
 
 @dataclass
-class PairRows:
-    """The Rows (see kozero/data/batch.py) of questions, each with its passage."""
+class PairRows(OrderedRows):
+    """The rows of questions, each with its passage."""
 
     store: QuestionStore
     framing: Framing
@@ -95,20 +95,13 @@ class PairRows:
     max_query_length: int
     routes: bool
 
-    def __len__(self) -> int:
-        return self.order.epoch_rows
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Real tokens of questions and their passages."""
+        return pair_lengths(self.store, self.capacity, self.max_query_length, numbers)
 
-    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[Batch]:
-        """The micro batches of one rank in the step that begins after `consumed` rows."""
-        return [self.batch([self.order[place] for place in places]) for places in deal(consumed, sizes, rank)]
-
-    def num_tokens(self, consumed: int, group: int) -> int:
-        """Real tokens of the `group` rows that begin after `consumed`."""
-        rows = np.array([self.order[place] for place in range(consumed, consumed + group)])
-        return int(pair_lengths(self.store, self.capacity, self.max_query_length, rows).sum())
-
-    def batch(self, numbers: Sequence[int]) -> Batch:
-        """One forward pass over some questions."""
+    def batch(self, places: Sequence[int]) -> Batch:
+        """One forward pass over the questions at some places."""
+        numbers = self.numbers(places)
         passages = self.store.answers[numbers, 0]
         questions = [self.store.question(number)[: self.max_query_length] for number in numbers]
         ids, mask = framed(questions, self.framing, self.max_query_length + SPECIAL)

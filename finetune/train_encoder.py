@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.arguments import DataArguments, FinetuningArguments, ModelArguments, ReadingArguments
 from finetune.card import encoder_card
 from finetune.data import training_sources
-from finetune.encoder import ROUTER, EncoderModel, EncoderTask, Found, load
+from finetune.encoder import EncoderModel, EncoderTask, Found, load
 from finetune.questions import open_questions, question_set
 from finetune.reading import Reading
 from finetune.retrieval import Retrieval
@@ -21,6 +21,7 @@ from kozero.engines import build_engine
 from kozero.folder import write_text
 from kozero.loop import Trainer
 from kozero.runlog import RunLog
+from models.heads import ROUTER
 
 ENCODER_TRAINING: dict[str, type[EncoderTask]] = {"mrc": Reading, "ict": Retrieval}
 NEXT = {

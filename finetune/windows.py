@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from finetune.questions import QuestionStore
-from kozero.config import BatchSizes
-from kozero.data.batch import Batch, deal, padded
+from kozero.data.batch import Batch, padded
 from kozero.data.framing import Framing
-from kozero.data.order import Order
+from kozero.data.order import Order, OrderedRows
 
 SPECIAL = 3  # [CLS], [SEP], [SEP]
 
@@ -102,8 +101,8 @@ class Windows:
 
 
 @dataclass
-class WindowRows:
-    """The Rows (see kozero/data/batch.py) of windows.
+class WindowRows(OrderedRows):
+    """The rows of windows.
 
     routes: the module has the two router losses of a Switch transformer, counted over real tokens.
     """
@@ -113,19 +112,13 @@ class WindowRows:
     order: Order
     routes: bool
 
-    def __len__(self) -> int:
-        return self.order.epoch_rows
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Real tokens of windows."""
+        return self.windows.lengths[numbers]
 
-    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[Batch]:
-        """The micro batches of one rank in the step that begins after `consumed` rows."""
-        return [self.batch([self.order[place] for place in places]) for places in deal(consumed, sizes, rank)]
-
-    def num_tokens(self, consumed: int, group: int) -> int:
-        """Real tokens of the `group` rows that begin after `consumed`."""
-        return int(sum(self.windows.lengths[self.order[place]] for place in range(consumed, consumed + group)))
-
-    def batch(self, numbers: Sequence[int]) -> Batch:
-        """One forward pass over some windows."""
+    def batch(self, places: Sequence[int]) -> Batch:
+        """One forward pass over the windows at some places."""
+        numbers = self.numbers(places)
         inputs = self.windows.inputs(numbers, self.framing)
         inputs["answer"] = torch.from_numpy(self.windows.targets[numbers])
         num_tokens = int(inputs["attention_mask"].sum())

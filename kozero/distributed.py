@@ -58,9 +58,11 @@ def setup(timeout_seconds: float = 600.0) -> None:
 
 def shutdown() -> None:
     """Leave the process group together: a rank that is gone early takes the others down with it."""
+    global patient
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        patient = None
 
 
 def usable_cores() -> int:
@@ -154,6 +156,23 @@ def machine_first(work: Callable[[], T]) -> T:
         if messages := [m for m in gather(message, patient) if m]:
             raise UserError(messages[0])
     return result
+
+
+def once_a_machine(work: Callable[[], T]) -> T:
+    """The result of `work` on the first rank of each machine, which must be the same on all, for every rank.
+
+    Raises: UserError on all ranks when a rank has raised one.
+    """
+    result, message = None, None
+    if local_rank() == 0:
+        try:
+            result = work()
+        except UserError as error:
+            message = str(error)
+    found = gather((result, message), patient)
+    if messages := [m for _, m in found if m]:
+        raise UserError(messages[0])
+    return found[0][0]
 
 
 def seed_everything(seed: int) -> None:

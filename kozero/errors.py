@@ -55,9 +55,9 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
-    # Everything is written and closed by now. The usual teardown of the interpreter aborts about one run in ten with
-    # several ranks ("terminate called without an active exception", from a thread of a C++ library), and a launcher
-    # then reports a finished run as failed.
+    # Everything is written and closed by now. In the usual teardown a gloo thread of PyTorch that drops the last
+    # reference to a tensor asks for the interpreter's lock, Python before 3.14 ends such a thread by unwinding its C++
+    # stack, and that aborts the process (one run in thirty); a launcher then reports a finished run as failed.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

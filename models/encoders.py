@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kozero.errors import UserError, nearest
@@ -19,6 +20,7 @@ ENCODERS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
 }
 
 HEADS = "heads.safetensors"
+ENCODER = "encoder."  # what the names of its weights begin with in a module that has heads
 
 
 def config_file_of(name: str) -> Path:
@@ -35,8 +37,8 @@ def name_in_config(path: Path) -> str:
     return names[read_model_json(path, *names)["model_type"]]
 
 
-def read_encoder_config(path: Path, name: str, num_tokens: int) -> PreTrainedConfig:
-    """An encoder's config from JSON, its vocabulary as large as its tokenizer's.
+def read_encoder_config(path: Path, name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """An encoder's config from JSON, with the size of its tokenizer's vocabulary and its padding token.
 
     Raises: UserError for an unknown key or a value that no model can have.
     """
@@ -46,8 +48,11 @@ def read_encoder_config(path: Path, name: str, num_tokens: int) -> PreTrainedCon
     for key in values:
         if key not in known:
             raise UserError(f"--config_file {path}: unknown key {key!r}{nearest(key, known)}")
+    values["vocab_size"] = len(tokenizer)
+    if tokenizer.pad_token_id is not None:
+        values["pad_token_id"] = tokenizer.pad_token_id
     try:
-        return kind(**values | {"vocab_size": num_tokens})
+        return kind(**values)
     except UserError as error:
         raise UserError(f"--config_file {path}: {error}") from None
     except Exception as error:  # the config checks types by several libraries' errors
@@ -83,43 +88,50 @@ def load_encoder(folder: str) -> PreTrainedModel:
     return encoder
 
 
-def load_heads(folder: str) -> dict[str, torch.Tensor]:
-    """The weights beside an encoder, by their names; none where the folder has none or is a hub name.
+def load_heads(module: nn.Module, folder: str) -> list[str]:
+    """Fill what stands on the encoder of `module` with what lies beside it in a folder; a hub name has nothing.
 
-    Raises: UserError when the file is damaged.
+    Returns: the names of what is not there, in their order.
+
+    Raises: UserError when the file is damaged or of another shape.
     """
     path = Path(folder) / HEADS
-    if not path.is_file():
-        return {}
     try:
-        return load_file(path)
+        saved = load_file(path) if path.is_file() else {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    own = {name: p for name, p in module.named_parameters() if not name.startswith(ENCODER)}
+    for name in own.keys() & saved.keys():
+        if own[name].shape != saved[name].shape:
+            found, wanted = tuple(saved[name].shape), tuple(own[name].shape)
+            raise UserError(f"{path}: {name} has the shape {found}, this encoder needs {wanted}")
+        with torch.no_grad():
+            own[name].copy_(saved[name])
+    return sorted(own.keys() - saved.keys())
 
 
 def set_dropout(encoder: PreTrainedModel, rate: float) -> None:
     """One rate everywhere, in the config and in the modules that were built from it."""
     encoder.config.dropout_prob = rate
     for module in encoder.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, nn.Dropout):
             module.p = rate
 
 
 def export_encoder(
-    folder: Path,
-    encoder: PreTrainedModel,
-    state: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    card: str,
-    heads: dict[str, torch.Tensor] | None = None,
+    folder: Path, module: nn.Module, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast, card: str
 ) -> None:
-    """Write a folder that `AutoModel` and `AutoTokenizer` load, whole or not at all.
+    """Write a folder that `AutoModel` and `AutoTokenizer` load, and the heads beside it, whole or not at all.
 
-    Args: state: the encoder's weights by its own names, shared ones once. heads: what stands on it.
+    Args:
+        module: has the encoder as `encoder`; the rest of it is heads.
+        state: all weights by the names of `module`, shared ones once.
     """
+    own = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+    heads = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(ENCODER)}
     with torch.device("meta"):
-        whole = AutoModel.from_config(encoder.config)
-    missing, unexpected = whole.load_state_dict(state, strict=False, assign=True)
+        whole = AutoModel.from_config(module.encoder.config)
+    missing, unexpected = whole.load_state_dict(own, strict=False, assign=True)
     whole.tie_weights()
     if unexpected or any(parameter.is_meta for parameter in whole.parameters()):
         raise RuntimeError(f"weights do not match the encoder: missing {missing}, unexpected {unexpected}")

@@ -1,7 +1,12 @@
-"""What stands on an encoder."""
+"""What stands on an encoder, and what it adds to a loss itself."""
+
+from typing import Any
 
 import torch
 from torch import nn
+
+ROUTER = ("balance", "router_z")  # objectives of a Switch transformer beside those of its task
+ROUTER_WEIGHTS = (0.01, 0.001)  # Fedus et al. 2021 (arXiv 2101.03961); Zoph et al. 2022 (ST-MoE, arXiv 2202.08906)
 
 
 class PositionPool(nn.Module):
@@ -15,3 +20,11 @@ class PositionPool(nn.Module):
         """(B, T, H) vectors and their (B, T) mask to (B, H)."""
         weights = self.weight[: hidden.shape[1]] * mask
         return torch.einsum("bt,bth->bh", weights.to(hidden.dtype), hidden)
+
+
+def router_sums(out: Any, mask: torch.Tensor) -> list[torch.Tensor]:
+    """The losses of ROUTER in a forward pass, weighted and summed over its real tokens; none without a router."""
+    if out.router_losses is None:
+        return []
+    num_tokens = mask.sum()
+    return [loss * weight * num_tokens for loss, weight in zip(out.router_losses.float(), ROUTER_WEIGHTS, strict=True)]

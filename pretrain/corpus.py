@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from os import SEEK_END
 from pathlib import Path
@@ -206,10 +207,18 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def build_shard(piece: Piece | HubPiece, tokenizer: Any, split: Splitter, splitter_name: str, cache: Path) -> Path:
-    """The folder of a piece's shard, tokenised unless it is there."""
-    content = hashlib.sha256(piece.content()).hexdigest()
-    key = "corpus-" + key_of(content, tokenizer_hash(tokenizer), splitter_name)
+def reading_key(tokenizer: Any, sentences: str) -> str:
+    """What turns the content of a piece into its shard: the tokenizer, and the splitter with its version."""
+    splitter = f"kiwi {version('kiwipiepy')}" if sentences == "kiwi" else sentences
+    return key_of(tokenizer_hash(tokenizer), splitter)
+
+
+def build_shard(piece: Piece | HubPiece, tokenizer: Any, split: Splitter, reading: str, cache: Path) -> Path:
+    """The folder of a piece's shard, tokenised unless it is there.
+
+    Args: reading: the reading_key of the tokenizer and the splitter.
+    """
+    key = "corpus-" + key_of(hashlib.sha256(piece.content()).hexdigest(), reading)
     return build_once(cache, key, is_whole, partial(write_shard, piece=piece, tokenizer=tokenizer, split=split))
 
 

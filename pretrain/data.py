@@ -13,7 +13,17 @@ from kozero.data.order import Order
 from kozero.errors import require
 from pretrain.arguments import CorpusArguments, PretrainingArguments
 from pretrain.chunks import Blocks, Numbered, cut
-from pretrain.corpus import SPLITTERS, HubPiece, Piece, Shard, build_shard, find_files, hub_pieces, pieces_of
+from pretrain.corpus import (
+    SPLITTERS,
+    HubPiece,
+    Piece,
+    Shard,
+    build_shard,
+    find_files,
+    hub_pieces,
+    pieces_of,
+    reading_key,
+)
 from pretrain.full import FullBlockRows, FullEncoderRows
 from pretrain.rows import BlockRows, EncoderRows, Masking, Tokens, num_special
 
@@ -36,9 +46,9 @@ def open_shards(arguments: CorpusArguments, tokenizer: Any) -> list[Shard]:
         distributed.say(
             f"no --corpus_path and no --corpus_hub: using the sample corpus in {SAMPLE_CORPUS.parent.name}/"
         )
-    pieces = distributed.machine_first(lambda: list(find_pieces(arguments)))
     cache = Path(arguments.cache_dir).expanduser()
-    shards = distributed.machine_first(lambda: build_shards(pieces, arguments.sentences, tokenizer, cache))
+    names = distributed.once_a_machine(lambda: build_shards(arguments, tokenizer, cache))
+    shards = [Shard.open(cache / name) for name in names]
     counts = [sum(len(part) for part in parts) for parts in zip(*map(sizes_of, shards), strict=True)]
     distributed.say("corpus: {:,} documents, {:,} sentences, {:,} tokens".format(*counts))
     require(counts[2] > 0, f"{arguments.corpus_path or arguments.corpus_hub}: no text in it")
@@ -57,12 +67,13 @@ def find_pieces(arguments: CorpusArguments) -> list[Piece | HubPiece]:
     return [piece for path in find_files(Path(arguments.corpus_path or SAMPLE_CORPUS)) for piece in pieces_of(path)]
 
 
-def build_shards(pieces: list[Piece | HubPiece], sentences: str, tokenizer: Any, cache: Path) -> list[Shard]:
-    """The shards of all pieces, with a bar while they are made."""
-    split = SPLITTERS[sentences]()
+def build_shards(arguments: CorpusArguments, tokenizer: Any, cache: Path) -> list[str]:
+    """The names of the shards of all pieces, with a bar while they are made."""
+    pieces, split = find_pieces(arguments), SPLITTERS[arguments.sentences]()
+    reading = reading_key(tokenizer, arguments.sentences)
     hidden = not distributed.is_main() or len(pieces) == 1
     bar = tqdm(pieces, desc="tokenising", unit="piece", disable=hidden or None)
-    return [Shard.open(build_shard(piece, tokenizer, split, sentences, cache)) for piece in bar]
+    return [build_shard(piece, tokenizer, split, reading, cache).name for piece in bar]
 
 
 def number_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any) -> tuple[Numbered, Numbered]:

@@ -4,12 +4,10 @@ A row is as long as the longest, has the second objective, and of a passage and 
 batches are padded to the longest of each.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from kozero.data.batches import Text
-from pretrain.rows import BlockRows, EncoderRows, Masking, Sample, frame
+from pretrain.rows import BlockRows, EncoderRows, Masking, Sample
 
 PLACES = range(2**62)  # every place of the stream has a row of its own
 
@@ -24,9 +22,9 @@ class FullEncoderRows(EncoderRows):
     def __len__(self) -> int:
         return self.num
 
-    def count(self, places: Sequence[int]) -> int:
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens without special ones."""
-        return self.length * len(places)
+        return np.full(len(numbers), self.length)
 
     def sample(self, place: int) -> Sample:
         """A row of ordinary tokens."""
@@ -35,7 +33,7 @@ class FullEncoderRows(EncoderRows):
         if self.task == "mlm_sop" and self.length > 1:
             half = self.length // 2
             return self.framed([[ids[:half]], [ids[half:]]], rng, swapped=0)
-        query = frame([ids], tokens)[0] if self.task == "mlm_ict" else None
+        query = tokens.framing(ids)[0] if self.task == "mlm_ict" else None
         return self.framed([[ids]], rng, query=query)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from kozero.distributed import gather_rows
 from kozero.pause import IGNORE
-from models.heads import PositionPool
+from models.heads import PositionPool, router_sums
 
 TASKS = ("mlm", "mlm_sop", "mlm_ict")
 
@@ -34,10 +34,9 @@ class EncoderPretraining(nn.Module):
         encoder: its forward takes input_ids, attention_mask and token_type_ids (B, T) and returns an object with
             last_hidden_state (B, T, H) and router_losses: (2,) balance and z-loss, or None.
         task: one of TASKS.
-        router_weights: of the two router losses (Fedus et al. 2021: 0.01; Zoph et al. 2022: 0.001).
     """
 
-    def __init__(self, encoder: nn.Module, task: str, router_weights: tuple[float, float] = (0.01, 0.001)) -> None:
+    def __init__(self, encoder: nn.Module, task: str) -> None:
         super().__init__()
         config = encoder.config
         self.encoder, self.task = encoder, task
@@ -48,7 +47,6 @@ class EncoderPretraining(nn.Module):
             )
         if task == "mlm_ict":
             self.pool = PositionPool(config.max_position_embeddings)
-        self.register_buffer("router_weights", torch.tensor(router_weights), persistent=False)
         self.statistics: dict[str, torch.Tensor] = {}  # of the last forward pass, for the curves
         self.start(config.initializer_range)
 
@@ -90,30 +88,24 @@ class EncoderPretraining(nn.Module):
         parts = [summed(self.mlm(hidden.flatten(0, 1)[target_index]), target_ids)]
         if swapped is not None:
             parts.append(summed(self.sop(hidden[:, 0]), swapped))
+        routing = [router_sums(out, attention_mask)]
         if query_ids is not None:
-            parts.append(self.match(hidden, attention_mask, query_ids, query_mask, has_query))
+            query = self.encoder(query_ids, attention_mask=query_mask, token_type_ids=torch.zeros_like(query_ids))
+            queries = self.pool(query.last_hidden_state, query_mask)
+            parts.append(match(queries, self.pool(hidden, attention_mask), has_query))
+            routing.append(router_sums(query, query_mask))
         if out.router_losses is not None:
             self.statistics = {"expert_load": out.expert_load.detach(), "dropped": out.dropped.detach()}
-            tokens = attention_mask.sum()
-            zero = torch.zeros_like(tokens)
-            parts += [(loss * tokens, zero) for loss in out.router_losses.float() * self.router_weights]
+        parts += [(sum(losses), input_ids.new_zeros(())) for losses in zip(*routing, strict=True)]
         sums, right = (torch.stack([part[k].float() for part in parts]) for k in (0, 1))
         return torch.stack([sums, right]) if score else sums
 
-    def match(
-        self,
-        hidden: torch.Tensor,
-        mask: torch.Tensor,
-        query_ids: torch.Tensor,
-        query_mask: torch.Tensor,
-        has_query: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each query against the passages of all ranks (inverse cloze task, Lee et al. 2019, equation 5)."""
-        query = self.encoder(input_ids=query_ids, attention_mask=query_mask, token_type_ids=torch.zeros_like(query_ids))
-        queries = self.pool(query.last_hidden_state, query_mask)
-        passages, first = gather_rows(self.pool(hidden, mask))
-        labels = torch.where(has_query, first + torch.arange(len(queries), device=queries.device), IGNORE)
-        return summed(queries.float() @ passages.float().T / queries.shape[-1] ** 0.5, labels)
+
+def match(queries: torch.Tensor, passages: torch.Tensor, has_query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each of (B, H) queries against the passages of all ranks (inverse cloze task, Lee et al. 2019, equation 5)."""
+    everything, first = gather_rows(passages)
+    labels = torch.where(has_query, first + torch.arange(len(queries), device=queries.device), IGNORE)
+    return summed(queries.float() @ everything.float().T / queries.shape[-1] ** 0.5, labels)
 
 
 def summed(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

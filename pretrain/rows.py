@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kozero.config import BatchSizes
-from kozero.data.batch import Batch, deal, padded
+from kozero.data.batch import Batch, padded
 from kozero.data.batches import PackedBatch, Text, collate
-from kozero.data.order import Order
+from kozero.data.framing import Framing
+from kozero.data.order import Order, OrderedRows
 from kozero.errors import require
 from kozero.pause import IGNORE
 from pretrain.chunks import Numbered
@@ -27,8 +27,7 @@ KEEP_QUERY = 0.1  # share of the passages that keep their query (Lee et al. 2019
 class Tokens:
     """What the rows have to know of a tokenizer."""
 
-    cls: int
-    sep: int
+    framing: Framing
     mask: int
     size: int
     special: np.ndarray  # (size,) True for tokens that are never drawn as a random replacement
@@ -36,19 +35,16 @@ class Tokens:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Tokens":
-        """Ids by role. A tokenizer without [CLS] and [SEP] lends its first text token and its end of text.
+        """Ids by role.
 
-        Raises: UserError when there is no mask token.
+        Raises: UserError when there is no mask token, or nothing to frame a row with.
         """
         require(tokenizer.mask_token_id is not None, "the tokenizer has no mask token, which --task mlm needs")
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         special = np.array([name.startswith(("<unused", "[unused")) for name in names])
         special[[number for number, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
-        first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-        last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-        require(first is not None and last is not None, "the tokenizer has neither [CLS] and [SEP] nor <s> and </s>")
         prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
-        return cls(first, last, tokenizer.mask_token_id, len(names), special, continuing(names, prefix))
+        return cls(Framing.of(tokenizer), tokenizer.mask_token_id, len(names), special, continuing(names, prefix))
 
 
 def continuing(names: Sequence[str], prefix: str | None) -> np.ndarray:
@@ -116,8 +112,8 @@ class Sample:
     query: np.ndarray | None = None  # ICT
 
 
-class EncoderRows:
-    """The Rows (see kozero/data/batch.py) of an encoder: MLM, alone or with SOP or ICT.
+class EncoderRows(OrderedRows):
+    """The rows of an encoder: MLM, alone or with SOP or ICT.
 
     SOP: are two neighbouring segments in their order (Lan et al. 2020, arXiv 1909.11942, section 3.1). ICT: which
     passage is a sentence taken from (Lee et al. 2019). A chunk of one sentence has no second objective.
@@ -133,21 +129,9 @@ class EncoderRows:
         self.chunks, self.order, self.masking, self.task, self.router = chunks, order, masking, task, router
         self.max_seq_length = max_seq_length
 
-    def __len__(self) -> int:
-        return self.order.epoch_rows
-
-    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[Batch]:
-        """The micro batches of one rank in the step that begins after `consumed` rows."""
-        return [self.batch(places) for places in deal(consumed, sizes, rank)]
-
-    def num_tokens(self, consumed: int, group: int) -> int:
-        """Tokens of the corpus in the `group` rows that begin after `consumed`: special tokens are none of it, and a
-        query that stays in its passage too counts once."""
-        return self.count(range(consumed, consumed + group))
-
-    def count(self, places: Sequence[int]) -> int:
-        """Tokens of the corpus in the rows at some places."""
-        return int(self.chunks.lengths(np.array([self.order[place] for place in places])).sum())
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of the corpus: without special tokens; a query that stays in its passage too counts once."""
+        return self.chunks.lengths(numbers)
 
     def batch(self, places: Sequence[int]) -> Batch:
         """One forward pass over the rows at some places."""
@@ -168,14 +152,15 @@ class EncoderRows:
             inputs["swapped"] = np.array([sample.swapped for sample in samples])
             counts.append(int((inputs["swapped"] != IGNORE).sum()))
         if self.task == "mlm_ict":
-            empty = np.array([self.masking.tokens.cls, self.masking.tokens.sep])
+            empty, _ = self.masking.tokens.framing(np.array([], dtype=np.int64))
             queries = [empty if sample.query is None else sample.query for sample in samples]
             inputs["query_ids"], inputs["query_mask"] = padded(queries, most)
             inputs["has_query"] = np.array([sample.query is not None for sample in samples])
             counts.append(int(inputs["has_query"].sum()))
-        counts += [int(mask.sum())] * 2 if self.router else []
+        routed = int(mask.sum() + inputs.get("query_mask", mask[:0]).sum())
+        counts += [routed] * 2 if self.router else []
         tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        return Batch(tensors, tuple(counts), self.count(places))
+        return Batch(tensors, tuple(counts), int(self.lengths(self.numbers(places)).sum()))
 
     def sample(self, place: int) -> Sample:
         """The row at a place of the stream."""
@@ -190,42 +175,27 @@ class EncoderRows:
             taken = int(rng.integers(len(units)))
             keep = rng.random() < KEEP_QUERY
             passage = [unit for k, unit in enumerate(units) if keep or k != taken]
-            return self.framed([passage], rng, query=frame([units[taken]], self.masking.tokens)[0])
+            return self.framed([passage], rng, query=self.masking.tokens.framing(units[taken])[0])
         return self.framed([units], rng)
 
     def framed(self, segments: Sequence[Sequence[np.ndarray]], rng: np.random.Generator, **other: Any) -> Sample:
         """Segments, each of some units, with tokens hidden and special tokens around them."""
         hidden = [self.masking(units, rng) for units in segments]
-        ids, types = frame([ids for ids, _ in hidden], self.masking.tokens)
+        ids, types = self.masking.tokens.framing(*(ids for ids, _ in hidden))
         ignored = np.array([IGNORE])
         predicts = np.concatenate([ignored, *(part for _, targets in hidden for part in (targets, ignored))])
         return Sample(ids, types, predicts, **other)
 
 
-def frame(segments: Sequence[np.ndarray], tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS] A [SEP] (B [SEP]) and the number of each position's segment."""
-    ids = [np.array([tokens.cls]), *(part for segment in segments for part in (segment, np.array([tokens.sep])))]
-    types = [np.full(len(segment) + 1, k) for k, segment in enumerate(segments)]
-    return np.concatenate(ids), np.concatenate([[0], *types])
-
-
-class BlockRows:
-    """The Rows of a causal language model: blocks of the stream of documents, which do not see each other."""
+class BlockRows(OrderedRows):
+    """The rows of a causal language model: blocks of the stream of documents, which do not see each other."""
 
     def __init__(self, blocks: Numbered, order: Order, size: int) -> None:
         self.blocks, self.order, self.size = blocks, order, size
 
-    def __len__(self) -> int:
-        return self.order.epoch_rows
-
-    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[PackedBatch]:
-        """The micro batches of one rank in the step that begins after `consumed` rows."""
-        return [self.batch(places) for places in deal(consumed, sizes, rank)]
-
-    def num_tokens(self, consumed: int, group: int) -> int:
-        """Tokens of the `group` rows that begin after `consumed`."""
-        rows = np.array([self.order[place] for place in range(consumed, consumed + group)])
-        return int(self.blocks.lengths(rows).sum())
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of blocks."""
+        return self.blocks.lengths(numbers)
 
     def batch(self, places: Sequence[int]) -> PackedBatch:
         """One forward pass over the rows at some places."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
@@ -193,8 +192,8 @@ def build_module(training: PretrainingArguments, corpus: CorpusArguments, tokeni
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         module = EncoderPretraining(encoder, corpus.task)
-    if training.checkpoint:
-        load_heads(module, Path(training.checkpoint) / "heads.safetensors")
+    if training.checkpoint and (fresh := encoders.load_heads(module, training.checkpoint)):
+        distributed.say(f"--checkpoint {training.checkpoint}: no {', '.join(fresh)} beside the encoder; drawn anew")
     return module
 
 
@@ -220,18 +219,8 @@ def encoder_of(training: PretrainingArguments, corpus: CorpusArguments, tokenize
         )
         return encoder
     path = Path(corpus.config_file or encoders.config_file_of(corpus.model))
-    config = encoders.read_encoder_config(path, corpus.model, len(tokenizer))
+    config = encoders.read_encoder_config(path, corpus.model, tokenizer)
     return encoders.build_encoder(config, training.seed)
-
-
-def load_heads(module: EncoderPretraining, path: Path) -> None:
-    """The heads that were exported beside an encoder; those of another task begin anew."""
-    if not path.is_file():
-        return
-    saved, own = load_file(path), dict(module.named_parameters())
-    with torch.no_grad():
-        for name in own.keys() & saved.keys():
-            own[name].copy_(saved[name])
 
 
 def check_positions(corpus: CorpusArguments, positions: int) -> None:
@@ -305,10 +294,7 @@ def export(engine: Engine, module: nn.Module, tokenizer: Any, folder: Path, text
     if isinstance(module, CausalLM):
         language_model.export(folder, language_model.LanguageModel(module, tokenizer, None, {}), state, {}, text)
         return
-    encoder = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
-    heads = {name: t.contiguous() for name, t in state.items() if not name.startswith("encoder.")}
-    encoders.export_encoder(folder, module.encoder, encoder, tokenizer, text)
-    save_file(heads, folder / "heads.safetensors")
+    encoders.export_encoder(folder, module, state, tokenizer, text)
 
 
 def card(name: str, run: dict, scores: dict[str, float]) -> str:

@@ -1,4 +1,5 @@
-"""Train a Korean BPE tokenizer in KoGPT2's form: spaces as ▁, the same special tokens, 100 spare tokens.
+"""Train a Korean tokenizer: BPE in KoGPT2's form (spaces as ▁, its special tokens), or WordPiece in BERT's form for
+encoders. Both have 100 spare tokens.
 
 python scripts/train_tokenizer.py --files reviews.txt --vocab_size 8192 --output_dir runs/tokenizer
 """
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kozero.config import arg, parse_arguments
@@ -15,8 +16,9 @@ from kozero.data.readers import decode_lines
 from kozero.errors import require, run_main
 from kozero.folder import writable_folder
 
-SPECIAL = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>"]  # ids 0 to 6, as in KoGPT2
-UNUSED = [f"<unused{n}>" for n in range(100)]
+GPT = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>", *(f"<unused{n}>" for n in range(100))]
+BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[unused{n}]" for n in range(100))]
+SPECIAL = {"bpe": GPT, "wordpiece": BERT}  # ids from 0 on, as in KoGPT2 and in BERT
 
 
 @dataclass
@@ -24,7 +26,8 @@ class TokenizerArguments:
     """What to train on, how large."""
 
     files: list[str] = field(default_factory=list, metadata={"help": "UTF-8 text files, one text a line"})
-    vocab_size: int = arg(8192, "tokens in all, the 107 special ones among them")
+    kind: str = arg("bpe", "bpe: for models that write; wordpiece: for encoders", choices=list(SPECIAL))
+    vocab_size: int = arg(8192, "tokens in all, the special and spare ones (bpe 107, wordpiece 105) among them")
     output_dir: str = arg("runs/tokenizer", "folder for tokenizer.json and tokenizer_config.json")
     column: int = arg(-1, "tab-separated column to read, counted from 0; -1: the whole line")
 
@@ -33,10 +36,10 @@ def main() -> None:
     """Train, save, and show what came out."""
     (arguments,) = parse_arguments(TokenizerArguments, prog="scripts/train_tokenizer.py", description=__doc__)
     require(bool(arguments.files), "--files: name at least one text file")
-    smallest = len(SPECIAL) + len(UNUSED) + 1
+    smallest = len(SPECIAL[arguments.kind])
     require(arguments.vocab_size > smallest, f"--vocab_size {arguments.vocab_size}: must be above {smallest}")
     writable_folder("--output_dir", Path(arguments.output_dir))
-    tokenizer = train(lines(arguments.files, arguments.column), arguments.vocab_size)
+    tokenizer = KINDS[arguments.kind](lines(arguments.files, arguments.column), arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output_dir)
     sample = next(lines(arguments.files, arguments.column))[:40]
     print(f"{len(tokenizer):,} tokens; {sample!r} -> {' '.join(tokenizer.tokenize(sample))}")
@@ -58,23 +61,34 @@ def lines(files: list[str], column: int) -> Iterator[str]:
     require(found, f"{', '.join(files)}: no text")
 
 
-def train(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer over NFC-normalised text. A character that was never seen becomes <unk>."""
+def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """BPE over NFC-normalised text. A character that was never seen becomes <unk>."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL + UNUSED, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=GPT, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="</s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        mask_token="<mask>",
-    )
+    names = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>", **names)
 
+
+def train_wordpiece(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """WordPiece over NFC-normalised text, case kept, punctuation apart. A word with a character that was never seen
+    becomes [UNK]."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.BertNormalizer(lowercase=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=BERT, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*ends)
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", **names)
+
+
+KINDS = {"bpe": train_bpe, "wordpiece": train_wordpiece}
 
 if __name__ == "__main__":
     run_main(main)

@@ -42,7 +42,7 @@ def work(rank: int, function: Callable, args: tuple, world_size: int, port: int,
     except BaseException:
         traceback.print_exc()
         raise
-    os._exit(0)  # as kozero.errors.run_main leaves: the interpreter's teardown aborts now and then
+    os._exit(0)  # the interpreter's teardown may abort, see kozero.errors.run_main
 
 
 def free_port() -> int:

@@ -151,18 +151,41 @@ def test_the_quickstart_ends_with_a_model_that_beats_chance(tmp_path):
     assert "긍정" in done.stderr
 
 
-def test_a_trained_tokenizer_keeps_kogpt2s_special_tokens_and_round_trips(tmp_path, monkeypatch):
+def trained_tokenizer(monkeypatch, folder, *flags):
+    """What scripts/train_tokenizer.py writes for the sample corpus, and that corpus' first line."""
     from transformers import AutoTokenizer
 
     from scripts import train_tokenizer
 
     corpus = ROOT / "sample_data/corpus/corpus.txt"
-    flags = ["--files", str(corpus), "--vocab_size", "1000", "--output_dir", str(tmp_path)]
+    flags = ["--files", str(corpus), "--vocab_size", "1000", "--output_dir", str(folder), *flags]
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *flags])
     train_tokenizer.main()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    return AutoTokenizer.from_pretrained(folder), corpus.read_text(encoding="utf-8").splitlines()[0]
+
+
+def test_a_trained_tokenizer_keeps_kogpt2s_special_tokens_and_round_trips(tmp_path, monkeypatch):
+    tokenizer, text = trained_tokenizer(monkeypatch, tmp_path)
     names = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>", "<unused0>", "<unused99>"]
     assert tokenizer.convert_tokens_to_ids(names) == [0, 1, 2, 3, 4, 5, 6, 7, 106]
-    text = corpus.read_text(encoding="utf-8").splitlines()[0]
     assert tokenizer.decode(tokenizer.encode(text)).strip() == text
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "<pad>")
+
+
+def test_a_wordpiece_tokenizer_has_berts_form(tmp_path, monkeypatch):
+    """By transformers' BertTokenizer with the same vocabulary."""
+    from transformers import BertTokenizerFast
+
+    from models.language_model import load_tokenizer
+
+    tokenizer, text = trained_tokenizer(monkeypatch, tmp_path, "--kind", "wordpiece")
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "[unused99]"]
+    assert tokenizer.convert_tokens_to_ids(names) == [0, 1, 2, 3, 4, 5, 104]
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    bert = BertTokenizerFast(str(tmp_path / "vocab.txt"), do_lower_case=False, strip_accents=False)
+    for sample in (text, "Seoul(서울)은, 2024년의 수도!", "뷁"):
+        assert tokenizer(sample, "뒤")["input_ids"] == bert(sample, "뒤")["input_ids"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer.tokenize("가".encode().decode()) == tokenizer.tokenize("\u1100\u1161")  # NFC
+    assert load_tokenizer(str(tmp_path), writes=False).cls_token == "[CLS]"

@@ -18,7 +18,17 @@ from transformers import PreTrainedTokenizerFast
 from kozero.data.store import tokenizer_hash
 from kozero.errors import UserError
 from pretrain import corpus
-from pretrain.corpus import SPLITTERS, Piece, Shard, build_shard, by_line, find_files, hub_pieces, pieces_of
+from pretrain.corpus import (
+    SPLITTERS,
+    Piece,
+    Shard,
+    build_shard,
+    by_line,
+    find_files,
+    hub_pieces,
+    pieces_of,
+    reading_key,
+)
 from tests.helpers import SAMPLE_DATA, sample_tokenizer, word_tokenizer
 
 TEXT = "눈이 왔다.\n길을 쓸었다.\n\n육수를 낸다.\n\n\n다시마를 건진다.\n끝\n"
@@ -84,7 +94,10 @@ class Counted:
 def build(path: Path, cache: Path, tokenizer=None, split=by_line, name: str = "line") -> list[Shard]:
     """The shards of a file."""
     tokenizer = tokenizer or sample_tokenizer()
-    return [Shard.open(build_shard(piece, tokenizer, split, name, cache)) for piece in pieces_of(path)]
+    return [
+        Shard.open(build_shard(piece, tokenizer, split, reading_key(tokenizer, name), cache))
+        for piece in pieces_of(path)
+    ]
 
 
 def ids_of(shards: list[Shard]) -> list[list[list[int]]]:
@@ -207,7 +220,7 @@ def test_a_file_that_is_gone_is_named(tmp_path):
     (piece,) = pieces_of(path)
     path.unlink()
     with pytest.raises(UserError, match=r"a\.txt: cannot be read \(No such file"):
-        build_shard(piece, sample_tokenizer(), by_line, "line", tmp_path / "cache")
+        build_shard(piece, sample_tokenizer(), by_line, "", tmp_path / "cache")
     with pytest.raises(UserError, match=r"a\.txt: cannot be read"):
         list(pieces_of(path))
 
@@ -421,7 +434,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
         file.writelines(f"{n:05} w1 w2 w3 w4 w5 w6 w7 w8 w9\n{chr(10) * (n % 10 == 0)}" for n in range(24_000))
     with peak_below(400_000):
         for piece in pieces_of(path):
-            build_shard(piece, tokenizer, by_line, "line", tmp_path / "cache")
+            build_shard(piece, tokenizer, by_line, "", tmp_path / "cache")
     assert max(tokenizer.batches) == 64 and sum(tokenizer.batches) == 24_000
 
 
@@ -459,7 +472,7 @@ def test_rows_of_the_hub_are_documents_in_pieces_that_are_tokenised_once(hub, tm
     for run, num_read, documents in (("a", 5, DOCUMENTS), ("a", 0, DOCUMENTS), ("b", 4, [*DOCUMENTS[:2], ["딴 글"]])):
         tokenizer, pieces = Counted(), hub_pieces(names[run], "train", "text", rows=2)
         assert [(piece.start, piece.end) for piece in pieces] == [(0, 2), (2, 4), (4, 6)]
-        shards = [Shard.open(build_shard(p, tokenizer, by_line, "line", tmp_path / "cache")) for p in pieces]
+        shards = [Shard.open(build_shard(p, tokenizer, by_line, "", tmp_path / "cache")) for p in pieces]
         assert ids_of(shards) == alone(documents)
         assert len(lines_of(tokenizer.batches)) == num_read
 

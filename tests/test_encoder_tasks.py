@@ -47,11 +47,12 @@ def shared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(shared) -> Path:
     """A folder as pre-training with ICT leaves it."""
-    config = read_encoder_config(shared / "mix_lm.json", "mix_lm", len(sample_tokenizer()))
-    encoder = build_encoder(config, 3)
+    config = read_encoder_config(shared / "mix_lm.json", "mix_lm", sample_tokenizer())
+    module = torch.nn.Module()
+    module.encoder = build_encoder(config, 3)
     heads = {"pool.weight": torch.linspace(0.01, 0.2, 160), "mlm.dense.bias": torch.zeros(16)}
-    state = dict(encoder.named_parameters())
-    export_encoder(shared / "pretrained", encoder, state, sample_tokenizer(), "# pretrained\n", heads)
+    state = dict(module.named_parameters()) | heads
+    export_encoder(shared / "pretrained", module, state, sample_tokenizer(), "# pretrained\n")
     return shared / "pretrained"
 
 

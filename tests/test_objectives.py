@@ -224,18 +224,21 @@ def test_passages_of_one_rank_alone_would_be_another_loss():
 # Router losses, sums and counts ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", [None, (0.5, 0.25)])
+@pytest.mark.parametrize("task", ["mlm", "mlm_ict"])
 @torch.no_grad()
-def test_router_losses_are_weighted_and_counted_by_token(weights):
+def test_router_losses_are_weighted_and_counted_by_token_also_those_of_queries(task):
     toy = ToyEncoder(router=True)
-    module = EncoderPretraining(toy, "mlm", *([weights] if weights else [])).eval()
-    inputs = batch_of("mlm")
-    out = toy(*(inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")))
-    num = sum(map(sum, inputs["attention_mask"].tolist()))
+    module = EncoderPretraining(toy, task).eval()
+    inputs = batch_of(task)
+    texts = [(inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids"))]
+    if task == "mlm_ict":
+        texts.append((inputs["query_ids"], inputs["query_mask"], torch.zeros_like(inputs["query_ids"])))
+    wanted = torch.zeros(2)
+    for ids, mask, types in texts:
+        wanted += torch.tensor([0.01, 0.001]) * sum(map(sum, mask.tolist())) * toy(ids, mask, types).router_losses
     sums, right = module(**inputs, score=True)
-    balance, z_loss = weights or (0.01, 0.001)
-    close(sums[1:], torch.stack([balance * num * out.router_losses[0], z_loss * num * out.router_losses[1]]))
-    assert right[1:].tolist() == [0, 0]
+    close(sums[-2:], wanted)
+    assert right[-2:].tolist() == [0, 0]
     assert module.statistics["expert_load"].tolist() == [[0.25, 0.75]]
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kozero.config import BatchSizes
 from kozero.data.batch import Batch, padded
+from kozero.data.framing import Framing
 from kozero.data.order import Order
 from kozero.errors import UserError
 from kozero.pause import IGNORE
@@ -25,7 +26,7 @@ PAD, CLS, SEP, MASK, UNK = range(5)
 VOCAB = 60
 FIRST = 10  # tokens from here on are words; 5 to 9 are spare
 SPECIAL = np.arange(VOCAB) < FIRST
-TOKENS = Tokens(CLS, SEP, MASK, VOCAB, SPECIAL, np.arange(VOCAB) % 3 != 0)
+TOKENS = Tokens(Framing(CLS, SEP), MASK, VOCAB, SPECIAL, np.arange(VOCAB) % 3 != 0)
 TASKS = ["mlm", "mlm_sop", "mlm_ict"]
 Units = list[np.ndarray]
 
@@ -253,7 +254,11 @@ def with_mask(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def test_roles_and_which_tokens_are_drawn_as_replacement(tokenizer, cls, sep, ordinary):
     tokenizer = tokenizer()
     tokens = Tokens.of(tokenizer)
-    assert tokenizer.convert_ids_to_tokens([tokens.cls, tokens.sep, tokens.mask]) == [cls, sep, tokenizer.mask_token]
+    assert tokenizer.convert_ids_to_tokens([tokens.framing.cls, tokens.framing.sep, tokens.mask]) == [
+        cls,
+        sep,
+        tokenizer.mask_token,
+    ]
     assert tokenizer.convert_ids_to_tokens(np.flatnonzero(~tokens.special).tolist()) == ordinary
     assert tokens.size == len(tokenizer)
 
@@ -402,7 +407,8 @@ def test_the_numbers_of_targets_are_those_in_the_inputs(task, router):
             expected.append(sum(label in (0, 1) for label in inputs["swapped"].tolist()))
         if task == "mlm_ict":
             expected.append(sum(inputs["has_query"].tolist()))
-        expected += [sum(map(sum, inputs["attention_mask"].tolist()))] * 2 if router else []
+        masks = [inputs[name] for name in ("attention_mask", "query_mask") if name in inputs]
+        expected += [sum(sum(map(sum, mask.tolist())) for mask in masks)] * 2 if router else []
         assert batch.num_targets == tuple(expected)
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from finetune.arguments import ReadingArguments
 from finetune.data import read
-from finetune.encoder import ROUTER_WEIGHTS
 from finetune.questions import QuestionSet, QuestionStore, open_questions, question_set, text_of, write_store
 from finetune.reading import Reading, SpanReader, best_spans
 from finetune.tasks import ENCODER_TASKS, Example, Source
@@ -21,6 +20,7 @@ from kozero.config import BatchSizes
 from kozero.data.framing import Framing
 from kozero.data.readers import LeftOut
 from kozero.errors import UserError
+from models.heads import ROUTER_WEIGHTS
 from tests.helpers import SAMPLE_DATA, sample_tokenizer, word_tokenizer
 
 MRC = ENCODER_TASKS["mrc"]

@@ -12,7 +12,6 @@ from kiwipiepy import Kiwi
 from finetune import retrieval as under_test
 from finetune.arguments import ReadingArguments
 from finetune.bm25 import morphemes, rank_by_bm25
-from finetune.encoder import ROUTER_WEIGHTS
 from finetune.questions import QuestionSet
 from finetune.retrieval import Retrieval, Retriever, pair_lengths, search, shared_search
 from kozero import distributed
@@ -20,6 +19,7 @@ from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.framing import Framing
 from kozero.engines import EngineSettings, build_engine
 from kozero.metrics import retrieval
+from models.heads import ROUTER_WEIGHTS
 from models.mix_lm import MixLmConfig, MixLmEncoder
 from models.transformer import TransformerConfig, TransformerEncoder
 from tests.ranks import run_ranks
@@ -126,7 +126,7 @@ def test_each_question_is_told_apart_from_the_other_passages_of_the_batch():
         columns = [own] + [p for p in passages if p != own]  # one that two questions share counts twice for a third
         logits = torch.stack([query @ vectors[p] for p in columns]) / 16**0.5
         wanted += -logits.log_softmax(0)[0].item()
-    sums = module(**rows.batch(numbers).inputs)
+    sums = module(**rows.batch(range(8)).inputs)
     assert sums.tolist() == pytest.approx([wanted], rel=1e-4)
 
 
@@ -157,7 +157,7 @@ def test_router_losses_count_the_tokens_of_questions_and_passages():
     sums = module(**batch.inputs)
     assert sums[1:].tolist() == pytest.approx((wanted * torch.tensor(ROUTER_WEIGHTS)).tolist(), rel=1e-5)
     assert batch.num_targets == (3, batch.num_tokens, batch.num_tokens)
-    assert batch.num_tokens == pair_lengths(store, CAPACITY, 10, np.arange(3)).sum()
+    assert batch.num_tokens == pair_lengths(store, CAPACITY, 10, rows.numbers(range(3))).sum()
 
 
 def test_questions_of_one_passage_seldom_meet():

@@ -1,9 +1,13 @@
-"""A random order of any number of rows that is computed where it is needed and held nowhere."""
+"""A random order of any number of rows that is computed where it is needed and held nowhere, and rows in that order."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from kozero.config import BatchSizes
+from kozero.data.batch import Batch, deal
 
 ROUNDS = 10  # of the Feistel network, as in FF1 (NIST SP 800-38G); four shuffle a dozen rows unevenly
 GROUPS = 50  # of rows that are sorted by length together
@@ -75,3 +79,32 @@ class Order:
         groups = rows[:whole].reshape(-1, self.group)
         moved = np.random.default_rng([self.seed, 4, epoch, window]).permutation(groups)
         return np.concatenate([moved.ravel(), rows[whole:]])
+
+
+class OrderedRows(ABC):
+    """The Rows (see kozero/data/batch.py) that an Order picks from numbered ones."""
+
+    order: Order
+
+    def __len__(self) -> int:
+        return self.order.epoch_rows
+
+    def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[Batch]:
+        """The micro batches of one rank in the step that begins after `consumed` rows."""
+        return [self.batch(places) for places in deal(consumed, sizes, rank)]
+
+    def num_tokens(self, consumed: int, group: int) -> int:
+        """Tokens of the `group` rows that begin after `consumed`."""
+        return int(self.lengths(self.numbers(range(consumed, consumed + group))).sum())
+
+    def numbers(self, places: Sequence[int]) -> np.ndarray:
+        """(N,) numbers of the rows at some places of the stream."""
+        return np.array([self.order[place] for place in places])
+
+    @abstractmethod
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """(N,) tokens of some rows, as Batch.num_tokens counts them."""
+
+    @abstractmethod
+    def batch(self, places: Sequence[int]) -> Batch:
+        """One forward pass over the rows at some places."""
