@@ -32,6 +32,7 @@ ENOUGH = 1.05  # a probe that would be larger by less is not worth its time
 MAX_PROBES = 12
 MAX_SKIPPED = 40  # updates until fp16 has a loss scale that takes one: it halves from 2**16
 GIB = 2**30
+ADVICE = "shorten the rows, take a smaller model, or shard more (ZeRO-3, more ranks)"
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,6 @@ def largest_micro_batch(prober: Prober, most: int) -> int:
         raise UserError("--train_batch_size 0: one row on a rank does not fit into GPU memory; " + ADVICE) from None
     finally:
         prober.close()
-
-
-ADVICE = "shorten the rows, take a smaller model, or shard more (ZeRO-3, more ranks)"
 
 
 def search(measure: Callable[[int], Probe], room: Room, most: int) -> int:

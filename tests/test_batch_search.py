@@ -267,6 +267,17 @@ def test_the_peak_of_a_process_is_that_since_the_last_reset():
     assert rank.peak() - rank.reset() > size * 0.9 > rank.peak() - before
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_peak_of_a_gpu_is_that_since_the_last_reset():
+    rank, size = rank_memory(), 256 * 2**20
+    before = rank.reset()
+    block = torch.ones(size // 4, device="cuda")
+    del block
+    assert rank.peak() - before >= size and rank.limit() > rank.peak()
+    rank.reset()
+    assert rank.peak() - before < size
+
+
 @needs_proc
 def test_the_free_memory_of_a_machine_is_shared_by_its_ranks(monkeypatch):
     rank = ProcessMemory()
