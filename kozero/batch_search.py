@@ -6,10 +6,10 @@ batches may be far too flat: with BERT's base size, rows of 128 tokens overtake 
 sure, as nothing begins below zero: for m' > m
 
     peak(m') - held <= (peak(m) - held) m' / m                        and
-    peak(m') - peak(m) <= 2 (forward(m) - held) (m' - m) / m
+    peak(m') - peak(m) <= 2 added(m) (m' - m) / m
 
-where forward is the peak up to the end of the first forward pass, when no gradients are there yet; a backward pass
-takes no more beside what it frees than a forward pass made (2). Every probe is at most as large as the better of the
+where `added` is what the first forward pass adds, when no gradients are there yet; a backward pass takes no more beside
+what it frees than a forward pass made (2). Every probe is at most as large as the better of the
 two says, and as the line through the last two says if that is less; the last probe is the check.
 """
 
@@ -37,12 +37,12 @@ ADVICE = "shorten the rows, take a smaller model, or shard more (ZeRO-3, more ra
 
 @dataclass(frozen=True)
 class Probe:
-    """Bytes at the peak of a step and at that of its first forward pass: the largest of all ranks, infinity where it
-    ran out of memory."""
+    """Bytes at the peak of a step, and those that its first forward pass added: the largest of all ranks, infinity
+    where it ran out of memory."""
 
     rows: int
     peak: float
-    forward: float
+    added: float
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,11 @@ class Prober:
         if self.engine is None:
             self.warm_up()
         self.memory.reset()
-        peaks: list[float] = []
-        hook = self.engine.module.register_forward_hook(lambda *_: peaks.append(self.memory.peak()))
+        before, after = [], []  # each forward pass; what an engine gathers for all of it is there before
+        hooks = [
+            self.engine.module.register_forward_pre_hook(lambda *_: before.append(self.memory.peak())),
+            self.engine.module.register_forward_hook(lambda *_: after.append(self.memory.peak())),
+        ]
         try:
             for _ in range(2):
                 self.engine.train_step(self.batches(rows), 0.0)
@@ -98,9 +101,10 @@ class Prober:
                     f"--train_batch_size 0: out of GPU memory in a probe of {rows} rows; give a smaller number of rows"
                 ) from None
         else:
-            return Probe(rows, agreed_largest(self.memory.peak()), agreed_largest(peaks[0]))
+            return Probe(rows, agreed_largest(self.memory.peak()), agreed_largest(after[0] - before[0]))
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         self.close()  # outside the handler, whose traceback holds the activations
         return Probe(rows, math.inf, math.inf)
 
@@ -170,12 +174,12 @@ def beyond(fit: Sequence[Probe], room: Room) -> int:
     last = fit[-1]
     utmost = (room.usable + room.limit) / 2  # where the line is wrong; half of the margin is still free then
     in_all = last.rows * ratio(utmost - room.held, last.peak - room.held)
-    added = last.rows + last.rows * ratio(utmost - last.peak, 2 * (last.forward - room.held))
+    on_top = last.rows + last.rows * ratio(utmost - last.peak, 2 * last.added)
     line = math.inf
     if len(fit) > 1:
         before = fit[-2]
         line = last.rows + (last.rows - before.rows) * ratio(room.usable - last.peak, last.peak - before.peak)
-    return int(min(max(in_all, added), line, last.rows * GROWTH))
+    return int(min(max(in_all, on_top), line, last.rows * GROWTH))
 
 
 def between(fit: Probe, over: Probe, usable: float) -> int:

@@ -50,7 +50,7 @@ def searched(curve: Curve, limit: float, most: int = 10**6) -> tuple[int, list[i
 
     def measure(rows: int) -> Probe:
         tried.append(rows)
-        return Probe(rows, curve.peak(rows) * GIB, curve.forward(rows) * GIB)
+        return Probe(rows, curve.peak(rows) * GIB, (curve.forward(rows) - curve.held) * GIB)
 
     found = search(measure, Room(curve.held * GIB, limit * GIB), most)
     assert len(set(tried)) == len(tried) and curve.peak(found) <= limit * (1 - MARGIN)
