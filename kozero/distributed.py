@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from kozero.errors import UserError
 
@@ -131,13 +130,28 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
+class GatherRows(torch.autograd.Function):
+    """Rows of all ranks; the gradient of a row is the sum of what every rank has for it.
+
+    (torch.distributed.nn.functional has one, deprecated since torch 2.13, and no public one replaces it.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mine: torch.Tensor) -> torch.Tensor:
+        """(B, ...) to (world * B, ...)."""
+        parts = [torch.empty_like(mine) for _ in range(world_size())]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """(world * B, ...) of this rank's losses to (B, ...) of all ranks'."""
+        return all_reduce(gradient.clone(memory_format=torch.contiguous_format)).chunk(world_size())[rank()]
+
+
 def gather_rows(mine: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(B, H) rows of this rank to (world * B, H) rows of all, and the number of this rank's first. The gradient of a
-    row comes back from every rank that used it."""
-    if world_size() == 1:
-        return mine, 0
-    whole = torch.cat([mine if r == rank() else torch.zeros_like(mine) for r in range(world_size())])
-    return differentiable_all_reduce(whole), rank() * len(mine)
+    """(B, ...) rows of this rank to (world * B, ...) rows of all, with gradients, and the number of its first."""
+    return (mine, 0) if world_size() == 1 else (GatherRows.apply(mine), rank() * len(mine))
 
 
 def machine_first(work: Callable[[], T]) -> T:

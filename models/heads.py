@@ -10,7 +10,11 @@ ROUTER_WEIGHTS = (0.01, 0.001)  # Fedus et al. 2021 (arXiv 2101.03961); Zoph et 
 
 
 class PositionPool(nn.Module):
-    """One vector of a text: a learned weight for each position, over the real ones."""
+    """One vector of a text: a sum over its real positions with a learned weight for each.
+
+    A mean over them, with weights that begin at 4, starts at the loss of guessing, and the sum far above it; but after
+    200 steps of MLM + ICT in batches of 32 the sum was ahead (held-out ICT 3.00 against 3.25 nats).
+    """
 
     def __init__(self, num_positions: int) -> None:
         super().__init__()
