@@ -1,0 +1,62 @@
+"""A run of an entry point as a benchmark: started as users start it, read from what it wrote.
+
+Its neighbours import it by its bare name: they are scripts, and another package of the name benchmarks is installed.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kozero.config import describe_run
+from kozero.errors import require
+
+ROOT = Path(__file__).parent.parent
+
+
+def measured(name: str, command: list[str], run: Path) -> dict[str, Any]:
+    """One run that writes to `run`: its losses, gradient norms, peak memory of rank 0 in GiB, median of tokens/s.
+
+    Raises: UserError with the run's last line when it fails.
+    """
+    place = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | place)
+    last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
+    require(done.returncode == 0, f"{name} failed: {last}")
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    points = [point for point in map(json.loads, lines) if "train/loss" in point]
+    return {
+        "name": name,
+        "losses": [point["train/loss"] for point in points],
+        "norms": [point["train/grad_norm"] for point in points],
+        "peak_gib": points[-1]["train/peak_memory_gib"],
+        "speed": sorted(point["train/tokens_per_second"] for point in points)[len(points) // 2],
+    }
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """Arguments of a command line; None is left out, True is a flag alone."""
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
+def report(rows: list[dict[str, Any]], arguments: Any, output_file: str | None) -> None:
+    """Print the rows as a Markdown table, and write them with machine, versions and settings."""
+    print("| engine | losses | gradient norms | peak GiB (rank 0) | states by formula, GiB | tokens/s |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        losses, norms = (" ".join(f"{value:.6f}" for value in row[name]) for name in ("losses", "norms"))
+        figures = f"{row['peak_gib']:.2f} | {row['formula_gib']:.2f} | {row['speed']:,.0f}"
+        print(f"| {row['name']} | {losses} | {norms} | {figures} |")
+    if output_file:
+        machine = {"processor": platform.processor() or platform.machine(), "system": platform.platform()}
+        text = json.dumps(describe_run(arguments) | {"machine": machine, "rows": rows}, indent=2)
+        Path(output_file).write_text(text + "\n", encoding="utf-8")
+
+
+def python(entry: str) -> list[str]:
+    """The command that runs an entry point here."""
+    return [sys.executable, entry]
