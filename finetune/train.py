@@ -10,8 +10,6 @@ Reads top to bottom: arguments, model, data, engine, loop, export.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from finetune.arguments import (
     DataArguments,
     FinetuningArguments,
@@ -39,7 +37,7 @@ from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters
 from kozero.loop import Trainer
 from kozero.pause import PauseArguments, Pauses
 from kozero.runlog import RunLog
-from models.language_model import LanguageModel, export
+from models.language_model import LanguageModel, checkpoint_activations, export
 
 TINY = Path(__file__).parent.parent / "models" / "tiny_config.json"
 NUM_SAMPLES, SAMPLE_TOKENS = 2, 32  # texts written at each evaluation, and their length
@@ -181,12 +179,6 @@ def require_room(data: EvaluationSet, pauses: Pauses, capacity: int) -> None:
     fitted = fit(data.store, capacity - new_tokens, pauses.num)
     kept = f" beside {pauses.num} pauses" + (f" and {new_tokens} tokens for the answer" if new_tokens else "")
     require(len(fitted.used) > 0, f"no validation example fits {capacity} tokens{kept}; raise --max_seq_length")
-
-
-def checkpoint_activations(lm: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass; transformers renamed the call in 5.23."""
-    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, model: LanguageModel) -> str:

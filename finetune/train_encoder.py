@@ -22,6 +22,7 @@ from kozero.folder import write_text
 from kozero.loop import Trainer
 from kozero.runlog import RunLog
 from models.heads import ROUTER
+from models.language_model import checkpoint_activations
 
 ENCODER_TRAINING: dict[str, type[EncoderTask]] = {"mrc": Reading, "ict": Retrieval}
 NEXT = {
@@ -51,7 +52,7 @@ def train_encoder(
     validation = question_set(validation_source, task, data.max_eval_samples, model.tokenizer, data.cache_dir)
 
     if training.gradient_checkpointing:
-        model.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model.encoder)
     engine = build_engine(model.module, training, setting.engine)
     scored: dict[int, Found] = {}  # the last evaluation, by its step
 

@@ -9,8 +9,8 @@ sure, as nothing begins below zero: for m' > m
     peak(m') - peak(m) <= 2 added(m) (m' - m) / m
 
 where `added` is what the first forward pass adds, when no gradients are there yet; a backward pass takes no more beside
-what it frees than a forward pass made (2). Every probe is at most as large as the better of the
-two says, and as the line through the last two says if that is less; the last probe is the check.
+what it frees than a forward pass made (2). Every probe is at most as large as the better of the two says, and as the
+line through the last two says if that is less; the last probe is the check.
 """
 
 import math
@@ -32,7 +32,7 @@ ENOUGH = 1.05  # a probe that would be larger by less is not worth its time
 MAX_PROBES = 12
 MAX_SKIPPED = 40  # updates until fp16 has a loss scale that takes one: it halves from 2**16
 GIB = 2**30
-ADVICE = "shorten the rows, take a smaller model, or shard more (ZeRO-3, more ranks)"
+ADVICE = "shorten the rows, give --gradient_checkpointing or a smaller model, or shard more (ZeRO-3, more ranks)"
 
 
 @dataclass(frozen=True)

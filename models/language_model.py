@@ -280,6 +280,12 @@ def add_pause_token(lm: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> 
     return tokenizer.convert_tokens_to_ids(NEW_PAUSE)
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass; transformers renamed the call in 5.23."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def set_dropout(lm: GPT2LMHeadModel, rate: float) -> None:
     """One dropout rate everywhere, in the config and in the modules that were built from it."""
     for name in DROPOUTS:

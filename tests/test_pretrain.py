@@ -86,6 +86,18 @@ def test_a_resumed_run_is_the_run_that_never_stopped(monkeypatch, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("model", ["transformer", "mix_lm", "causal_lm"])
+def test_recomputed_activations_change_nothing(monkeypatch, tmp_path, model):
+    kept = losses(pretrain(monkeypatch, tmp_path / "kept", model=model))
+    calls = []
+    recompute = torch.utils.checkpoint.checkpoint
+    count = lambda *args, **kwargs: calls.append(1) or recompute(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr("torch.utils.checkpoint.checkpoint", count)
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", count)
+    assert losses(pretrain(monkeypatch, tmp_path / "again", "--gradient_checkpointing", model=model)) == kept
+    assert calls
+
+
 def test_a_run_may_start_from_the_weights_of_another(monkeypatch, tmp_path):
     first = pretrain(monkeypatch, tmp_path / "first", "--learning_rate", 0)
     flags = ("--checkpoint", first / "model", "--learning_rate", 0, "--seed", 7, "--num_steps", 1)
