@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from kozero.data.readers import load_hub
 from kozero.data.store import build_once, key_of, tokenizer_hash
 from kozero.errors import UserError, require
 from kozero.json_files import not_utf8
@@ -148,16 +149,7 @@ def next_line(file: BinaryIO, path: Path) -> bytes:
 
 def hub_pieces(name: str, split: str, column: str, rows: int = 10_000) -> list[HubPiece]:
     """A hub data set (or a local folder that `datasets` loads) in pieces of `rows` rows."""
-    import datasets  # imported here: it takes a second, and files do not need it
-
-    try:
-        data = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"--corpus_hub {name}: cannot be loaded ({type(error).__name__}: {reason}). Offline? Give files with "
-            "--corpus_path"
-        ) from None
+    data = load_hub(f"--corpus_hub {name}", "Give files with --corpus_path", name, None, split)
     known = ", ".join(data.column_names)
     require(column in data.column_names, f"--text_column {column}: {name} has the columns {known}")
     kind = getattr(data.features[column], "dtype", "list")

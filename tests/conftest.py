@@ -2,6 +2,26 @@
 
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """A process group of this process alone; what a run does to leave it does nothing."""
+    import torch  # here: after the settings above
+
+    from kozero import distributed
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    distributed.setup()
+    monkeypatch.setattr(distributed, "shutdown", lambda: None)
+    yield
+    monkeypatch.undo()
+    distributed.shutdown()
+    torch.set_num_threads(threads)

@@ -182,20 +182,6 @@ def test_two_ranks_take_what_fits_the_smaller():
     assert 33 <= found <= 35  # 35 rows take 4.5 GiB, 90% of 5
 
 
-@pytest.fixture
-def one_rank(monkeypatch):
-    """A process group of this process alone."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    distributed.setup()
-    monkeypatch.setattr(distributed, "shutdown", lambda: None)
-    yield
-    monkeypatch.undo()
-    distributed.shutdown()
-    torch.set_num_threads(threads)
-
-
 def test_updates_that_fp16_skips_are_not_what_is_measured(one_rank):
     """Optimizer states are there only after an update that was applied."""
     steps = Steps(limit=5, skipped=6)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from kozero import distributed
 from kozero.checkpoint import Checkpoints, RunState, random_state, restore_random_state
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batches import TrainingRows
@@ -18,6 +17,8 @@ from kozero.errors import Diverged, UserError
 from kozero.loop import MAX_LOST, Trainer
 from kozero.pause import Pauses
 from tests.helpers import numbered_store
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 RUN = {"seed": 1, "freeze": "wte"}
 
@@ -38,18 +39,6 @@ class Steps:
 
     def load(self, folder: Path) -> None:
         self.done = int((folder / "steps").read_text())
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    """A process group of this process alone."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    distributed.setup()
-    yield
-    distributed.shutdown()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -9,30 +9,17 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from kozero import distributed
 from kozero.config import BatchSizes
 from kozero.errors import UserError
 from pretrain import run as pretraining
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 SIZES = (
     "--num_steps", 4, "--train_batch_size", 4, "--warmup_steps", 1, "--scheduler_num_steps", 8, "--max_seq_length", 64,
     "--logging_steps", 1, "--eval_steps", 2, "--max_eval_samples", 8, "--learning_rate", 0.003,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    """A process group of this process alone."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    distributed.setup()
-    monkeypatch.setattr(distributed, "shutdown", lambda: None)
-    yield
-    monkeypatch.undo()
-    distributed.shutdown()
-    torch.set_num_threads(threads)
 
 
 def pretrain(monkeypatch, folder, *flags, entry="train", model="transformer"):

@@ -99,19 +99,25 @@ def read_hub(name: str, config: str | None, split: str) -> Iterator[Located]:
 
     Raises: UserError when it cannot be loaded, with the way to go on offline.
     """
-    import datasets  # imported here: it takes a second, and files do not need it
-
     label = f"{name}{'/' + config if config else ''}:{split}"
-    try:
-        rows = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"data set {label}: cannot be loaded ({type(error).__name__}: {reason}). "
-            "Offline? Give the published files with --train_file and --validation_file"
-        ) from None
+    advice = "Give the published files with --train_file and --validation_file"
+    rows = load_hub(f"data set {label}", advice, name, config, split)
     for number, row in enumerate(rows, start=1):
         yield f"{label} row {number}", row
+
+
+def load_hub(label: str, advice: str, name: str, config: str | None, split: str) -> Any:
+    """A split of a hub data set (or of a local folder that `datasets` can load): datasets.Dataset.
+
+    Raises: UserError that begins with `label` and ends with `advice` to somebody offline.
+    """
+    import datasets  # imported here: it takes a second, and files do not need it
+
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{label}: cannot be loaded ({type(error).__name__}: {reason}). Offline? {advice}") from None
 
 
 def text_field(where: str, row: Row, name: str) -> str:
