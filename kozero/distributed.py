@@ -35,6 +35,9 @@ def setup(timeout_seconds: float = 600.0) -> None:
     else:
         # Ranks of one machine share its cores; more threads than cores slows every rank down.
         torch.set_num_threads(max(1, usable_cores() // local_world_size()))
+        # oneDNN keeps what it prepared for 1,024 shapes. Where every batch has new shapes those lie scattered between
+        # tensors, and a process grew by 9 MiB a step (fully_shard, MLM + ICT); with 16 it does not, and is as fast.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     if "WORLD_SIZE" in os.environ:
         if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise UserError(
