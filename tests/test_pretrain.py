@@ -1,6 +1,7 @@
 """Pre-training as a user runs it: the three entries, what a run leaves, resume, mistakes."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -178,3 +179,18 @@ def test_a_mistake_ends_all_ranks_with_exit_code_2(tmp_path):
     )
     assert done.returncode == 2
     assert "error: --corpus_path nowhere: no such file or folder" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_the_process_that_started_it(tmp_path, end):
+    """Started as a shell starts a job in the background, with SIGINT ignored."""
+    told = ["--model_name", "hong", "--nproc", 2, "--num_steps", 100_000, *SIZES[2:], "--scheduler_num_steps", 0]
+    told += ["--config_file", ROOT / "models/transformer_tiny_config.json"]
+    told += ["--output_dir", tmp_path / "runs", "--cache_dir", tmp_path / "cache"]
+    command = [sys.executable, "pretrain/train.py", *map(str, told)]
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, preexec_fn=ignore, text=True) as run:
+        assert any("step 1/" in line for line in run.stdout)
+        run.send_signal(end)
+        run.stdout.read()  # ends when the last process that writes there has ended
+    assert run.returncode == (143 if end == signal.SIGTERM else -signal.SIGKILL)
