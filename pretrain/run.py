@@ -36,7 +36,7 @@ from pretrain.model import build_module, card, export, load_tokenizer
 from pretrain.objectives import EncoderPretraining
 
 # What a changed value of a resume key comes from.
-CORPUS = "corpus (text, tokenizer, --sentences)"
+CORPUS, ROWS = "corpus (text, tokenizer, --sentences)", "rows of a step (micro batch x accumulation x ranks)"
 
 
 def start(entry: str) -> None:
@@ -87,7 +87,7 @@ def pretrain(
     """Tokenizer, corpus, model, engine, loop, export."""
     checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume)
     if checkpoint and not training.per_device_train_batch_size:
-        training.per_device_train_batch_size = micro_batch_of(checkpoint)
+        training.per_device_train_batch_size = micro_batch_of(checkpoint, training.gradient_accumulation_steps)
     sizes = batch_sizes(training, distributed.world_size())
     settings = check_engine(training, sizes, sharding)
     distributed.seed_everything(training.seed)
@@ -132,11 +132,16 @@ def pretrain(
     distributed.say(str(output_dir / "model"))
 
 
-def micro_batch_of(checkpoint: Path) -> int:
-    """The micro batch of the run that wrote a checkpoint: one that goes on does not look for another."""
-    micro = saved_run(checkpoint).get("sizes", {}).get("micro")
-    require(isinstance(micro, int) and micro > 0, f"{checkpoint}: does not tell its batch; give --train_batch_size")
-    return micro
+def micro_batch_of(checkpoint: Path, accumulation: int) -> int:
+    """The micro batch with which a run goes on from a checkpoint: it does not look for another."""
+    rows, ranks = saved_run(checkpoint).get(ROWS), distributed.world_size()
+    require(isinstance(rows, int) and rows > 0, f"{checkpoint}: does not tell its batch; give --train_batch_size")
+    require(
+        rows % (accumulation * ranks) == 0,
+        f"{checkpoint}: saved with {rows} rows a step, which {ranks} ranks with --gradient_accumulation_steps "
+        f"{accumulation} cannot share; change one of the two",
+    )
+    return rows // (accumulation * ranks)
 
 
 def check_engine(training: PretrainingArguments, sizes: BatchSizes, sharding: Sharding | None) -> EngineSettings:
@@ -219,20 +224,18 @@ def resume_key(
     settings: EngineSettings,
     config: PreTrainedConfig,
 ) -> dict:
-    """What must not change between a run and its resumption: the rows, their order, the batch, the weights."""
+    """What must not change between a run and its resumption: the rows, their order, the batch, the weights. Ranks and
+    ZeRO stage may change where the engine can follow."""
     said = asdict(training) | asdict(corpus)
     named = (
         "seed", "task", "model", "optim", "max_seq_length", "whole_word_mask", "mask_share", "validation_fraction",
-        "max_steps_per_epoch", "gradient_accumulation_steps",
+        "max_steps_per_epoch",
     )  # fmt: skip
-    return (
-        {f"--{name}": said[name] for name in named}
-        | {
-            CORPUS: key_of([shard.folder.name for shard in shards]),
-            "sizes": asdict(sizes),
-            "engine": settings.engine,
-            "ZeRO stage": settings.stage,
-            "dtype": training.dtype,
-        }
-        | {f"{name} of the model": value for name, value in own_values(config).items()}
-    )
+    key = {f"--{name}": said[name] for name in named}
+    key |= {f"{name} of the model": value for name, value in own_values(config).items()}
+    return key | {
+        CORPUS: key_of([shard.folder.name for shard in shards]),
+        ROWS: sizes.global_batch,
+        "engine (entry, --deepspeed_config, --sharding)": settings.engine,
+        "precision (--bf16, --fp16)": training.dtype,
+    }

@@ -111,6 +111,18 @@ def test_a_run_goes_on_with_the_same_architecture_alone(monkeypatch, tmp_path, n
         pretrain(monkeypatch, tmp_path / "runs", *told)
 
 
+def test_a_run_goes_on_with_another_split_of_its_rows_and_not_with_others(monkeypatch, tmp_path):
+    told = ("--dropout", 0)
+    whole = losses(pretrain(monkeypatch, tmp_path / "runs", *told, "--num_steps", 4, model="mix_lm"))
+    pretrain(monkeypatch, tmp_path / "half", *told, "--num_steps", 2, model="mix_lm")
+    again = (*told, "--resume", "auto", "--num_steps", 4)
+    split = ("--train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    found = losses(pretrain(monkeypatch, tmp_path / "half", *again, *split, model="mix_lm"))
+    assert found == pytest.approx(whole, rel=1e-5)
+    with pytest.raises(UserError, match="4, this run has 8"):
+        pretrain(monkeypatch, tmp_path / "half", *again, "--gradient_accumulation_steps", 2, model="mix_lm")
+
+
 def test_a_corpus_of_many_small_files_needs_no_more_open_files_than_are_allowed(monkeypatch, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     (tmp_path / "corpus").mkdir()

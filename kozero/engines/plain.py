@@ -47,7 +47,7 @@ class PlainEngine(TorchEngine):
 
     def load(self, folder: Path) -> None:
         """Every rank reads the files of rank 0, however many they are."""
-        if not (folder / "weights.safetensors").exists():
+        if not (folder / "optimizer.pt").exists():
             raise UserError(f"{folder}: saved by another engine; resume with the one that saved it")
         self.load_weights(folder)
         state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
