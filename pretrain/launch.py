@@ -51,6 +51,9 @@ def run_ranks(main: Callable[[], None], nproc: int) -> None:
         while not ranks.join():
             pass
     except mp.ProcessExitedException as ended:
+        if ended.signal_name not in (None, "SIGTERM"):  # else the rank itself, or who ended us, has told why
+            hint = "; is the memory too small?" if ended.signal_name == "SIGKILL" else ""
+            print(f"error: rank {ended.error_index} was ended by {ended.signal_name}{hint}", file=sys.stderr)
         sys.exit(ended.exit_code if ended.exit_code >= 0 else 128 - ended.exit_code)  # by a signal: as shells say it
     except KeyboardInterrupt:
         wait_for(ranks.processes, GRACE_SECONDS)  # a terminal interrupts them too: let them say where they stand

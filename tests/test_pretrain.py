@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -239,6 +240,21 @@ def test_a_mistake_ends_all_ranks_with_exit_code_2(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == "error: --corpus_path nowhere: no such file or folder\n"
+
+
+def second_is_killed():
+    """What a rank does; the second one is ended as the system ends a process when memory is short."""
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+
+
+def test_a_rank_that_the_system_ends_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        launch.run_ranks(second_is_killed, 2)
+    assert end.value.code == 128 + signal.SIGKILL
+    assert capsys.readouterr().err == "error: rank 1 was ended by SIGKILL; is the memory too small?\n"
 
 
 def endless(folder, start=lambda: None):
