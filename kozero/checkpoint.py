@@ -151,6 +151,8 @@ class Checkpoints:
         found = self.chosen(choice)
         if found is None and (output_dir / "model").exists():
             raise UserError(f"--output_dir {output_dir}: holds a model already; choose another folder")
+        if found is None and choice == "auto":
+            distributed.say(f"--resume auto: no whole checkpoint in {self.folder}, the run begins anew")
         return found
 
     def chosen(self, choice: str | None) -> Path | None:

@@ -103,6 +103,7 @@ class Trainer:
         self.objectives, self.extra, self.lower_is_better = objectives, extra, lower_is_better
         self.total_steps = total_steps(arguments, len(rows), sizes)
         self.lr_at = schedule(arguments, arguments.scheduler_num_steps or self.total_steps)
+        warn_of_endless_warmup(arguments, self.lr_at, self.total_steps)
         self.every = Intervals.of(arguments, self.total_steps)
         self.output_dir = Path(arguments.output_dir)
         self.checkpoints = Checkpoints(self.output_dir, arguments.save_total_limit)
@@ -125,11 +126,20 @@ class Trainer:
                 self.evaluate_and_save(log)  # nothing is left to train, but the scores of these weights are not known
             self.steps(log)
         except KeyboardInterrupt:
-            log.say(f"interrupted at step {self.state.step}; go on with --resume auto")
+            if distributed.is_main():
+                log.say(self.where_interrupted())
             raise
         finally:
             log.close()
         return self.state
+
+    def where_interrupted(self) -> str:
+        """What is kept of a run that ends here, in a line."""
+        newest, step = self.checkpoints.newest(), self.state.step
+        if newest is None:
+            return f"interrupted at step {step}; there is no checkpoint to go on from yet (--save_steps)"
+        lost = step - step_of(newest)
+        return f"interrupted at step {step}; --resume auto goes on from {newest}, steps lost: {lost}"
 
     def steps(self, log: RunLog) -> None:
         """The loop itself."""
@@ -195,6 +205,15 @@ class Trainer:
         best = self.checkpoints.named("best")
         if best and self.state.best_step != self.state.step:
             self.engine.load(best)
+
+
+def warn_of_endless_warmup(arguments: TrainingArguments, lr_at: Callable[[int], float], total_steps: int) -> None:
+    """Tell when the rate still rises after the last update, which is number `total_steps` - 1."""
+    if lr_at(total_steps) > (highest := lr_at(total_steps - 1)):
+        distributed.say(
+            f"warning: --warmup_steps {arguments.warmup_steps:g} is no shorter than the run of {total_steps:,} steps; "
+            f"the rate gets no higher than {highest:.2e} of {arguments.learning_rate:g}: give fewer"
+        )
 
 
 def stop_when_lost(lost: int, stats: StepStats, step: int) -> None:

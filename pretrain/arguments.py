@@ -10,6 +10,7 @@ from pretrain.corpus import SPLITTERS
 
 MODELS = ("transformer", "mix_lm", "causal_lm")
 TASKS = ("mlm_sop", "mlm_ict", "mlm", "clm")
+SCHEDULE_STEPS = 500_000  # of a run that is no longer
 
 
 @dataclass
@@ -23,24 +24,43 @@ class PretrainingArguments(TrainingArguments):
         aliases=["--train_batch_size"],
     )  # fmt: skip
     learning_rate: float = arg(2e-4, "peak learning rate")
+    num_train_epochs: float | None = arg(None, "not for pre-training, which counts updates: see --num_steps")
     max_steps: int = arg(400_000, "optimizer updates in all", aliases=["--num_steps"])
-    scheduler_num_steps: int = arg(
-        500_000, "updates after which the rate is 0; more than --num_steps: it never gets there; 0: as many"
+    scheduler_num_steps: int | None = arg(
+        None,
+        "updates after which the rate is 0; more than --num_steps: it never gets there; 0: as many; default: 500,000, "
+        "or --num_steps where that is more",
     )
     max_steps_per_epoch: int = arg(1000, "updates after which rows are drawn anew from the whole corpus; 0: no limit")
     warmup_steps: float = arg(10_000, "optimizer updates of linear warm-up; below 1: that share of the schedule")
     logging_steps: int = arg(50, "optimizer updates between two points of the curves")
     save_steps: int = arg(50_000, "optimizer updates between two checkpoints; 0: at every evaluation")
     checkpoint: str | None = arg(None, "folder of an exported model to start from, weights only (see also --resume)")
-    nproc: int = arg(0, "ranks to start on this machine; 0: one for each GPU, or one", aliases=["--nproc_per_node"])
+    nproc: int = arg(
+        0, "ranks to start on this machine; 0: one for each GPU, or one; not under torchrun or deepspeed",
+        aliases=["--nproc_per_node"],
+    )  # fmt: skip
     least_batch: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        epochs = self.num_train_epochs
+        require(epochs is None, f"--num_train_epochs {epochs}: pre-training counts updates; give --num_steps instead")
+        if self.scheduler_num_steps is None:
+            self.scheduler_num_steps = max(SCHEDULE_STEPS, self.max_steps)
         super().__post_init__()
         at_least(0, self, "max_steps_per_epoch", "nproc")
         at_least(1, self, "max_steps")
         require(bool(self.model_name), "--model_name: give the run a name")
         require("/" not in self.model_name and self.model_name not in (".", ".."), "--model_name: a name, not a path")
+
+
+@dataclass
+class ZeroArguments(PretrainingArguments):
+    """How a run of the entries that shard without DeepSpeed trains."""
+
+    deepspeed_config: str | None = arg(
+        None, "not for this entry, which shards without DeepSpeed: see pretrain/train.py"
+    )
 
 
 @dataclass
@@ -64,7 +84,11 @@ class CorpusArguments:
     )
     dropout: float | None = arg(None, "replaces the model's dropout rates, 0 to 1")
     max_seq_length: int = arg(128, "tokens of a row")
-    whole_word_mask: bool = arg(False, "hide whole words (eojeol) instead of single tokens")
+    whole_word_mask: bool = arg(
+        False,
+        "hide whole words instead of single tokens: eojeol; with a WordPiece tokenizer a word also ends at a "
+        "punctuation mark",
+    )
     mask_share: float = arg(0.15, "share of the tokens that are hidden")
     validation_fraction: float = arg(0.01, "share of the documents that validates, at the end of each piece; 0: none")
     max_eval_samples: int = arg(1000, "rows to evaluate on at most; 0: all")
@@ -90,7 +114,11 @@ class CorpusArguments:
 class ShardingArguments:
     """How train_zero_two.py shards."""
 
-    zero3: bool = arg(False, "ZeRO-3: parameters are sharded too, and gathered for each use")
+    zero3: bool = arg(
+        False,
+        "ZeRO-3: parameters are sharded too, and gathered for each use; without --auto_wrap all of them at once, "
+        "which takes as much memory as ZeRO-2",
+    )
     auto_wrap: bool = arg(False, "shard layer by layer: less memory (layers that share parameters stay together)")
     sharding: str = arg(
         "torch", "library: torch's fully_shard, or fairscale's FullyShardedDataParallel (needs a GPU)",

@@ -1,15 +1,38 @@
 """One process per GPU (or --nproc processes on a CPU) from one command, unless a launcher has started them already."""
 
+import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from multiprocessing.process import BaseProcess
 
 import torch
 import torch.multiprocessing as mp
 
-from kozero.errors import run_main
+from kozero import distributed
+from kozero.errors import EXIT_INTERRUPTED, GRACE_SECONDS, require, run_main
+
+RANKS_PER_CORE = 4  # more of them is a slip of the keyboard
+
+
+def check_nproc(nproc: int) -> None:
+    """Refuse a number of ranks that this machine cannot run, or that a launcher has decided otherwise."""
+    if "WORLD_SIZE" in os.environ:
+        started = distributed.local_world_size()
+        require(
+            nproc in (0, started),
+            f"--nproc {nproc}: torchrun or deepspeed decides here, ranks of this machine: {started}; leave --nproc out",
+        )
+    elif gpus := torch.cuda.device_count():
+        require(nproc <= gpus, f"--nproc {nproc}: at most one rank a GPU, here {gpus}")
+    else:
+        cores = distributed.usable_cores()
+        most = RANKS_PER_CORE * cores
+        require(nproc <= most, f"--nproc {nproc}: at most {RANKS_PER_CORE} ranks a core, here {most} (cores: {cores})")
 
 
 def run_ranks(main: Callable[[], None], nproc: int) -> None:
@@ -21,14 +44,28 @@ def run_ranks(main: Callable[[], None], nproc: int) -> None:
     wanted = nproc or torch.cuda.device_count() or 1
     if "WORLD_SIZE" in os.environ or wanted == 1:
         run_main(main)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells whom it ends: not for users
     ranks = mp.spawn(one_rank, args=(main, wanted, free_port(), sys.argv), nprocs=wanted, join=False)
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in ranks.processes])
     try:
         while not ranks.join():
             pass
     except mp.ProcessExitedException as ended:
+        if ended.signal_name not in (None, "SIGTERM"):  # else the rank itself, or who ended us, has told why
+            hint = "; is the memory too small?" if ended.signal_name == "SIGKILL" else ""
+            print(f"error: rank {ended.error_index} was ended by {ended.signal_name}{hint}", file=sys.stderr)
         sys.exit(ended.exit_code if ended.exit_code >= 0 else 128 - ended.exit_code)  # by a signal: as shells say it
+    except KeyboardInterrupt:
+        wait_for(ranks.processes, GRACE_SECONDS)  # a terminal interrupts them too: let them say where they stand
+        raise
     sys.exit()  # not by run_main, which would leave the queues of this process behind
+
+
+def wait_for(processes: Iterable[BaseProcess], seconds: float) -> None:
+    """Wait until all have ended, but no longer than some seconds in all."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
 
 
 def one_rank(rank: int, main: Callable[[], None], world_size: int, port: int, argv: list[str]) -> None:
@@ -39,7 +76,17 @@ def one_rank(rank: int, main: Callable[[], None], world_size: int, port: int, ar
     described = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in described.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run_main(main)
+    run_main(partial(end_silently, main))
+
+
+def end_silently(main: Callable[[], None]) -> None:
+    """Run `main`; the process that started this one says for all of them that it was interrupted."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED)
 
 
 def free_port() -> int:

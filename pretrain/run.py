@@ -2,7 +2,6 @@
 the engine. Reads top to bottom: arguments, tokenizer, corpus, model, engine, loop, export."""
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,10 +27,10 @@ from kozero.loop import Trainer
 from kozero.memory import rank_memory
 from kozero.runlog import RunLog
 from models.language_model import own_values
-from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments
+from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
 from pretrain.corpus import Shard
 from pretrain.data import full_rows, held_out_sizes, make_rows, open_shards
-from pretrain.launch import run_ranks
+from pretrain.launch import check_nproc, run_ranks
 from pretrain.model import build_module, card, export, load_tokenizer
 from pretrain.objectives import EncoderPretraining
 
@@ -39,22 +38,26 @@ from pretrain.objectives import EncoderPretraining
 CORPUS, ROWS = "corpus (text, tokenizer, --sentences)", "rows of a step (micro batch x accumulation x ranks)"
 
 
-def start(entry: str) -> None:
-    """Run an entry point: parse, start the ranks, train. `entry` is the file's name without its ending."""
-    run_main(partial(check_then_start, entry))
+def start(entry: str, description: str) -> None:
+    """Run an entry point: parse, start the ranks, train.
+
+    Args: entry: the file's name without its ending; description: what --help says of it.
+    """
+    run_main(partial(check_then_start, entry, description))
 
 
-def check_then_start(entry: str) -> None:
+def check_then_start(entry: str, description: str) -> None:
     """Refuse wrong arguments before any process is started."""
-    training, _, _ = arguments(entry)
+    training, _, _ = arguments(entry, description)
+    check_nproc(training.nproc)
     run_ranks(partial(main, entry), training.nproc)
 
 
-def arguments(entry: str) -> tuple[PretrainingArguments, CorpusArguments, ShardingArguments]:
+def arguments(entry: str, description: str = "") -> tuple[PretrainingArguments, CorpusArguments, ShardingArguments]:
     """The command line of an entry; only train_zero_two.py has arguments about sharding."""
-    classes = [PretrainingArguments, CorpusArguments]
+    classes = [PretrainingArguments if entry == "train" else ZeroArguments, CorpusArguments]
     classes += [ShardingArguments] if entry == "train_zero_two" else []
-    filled = parse_arguments(*classes, prog=f"pretrain/{entry}.py", description=sys.modules[__name__].__doc__)
+    filled = parse_arguments(*classes, prog=f"pretrain/{entry}.py", description=description)
     return filled if len(filled) == 3 else (*filled, ShardingArguments())
 
 

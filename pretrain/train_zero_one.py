@@ -1,4 +1,5 @@
-"""Pre-train under ZeRO-1: fairscale's OSS shards the optimizer states, ShardedDataParallel the reduction.
+"""Pre-train an encoder or a causal language model from text under ZeRO-1: fairscale's OSS shards the optimizer states
+over the ranks, ShardedDataParallel the reduction of the gradients. Example:
 
 python pretrain/train_zero_one.py --model_name hong --corpus_path corpus/
 """
@@ -6,4 +7,4 @@ python pretrain/train_zero_one.py --model_name hong --corpus_path corpus/
 from pretrain.run import start
 
 if __name__ == "__main__":
-    start("train_zero_one")
+    start("train_zero_one", __doc__)

@@ -1,4 +1,5 @@
-"""Pre-train under ZeRO-2, or ZeRO-3 with --zero3: gradients (and parameters) are sharded too.
+"""Pre-train an encoder or a causal language model from text under ZeRO-2, which shards optimizer states and gradients
+over the ranks, or with --zero3 under ZeRO-3, which shards the parameters too. Example:
 
 python pretrain/train_zero_two.py --model_name hong --corpus_path corpus/ --zero3 --auto_wrap
 """
@@ -6,4 +7,4 @@ python pretrain/train_zero_two.py --model_name hong --corpus_path corpus/ --zero
 from pretrain.run import start
 
 if __name__ == "__main__":
-    start("train_zero_two")
+    start("train_zero_two", __doc__)

@@ -38,7 +38,11 @@ def main() -> None:
     require(bool(arguments.files), "--files: name at least one text file")
     smallest = len(SPECIAL[arguments.kind])
     require(arguments.vocab_size > smallest, f"--vocab_size {arguments.vocab_size}: must be above {smallest}")
-    writable_folder("--output_dir", Path(arguments.output_dir))
+    folder = writable_folder("--output_dir", Path(arguments.output_dir))
+    require(
+        not (folder / "tokenizer.json").exists(),
+        f"--output_dir {folder}: holds a tokenizer.json already; choose another folder, or delete the file",
+    )
     tokenizer = KINDS[arguments.kind](lines(arguments.files, arguments.column), arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output_dir)
     sample = next(lines(arguments.files, arguments.column))[:40]

@@ -168,8 +168,13 @@ def test_what_a_killed_save_left_is_written_over(checkpoints):
 # Resuming -----------------------------------------------------------------------------------------------------------
 
 
-def test_auto_without_checkpoints_begins_at_the_beginning(checkpoints):
+def test_auto_without_checkpoints_begins_at_the_beginning_and_says_so(checkpoints, capsys):
     assert checkpoints.to_resume("auto") is None
+    told = f"--resume auto: no whole checkpoint in {checkpoints.folder}, the run begins anew\n"
+    assert capsys.readouterr().out == told
+    save(checkpoints, 10)
+    checkpoints.to_resume("auto")
+    assert capsys.readouterr().out == ""
 
 
 def test_auto_is_the_newest_whole_one(checkpoints):
@@ -276,6 +281,53 @@ def test_a_skipped_update_does_not_advance_the_rate_but_takes_its_rows(tmp_path)
     state = trainer(tmp_path, engine, [0.0] * 6).fit()
     assert engine.rates == pytest.approx([1, 5 / 6, 5 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert (state.step, state.skipped_steps, state.consumed_rows) == (6, 2, 16)
+
+
+class Interrupted(Steps):
+    """An engine in whose fifth step the user ends the run."""
+
+    def train_step(self, micro_batches, lr: float) -> StepStats:
+        if self.done == 4:
+            raise KeyboardInterrupt
+        return super().train_step(micro_batches, lr)
+
+
+@pytest.mark.parametrize(
+    ("every", "told"),
+    [(9, "there is no checkpoint to go on from yet"), (3, "goes on from {}/step-000003, steps lost: 1")],
+)
+def test_an_interrupted_run_tells_what_is_kept_of_it(tmp_path, capsys, every, told):
+    run = trainer(tmp_path, Interrupted(), [], eval_steps=9, save_steps=every)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "interrupted" in line]
+    assert line.startswith("interrupted at step 4; ") and told.format(run.checkpoints.folder) in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "highest"),
+    [
+        ({"warmup_steps": 5}, None),
+        (
+            {"warmup_steps": 6},
+            "--warmup_steps 6 is no shorter than the run of 6 steps; the rate gets no higher than 8.33e-01",
+        ),
+        ({"warmup_steps": 50}, "no higher than 1.00e-01 of 1"),
+        ({"warmup_steps": 0.5, "scheduler_num_steps": 10}, None),
+        ({"warmup_steps": 0.5, "scheduler_num_steps": 20}, "--warmup_steps 0.5 is no shorter than the run of 6 steps"),
+        ({"warmup_steps": 50, "learning_rate": 0.0}, None),
+    ],
+)
+def test_a_warm_up_that_does_not_end_is_told_with_the_highest_rate(tmp_path, capsys, flags, highest):
+    engine = Steps()
+    run = trainer(tmp_path, engine, [0.0] * 6, **flags)
+    told = capsys.readouterr().out
+    assert (highest in told and told.count("\n") == 1) if highest else told == ""
+    run.fit()
+    if highest:
+        assert f"no higher than {max(engine.rates):.2e}" in told
+    else:
+        assert max(engine.rates) == run.arguments.learning_rate
 
 
 def test_a_run_that_only_skips_ends(tmp_path):

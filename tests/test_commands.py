@@ -21,9 +21,10 @@ from finetune.arguments import (
     TrainingDataArguments,
 )
 from kozero.config import parse_arguments
+from kozero.errors import UserError
 from kozero.pause import PauseArguments
 from kozero.plan import ModelShape
-from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments
+from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
 from scripts.train_tokenizer import TokenizerArguments
 from tests.helpers import gpt2_configs
 from tests.ranks import free_port
@@ -39,8 +40,8 @@ ARGUMENTS = {
     ),
     "finetune/generate.py": (generate.GenerationArguments, ModelArguments, PauseArguments),
     "pretrain/train.py": (PretrainingArguments, CorpusArguments),
-    "pretrain/train_zero_one.py": (PretrainingArguments, CorpusArguments),
-    "pretrain/train_zero_two.py": (PretrainingArguments, CorpusArguments, ShardingArguments),
+    "pretrain/train_zero_one.py": (ZeroArguments, CorpusArguments),
+    "pretrain/train_zero_two.py": (ZeroArguments, CorpusArguments, ShardingArguments),
     "scripts/train_tokenizer.py": (TokenizerArguments,),
 }  # fmt: skip
 DS_CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
@@ -199,6 +200,13 @@ def test_a_trained_tokenizer_keeps_kogpt2s_special_tokens_and_round_trips(tmp_pa
     assert tokenizer.convert_tokens_to_ids(names) == [0, 1, 2, 3, 4, 5, 6, 7, 106]
     assert tokenizer.decode(tokenizer.encode(text)).strip() == text
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "<pad>")
+
+
+def test_a_tokenizer_is_not_written_over(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("mine")
+    with pytest.raises(UserError, match=f"--output_dir {tmp_path}: holds a tokenizer.json already; choose another"):
+        trained_tokenizer(monkeypatch, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == "mine"
 
 
 def test_a_wordpiece_tokenizer_has_berts_form(tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """Pre-training as a user runs it: the three entries, what a run leaves, resume, mistakes."""
 
 import json
+import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from kozero.config import BatchSizes
 from kozero.errors import UserError
+from pretrain import launch, train, train_zero_one, train_zero_two
 from pretrain import run as pretraining
 from tests.helpers import ROOT
 
@@ -178,6 +182,7 @@ make = pretraining.make_rows
         (["--scheduler_num_steps", "2"], "must be the run's 4 steps or more"),
         (["--corpus_hub", "owner/none"], "Offline? Give files with --corpus_path"),
         (["--mask_share", "1"], "--mask_share 1.0"),
+        (["--num_train_epochs", "3"], "--num_train_epochs 3.0: pre-training counts updates; give --num_steps"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(monkeypatch, tmp_path, flags, message):
@@ -191,6 +196,62 @@ def test_a_run_needs_a_name(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prog"])
     with pytest.raises(UserError, match="--model_name: give the run a name"):
         pretraining.arguments("train")
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ([], 500_000),
+        (["--num_steps", "600000"], 600_000),
+        (["--num_steps", "200"], 500_000),
+        (["--num_steps", "200", "--scheduler_num_steps", "300"], 300),
+        (["--scheduler_num_steps", "0"], 0),
+    ],
+)
+def test_the_schedule_is_never_shorter_than_the_run(monkeypatch, flags, steps):
+    monkeypatch.setattr(sys, "argv", ["prog", "--model_name", "hong", *flags])
+    assert pretraining.arguments("train")[0].scheduler_num_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (train, "Shards nothing"),
+        (train_zero_one, "under ZeRO-1: fairscale's OSS shards the optimizer states"),
+        (train_zero_two, "under ZeRO-2, which shards optimizer states and gradients"),
+    ],
+)
+def test_help_says_what_an_entry_shards_and_gives_its_command(monkeypatch, capsys, entry, words):
+    name = entry.__name__.split(".")[-1]
+    monkeypatch.setattr(sys, "argv", ["prog", "--help"])
+    with pytest.raises(SystemExit):
+        pretraining.arguments(name, entry.__doc__)
+    shown = " ".join(capsys.readouterr().out.split("options:")[0].split())
+    assert words in shown and f"Example: python pretrain/{name}.py --model_name" in shown
+
+
+@pytest.mark.parametrize(
+    ("gpus", "started", "nproc", "message"),
+    [
+        (0, None, 8, None),
+        (0, None, 9, "--nproc 9: at most 4 ranks a core, here 8 (cores: 2)"),
+        (3, None, 3, None),
+        (3, None, 4, "--nproc 4: at most one rank a GPU, here 3"),
+        (3, 2, 0, None),
+        (0, 2, 2, None),
+        (3, 2, 3, "--nproc 3: torchrun or deepspeed decides here, ranks of this machine: 2; leave --nproc out"),
+    ],
+)
+def test_more_ranks_than_a_machine_can_run_are_refused(monkeypatch, gpus, started, nproc, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(launch.distributed, "usable_cores", lambda: 2)
+    if started:
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(started))
+    if message is None:
+        return launch.check_nproc(nproc)
+    with pytest.raises(UserError, match=re.escape(message)):
+        launch.check_nproc(nproc)
 
 
 def test_batches_of_held_out_rows_are_the_same_on_any_number_of_ranks(monkeypatch, tmp_path):
@@ -230,18 +291,48 @@ def test_a_mistake_ends_all_ranks_with_exit_code_2(tmp_path):
         [sys.executable, "pretrain/train.py", *told], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
-    assert "error: --corpus_path nowhere: no such file or folder" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr == "error: --corpus_path nowhere: no such file or folder\n"
+
+
+def second_is_killed():
+    """What a rank does; the second one is ended as the system ends a process when memory is short."""
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+
+
+def test_a_rank_that_the_system_ends_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        launch.run_ranks(second_is_killed, 2)
+    assert end.value.code == 128 + signal.SIGKILL
+    assert capsys.readouterr().err == "error: rank 1 was ended by SIGKILL; is the memory too small?\n"
+
+
+def endless(folder, start=lambda: None):
+    """A run of two ranks that writes all it says into one pipe, in a process group of its own."""
+    told = ["--model_name", "hong", "--nproc", 2, "--num_steps", 100_000, *SIZES[2:], "--scheduler_num_steps", 0]
+    told += ["--config_file", ROOT / "models/transformer_tiny_config.json", "--eval_steps", 100_000]
+    told += ["--output_dir", folder / "runs", "--cache_dir", folder / "cache"]
+    command = [sys.executable, "pretrain/train.py", *map(str, told)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=start, **pipes)
+
+
+def test_an_interrupt_of_all_ranks_is_told_once(tmp_path):
+    """As a terminal's Ctrl-C, which goes to every process."""
+    with endless(tmp_path) as run:
+        assert any("step 1/" in line for line in run.stdout)
+        os.killpg(run.pid, signal.SIGINT)
+        told = [line for line in run.stdout.read().splitlines() if not line.startswith("step ")]
+    assert run.returncode == 130
+    assert len(told) == 2 and told[0].startswith("interrupted at step ") and told[1] == "interrupted"
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_no_rank_outlives_the_process_that_started_it(tmp_path, end):
     """Started as a shell starts a job in the background, with SIGINT ignored."""
-    told = ["--model_name", "hong", "--nproc", 2, "--num_steps", 100_000, *SIZES[2:], "--scheduler_num_steps", 0]
-    told += ["--config_file", ROOT / "models/transformer_tiny_config.json"]
-    told += ["--output_dir", tmp_path / "runs", "--cache_dir", tmp_path / "cache"]
-    command = [sys.executable, "pretrain/train.py", *map(str, told)]
-    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
-    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, preexec_fn=ignore, text=True) as run:
+    with endless(tmp_path, lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) as run:
         assert any("step 1/" in line for line in run.stdout)
         run.send_signal(end)
         run.stdout.read()  # ends when the last process that writes there has ended

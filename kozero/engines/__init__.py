@@ -70,7 +70,7 @@ def prepare_sharding(arguments: TrainingArguments, sharding: Sharding) -> Engine
     require(
         not arguments.deepspeed_config,
         f"--deepspeed_config {arguments.deepspeed_config}: this entry shards without DeepSpeed; leave it out, or "
-        "use finetune/train.py",
+        "use pretrain/train.py for the stage of the JSON",
     )
     require(
         sharding.engine != "fairscale_fsdp" or torch.cuda.is_available(),
