@@ -75,16 +75,14 @@ def load_checked(auto: Any, config: PreTrainedConfig, name: str, flag: str, is_o
 
 def cannot_load(name: str, flag: str, error: Exception) -> UserError:
     """What to say when a model's folder or the hub does not give what it should."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = f"{type(error).__name__}: {' '.join(lines[:2])}"[:250]
     if isinstance(error, UserError):
         return UserError(f"{flag} {name}: config.json: {error}")
     if Path(name).is_dir():
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {' '.join(lines[:2])}"[:250]
         return UserError(f"{flag} {name}: cannot be loaded ({reason})")
-    if flag == "--checkpoint":
-        return UserError(f"{flag} {name}: no such folder, nor a model of the hub that can be loaded ({reason}). Give "
-                         "the exported model of a run, RUN/model")  # fmt: skip
-    return UserError(f"{flag} {name}: cannot be loaded ({reason}). {OFFLINE}")
+    way_out = "Give the exported model of a run, RUN/model" if flag == "--checkpoint" else OFFLINE
+    return UserError(f"{flag} {name}: no such folder, nor can it be had from the hub ({first_line(error)}). {way_out}")
 
 
 def build_or_refuse(build: Callable[[], Model], path: str) -> Model:
