@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune.arguments import ModelArguments, ReadingArguments
 from finetune.data import SAMPLE_TOKENIZER
@@ -45,13 +45,6 @@ class EncoderModel:
     def routes(self) -> bool:
         """Whether it is a Switch transformer, which has two losses of its own."""
         return hasattr(self.encoder.config, "capacity_factor")
-
-    @property
-    def shape(self) -> dict[str, int | str]:
-        """Sizes and choices of the architecture by their names in config.json."""
-        values = self.encoder.config.to_dict()
-        own = values.keys() - PreTrainedConfig().to_dict().keys() | {"model_type"}
-        return {name: values[name] for name in sorted(own) if isinstance(values[name], int | str)}
 
     def export(self, folder: Path, state: dict[str, torch.Tensor], card: str) -> None:
         """Write the folder that `load` reads.

@@ -17,6 +17,7 @@ from finetune.encoder import EncoderTask, Found
 from finetune.questions import QuestionSet, QuestionStore
 from kozero import distributed
 from kozero.config import BatchSizes
+from kozero.contrast import in_batch_logits
 from kozero.data.batch import Batch, padded
 from kozero.data.framing import Framing
 from kozero.data.order import Order, OrderedRows
@@ -76,12 +77,8 @@ def in_batch_loss(queries: torch.Tensor, passages: torch.Tensor, numbers: torch.
 
     Args: passages: (B, H); numbers: (B,) of the passages.
     """
-    everything, first = distributed.gather_rows(passages)
-    all_numbers, _ = distributed.gather_rows(numbers)
-    own = first + torch.arange(len(queries), device=queries.device)
-    logits = queries.float() @ everything.float().T / queries.shape[-1] ** 0.5  # (B, world * B)
-    same = (numbers[:, None] == all_numbers[None]).scatter(1, own[:, None], False)
-    return F.cross_entropy(logits.masked_fill(same, -torch.inf), own, reduction="sum")
+    logits, own = in_batch_logits(queries, passages, numbers)
+    return F.cross_entropy(logits, own, reduction="sum")
 
 
 @dataclass

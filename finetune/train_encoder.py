@@ -22,7 +22,7 @@ from kozero.folder import write_text
 from kozero.loop import Trainer
 from kozero.runlog import RunLog
 from models.heads import ROUTER
-from models.language_model import checkpoint_activations
+from models.language_model import checkpoint_activations, own_values
 
 ENCODER_TRAINING: dict[str, type[EncoderTask]] = {"mrc": Reading, "ict": Retrieval}
 NEXT = {
@@ -66,7 +66,7 @@ def train_encoder(
     run = describe_run(training, model_arguments, data, reading)
     same = resume_key(
         setting, run["arguments"], kind.row_arguments,
-        {DATA: store.folder.name, LENGTH: learner.capacity, "model sizes": model.shape},
+        {DATA: store.folder.name, LENGTH: learner.capacity, "model sizes": own_values(model.encoder.config)},
     )  # fmt: skip
     objectives = (kind.objective, *(ROUTER if model.routes else ()))
     trainer = Trainer(engine, rows, training, setting.sizes, evaluate, task.best_score, same, objectives)

@@ -18,6 +18,7 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -247,6 +248,14 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass; transformers renamed the call in 5.23."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def own_values(config: PreTrainedConfig) -> dict[str, int | float | str]:
+    """Sizes and choices of an architecture by their names in config.json, without dropout rates."""
+    values = config.to_dict()
+    own = values.keys() - PreTrainedConfig().to_dict().keys() | {"model_type"}
+    kept = (name for name in sorted(own) if "drop" not in name and isinstance(values[name], int | float | str))
+    return {name: values[name] for name in kept}
 
 
 def set_dropout(lm: GPT2LMHeadModel, rate: float) -> None:

@@ -40,18 +40,20 @@ class Chunks:
         return self.units[self.chunks[numbers + 1]] - self.units[self.chunks[numbers]]
 
 
-def num_held_out(num_documents: int, fraction: float) -> int:
-    """Documents at the end of a shard that validate: none of a single one."""
-    return min(num_documents - 1, int(np.ceil(fraction * num_documents))) if num_documents > 1 else 0
+def held_out_documents(counts: Sequence[int], fraction: float) -> list[int]:
+    """How many documents at the end of each shard validate, given how many it has: `fraction` of all, rounded up and
+    spread evenly over the corpus; the first document of a corpus never does."""
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    so_far = np.minimum(np.ceil(fraction * ends), np.maximum(ends - 1, 0)).astype(int)
+    return np.diff(so_far).tolist()
 
 
-def cut(shard: Shard, room: int, fraction: float) -> Chunks:
-    """The chunks of a shard, cut once and kept beside it."""
+def cut(shard: Shard, room: int, held_out: int) -> Chunks:
+    """The chunks of a shard, cut once and kept beside it; its last `held_out` documents validate."""
     folder = build_once(
         shard.folder.parent, f"{shard.folder.name}-{room}", is_whole, partial(write_cut, shard=shard, room=room)
     )
     units, chunks, documents = (np.load(folder / name, mmap_mode="r") for name in CUT_FILES)
-    held_out = num_held_out(shard.num_documents, fraction)
     return Chunks(shard, units, chunks, int(documents[shard.num_documents - held_out]))
 
 
@@ -99,16 +101,15 @@ class Blocks:
     shard: Shard
     size: int
     separator: int
-    fraction: float
+    held_out: int  # documents at the end that validate
     ends: np.ndarray = field(init=False)  # (D + 1,) places in the stream where documents begin
     bounds: tuple[int, int, int] = field(init=False)  # places of the first token, the first held-out one, the end
 
     def __post_init__(self) -> None:
         places = np.asarray(self.shard.sentences)[np.asarray(self.shard.documents)]
         ends = places + np.arange(len(places))
-        held_out = num_held_out(self.shard.num_documents, self.fraction)
         object.__setattr__(self, "ends", ends)
-        object.__setattr__(self, "bounds", (0, int(ends[len(ends) - 1 - held_out]), int(ends[-1])))
+        object.__setattr__(self, "bounds", (0, int(ends[len(ends) - 1 - self.held_out]), int(ends[-1])))
 
     @property
     def num_train(self) -> int:

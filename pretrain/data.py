@@ -1,9 +1,11 @@
 """From the arguments to rows: the corpus tokenised and cut, its held-out part, the names of what is learned."""
 
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from kozero import distributed
@@ -12,7 +14,7 @@ from kozero.data.batch import Rows
 from kozero.data.order import Order
 from kozero.errors import require
 from pretrain.arguments import CorpusArguments, PretrainingArguments
-from pretrain.chunks import Blocks, Numbered, cut
+from pretrain.chunks import Blocks, Numbered, cut, held_out_documents
 from pretrain.corpus import (
     SPLITTERS,
     HubPiece,
@@ -28,6 +30,8 @@ from pretrain.full import FullBlockRows, FullEncoderRows
 from pretrain.rows import BlockRows, EncoderRows, Masking, Tokens, num_special
 
 SAMPLE_CORPUS = Path(__file__).parent.parent / "sample_data" / "corpus"
+FILES_OF_A_SHARD, OTHER_FILES = 6, 512  # that are open at once
+EVAL_ROWS = 32  # of a held-out batch over all ranks
 VALIDATION_SEED = 0  # whatever the run's: the held-out scores of two runs are comparable
 
 
@@ -48,16 +52,28 @@ def open_shards(arguments: CorpusArguments, tokenizer: Any) -> list[Shard]:
         )
     cache = Path(arguments.cache_dir).expanduser()
     names = distributed.once_a_machine(lambda: build_shards(arguments, tokenizer, cache))
+    allow_open_files(FILES_OF_A_SHARD * len(names) + OTHER_FILES)
     shards = [Shard.open(cache / name) for name in names]
-    counts = [sum(len(part) for part in parts) for parts in zip(*map(sizes_of, shards), strict=True)]
-    distributed.say("corpus: {:,} documents, {:,} sentences, {:,} tokens".format(*counts))
-    require(counts[2] > 0, f"{arguments.corpus_path or arguments.corpus_hub}: no text in it")
+    counts = np.array([(s.num_documents, len(s.sentences) - 1, s.sentences[-1]) for s in shards]).reshape(-1, 3).sum(0)
+    named = f"--corpus_hub {arguments.corpus_hub}" if arguments.corpus_hub else f"--corpus_path {arguments.corpus_path}"
+    require(counts[2] > 0, f"{named}: no text in it")
+    num_held_out = sum(held_out_documents([s.num_documents for s in shards], arguments.validation_fraction))
+    distributed.say(
+        f"corpus: {counts[0]:,} documents ({num_held_out:,} held out), {counts[1]:,} sentences, {counts[2]:,} tokens"
+    )
     return shards
 
 
-def sizes_of(shard: Shard) -> tuple:
-    """What is counted of a shard."""
-    return range(shard.num_documents), range(len(shard.sentences) - 1), range(int(shard.sentences[-1]))
+def allow_open_files(num: int) -> None:
+    """Raise this process's limit of open files: a map holds its file.
+
+    Raises: UserError where the system's own limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = hard == resource.RLIM_INFINITY or num <= hard
+    require(enough, f"the corpus needs {num:,} open files and {hard:,} are allowed; join small files into larger ones")
+    if soft != resource.RLIM_INFINITY and soft < num:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num, hard))
 
 
 def find_pieces(arguments: CorpusArguments) -> list[Piece | HubPiece]:
@@ -78,12 +94,13 @@ def build_shards(arguments: CorpusArguments, tokenizer: Any, cache: Path) -> lis
 
 def number_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any) -> tuple[Numbered, Numbered]:
     """The corpus cut into rows: those to train on, those held out."""
-    length, fraction = corpus.max_seq_length, corpus.validation_fraction
+    length, documents = corpus.max_seq_length, [shard.num_documents for shard in shards]
+    ends = list(zip(shards, held_out_documents(documents, corpus.validation_fraction), strict=True))
     if corpus.task == "clm":
-        parts = [Blocks(shard, length, tokenizer.eos_token_id, fraction) for shard in shards]
+        parts = [Blocks(shard, length, tokenizer.eos_token_id, num) for shard, num in ends]
     else:
         room = length - num_special(corpus.task)
-        parts = distributed.machine_first(lambda: [cut(shard, room, fraction) for shard in shards])
+        parts = distributed.machine_first(lambda: [cut(shard, room, num) for shard, num in ends])
     train, held_out = (Numbered(parts, held_out=held) for held in (False, True))
     require(len(train) > 0, "the corpus has no document left to train on; lower --validation_fraction")
     return train, held_out
@@ -118,11 +135,16 @@ def make_rows(
         masking = Masking(Tokens.of(tokenizer), corpus.mask_share, corpus.whole_word_mask)
         return EncoderRows(numbered, order, masking, corpus.task, router, length)
 
+    eval_rows = held_out_sizes(training, sizes.world_size).global_batch
     limit = training.max_steps_per_epoch * sizes.global_batch or len(train)
-    validation = (
-        rows(held_out, sizes.micro * sizes.world_size, VALIDATION_SEED, len(held_out)) if len(held_out) else None
-    )
+    validation = rows(held_out, eval_rows, VALIDATION_SEED, len(held_out)) if len(held_out) else None
     objectives = (*corpus.task.split("_"), *(("balance", "router_z") if router else ()))
     return PretrainingData(
         rows(train, sizes.global_batch, training.seed, min(limit, len(train))), validation, objectives
     )
+
+
+def held_out_sizes(training: PretrainingArguments, world_size: int) -> BatchSizes:
+    """How held-out rows are dealt out: EVAL_ROWS in a batch over all ranks unless --eval_batch_size says otherwise. A
+    passage is told apart from the others of its batch, so scores are comparable where this is the same."""
+    return BatchSizes(training.per_device_eval_batch_size or -(-EVAL_ROWS // world_size), 1, world_size)

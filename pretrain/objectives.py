@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kozero.distributed import gather_rows
+from kozero.contrast import in_batch_logits
 from kozero.pause import IGNORE
 from models.heads import PositionPool, router_sums
 
@@ -70,6 +70,7 @@ class EncoderPretraining(nn.Module):
         query_ids: torch.Tensor | None = None,
         query_mask: torch.Tensor | None = None,
         has_query: torch.Tensor | None = None,
+        passage: torch.Tensor | None = None,
         score: bool = False,
     ) -> torch.Tensor:
         """Sums of the losses, in nats, router losses weighted.
@@ -77,7 +78,8 @@ class EncoderPretraining(nn.Module):
         Args:
             input_ids, attention_mask, token_type_ids: (B, T).
             target_index, target_ids: (N,) places in the flattened (B * T) positions and the tokens hidden there.
-            swapped: (B,) 1, 0 or IGNORE (SOP). query_ids, query_mask: (B, Q), has_query: (B,) (ICT).
+            swapped: (B,) 1, 0 or IGNORE (SOP).
+            query_ids, query_mask: (B, Q); has_query: (B,); passage: (B,) its number (ICT, Lee et al. 2019, equation 5).
             score: count right answers too.
 
         Returns: (K,) sums of [mlm, sop or ict, balance, router z]; with `score` (2, K): the sums, and how many are
@@ -92,20 +94,14 @@ class EncoderPretraining(nn.Module):
         if query_ids is not None:
             query = self.encoder(query_ids, attention_mask=query_mask, token_type_ids=torch.zeros_like(query_ids))
             queries = self.pool(query.last_hidden_state, query_mask)
-            parts.append(match(queries, self.pool(hidden, attention_mask), has_query))
+            logits, own = in_batch_logits(queries, self.pool(hidden, attention_mask), passage)
+            parts.append(summed(logits, own.masked_fill(~has_query, IGNORE)))
             routing.append(router_sums(query, query_mask))
         if out.router_losses is not None:
             self.statistics = {"expert_load": out.expert_load.detach(), "dropped": out.dropped.detach()}
         parts += [(sum(losses), input_ids.new_zeros(())) for losses in zip(*routing, strict=True)]
         sums, right = (torch.stack([part[k].float() for part in parts]) for k in (0, 1))
         return torch.stack([sums, right]) if score else sums
-
-
-def match(queries: torch.Tensor, passages: torch.Tensor, has_query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each of (B, H) queries against the passages of all ranks (inverse cloze task, Lee et al. 2019, equation 5)."""
-    everything, first = gather_rows(passages)
-    labels = torch.where(has_query, first + torch.arange(len(queries), device=queries.device), IGNORE)
-    return summed(queries.float() @ everything.float().T / queries.shape[-1] ** 0.5, labels)
 
 
 def summed(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from kozero.data.batch import Batch, padded
 from kozero.data.batches import PackedBatch, Text, collate
 from kozero.data.framing import Framing
-from kozero.data.order import Order, OrderedRows
+from kozero.data.order import ABSENT, Order, OrderedRows
 from kozero.errors import require
 from kozero.pause import IGNORE
 from pretrain.chunks import Numbered
@@ -140,8 +140,8 @@ class EncoderRows(OrderedRows):
 
     def batch(self, places: Sequence[int]) -> Batch:
         """One forward pass over the rows at some places."""
-        samples = [self.sample(place) for place in places]
-        most = self.max_seq_length
+        samples = [self.sample(place) if place != ABSENT else self.nothing() for place in places]
+        numbers, most = self.numbers(places), self.max_seq_length
         ids, mask = padded([sample.ids for sample in samples], most)
         predicts, _ = padded([sample.predicts for sample in samples], most, IGNORE)
         index = np.flatnonzero(predicts != IGNORE)
@@ -157,15 +157,20 @@ class EncoderRows(OrderedRows):
             inputs["swapped"] = np.array([sample.swapped for sample in samples])
             counts.append(int((inputs["swapped"] != IGNORE).sum()))
         if self.task == "mlm_ict":
-            empty, _ = self.masking.tokens.framing(np.array([], dtype=np.int64))
-            queries = [empty if sample.query is None else sample.query for sample in samples]
+            queries = [self.nothing().ids if sample.query is None else sample.query for sample in samples]
             inputs["query_ids"], inputs["query_mask"] = padded(queries, most)
+            inputs["passage"] = numbers
             inputs["has_query"] = np.array([sample.query is not None for sample in samples])
             counts.append(int(inputs["has_query"].sum()))
         routed = int(mask.sum() + inputs.get("query_mask", mask[:0]).sum())
         counts += [routed] * 2 if self.router else []
         tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        return Batch(tensors, tuple(counts), int(self.lengths(self.numbers(places)).sum()))
+        return Batch(tensors, tuple(counts), int(self.lengths(numbers[numbers >= 0]).sum()))
+
+    def nothing(self) -> Sample:
+        """A row without text, of which nothing is learned."""
+        ids, types = self.masking.tokens.framing(np.array([], dtype=np.int64))
+        return Sample(ids, types, np.full(len(ids), IGNORE))
 
     def sample(self, place: int) -> Sample:
         """The row at a place of the stream."""
@@ -204,7 +209,9 @@ class BlockRows(OrderedRows):
 
     def batch(self, places: Sequence[int]) -> PackedBatch:
         """One forward pass over the rows at some places."""
-        return collate([self.texts(self.order[place]) for place in places], self.size)
+        return collate(
+            [self.texts(number) if number >= 0 else [] for number in self.numbers(places).tolist()], self.size
+        )
 
     def texts(self, row: int) -> list[Text]:
         """The documents' parts of a block."""

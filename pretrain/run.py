@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from kozero import distributed
 from kozero.batch_search import Prober, largest_micro_batch
 from kozero.checkpoint import Checkpoints, random_state, restore_random_state, saved_run
 from kozero.config import BatchSizes, batch_sizes, describe_run, parse_arguments
-from kozero.data.batch import Rows
+from kozero.data.batch import Rows, deal
+from kozero.data.order import ABSENT, OrderedRows
+from kozero.data.store import key_of
 from kozero.ds_config import resolve
 from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
 from kozero.engines.base import Engine
@@ -24,12 +27,16 @@ from kozero.folder import claim_output, save_run
 from kozero.loop import Trainer
 from kozero.memory import rank_memory
 from kozero.runlog import RunLog
+from models.language_model import own_values
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments
 from pretrain.corpus import Shard
-from pretrain.data import full_rows, make_rows, open_shards
+from pretrain.data import full_rows, held_out_sizes, make_rows, open_shards
 from pretrain.launch import run_ranks
 from pretrain.model import build_module, card, export, load_tokenizer
 from pretrain.objectives import EncoderPretraining
+
+# What a changed value of a resume key comes from.
+CORPUS = "corpus (text, tokenizer, --sentences)"
 
 
 def start(entry: str) -> None:
@@ -87,7 +94,8 @@ def pretrain(
     tokenizer = load_tokenizer(corpus)
     module = build_module(training, corpus, tokenizer)
     shards = open_shards(corpus, tokenizer)
-    router = hasattr(getattr(getattr(module, "encoder", None), "config", None), "capacity_factor")
+    config = module.lm.config if corpus.task == "clm" else module.encoder.config
+    router = hasattr(config, "capacity_factor")
     if not sizes.micro:
         build = partial(build_module, training, corpus, tokenizer)
         module = find_batch(module, build, full_rows(shards, corpus, tokenizer, router), training, settings)
@@ -97,11 +105,13 @@ def pretrain(
     engine = build_engine(module, training, settings)
 
     def evaluate(log: RunLog, step: int) -> dict[str, float]:
-        return held_out_scores(engine, data.validation, corpus.max_eval_samples, sizes, data.objectives)
+        eval_sizes = held_out_sizes(training, sizes.world_size)
+        return held_out_scores(engine, data.validation, corpus.max_eval_samples, eval_sizes, data.objectives)
 
     run = describe_run(training, corpus, wanted)
     trainer = Trainer(
-        engine, data.training, training, sizes, evaluate, "loss", resume_key(run, shards, sizes, settings),
+        engine, data.training, training, sizes, evaluate, "loss",
+        resume_key(training, corpus, shards, sizes, settings, config),
         data.objectives, partial(router_statistics, module), lower_is_better=True,
     )  # fmt: skip
     if checkpoint:
@@ -162,18 +172,18 @@ def find_batch(
 
 
 def held_out_scores(
-    engine: Engine, rows: Rows | None, limit: int, sizes: BatchSizes, objectives: tuple[str, ...]
+    engine: Engine, rows: OrderedRows | None, limit: int, sizes: BatchSizes, objectives: tuple[str, ...]
 ) -> dict[str, float]:
-    """Losses in nats and shares of right answers on held-out rows. Collective."""
+    """Losses in nats and shares of right answers on held-out rows, each counted once. Collective."""
     if rows is None:
         return {}
-    sizes = BatchSizes(sizes.micro, 1, sizes.world_size)
     num = min(limit or len(rows), len(rows))
     asked = {"score": True} if isinstance(engine.module, EncoderPretraining) else {}
     total = torch.zeros(3, len(objectives), dtype=torch.float64)
     with engine.evaluating() as module:
         for start in range(0, num, sizes.global_batch):
-            (batch,) = rows.step(start, sizes, distributed.rank())
+            (places,) = deal(start, sizes, distributed.rank())
+            batch = rows.batch([place if place < num else ABSENT for place in places])
             inputs = batch.to(distributed.device())
             found = module(**inputs, **asked).double().cpu().view(-1, len(objectives))
             total[: len(found)] += found
@@ -201,16 +211,28 @@ def router_statistics(module: nn.Module) -> dict[str, float]:
     }
 
 
-def resume_key(run: dict, shards: list[Shard], sizes: BatchSizes, settings: EngineSettings) -> dict:
+def resume_key(
+    training: PretrainingArguments,
+    corpus: CorpusArguments,
+    shards: list[Shard],
+    sizes: BatchSizes,
+    settings: EngineSettings,
+    config: PreTrainedConfig,
+) -> dict:
     """What must not change between a run and its resumption: the rows, their order, the batch, the weights."""
+    said = asdict(training) | asdict(corpus)
     named = (
         "seed", "task", "model", "optim", "max_seq_length", "whole_word_mask", "mask_share", "validation_fraction",
         "max_steps_per_epoch", "gradient_accumulation_steps",
     )  # fmt: skip
-    return {name: run["arguments"][name] for name in named} | {
-        "corpus": [shard.folder.name for shard in shards],
-        "sizes": asdict(sizes),
-        "engine": settings.engine,
-        "zero_stage": settings.stage,
-        "dtype": "bf16" if run["arguments"]["bf16"] else "fp16" if run["arguments"]["fp16"] else "fp32",
-    }
+    return (
+        {f"--{name}": said[name] for name in named}
+        | {
+            CORPUS: key_of([shard.folder.name for shard in shards]),
+            "sizes": asdict(sizes),
+            "engine": settings.engine,
+            "ZeRO stage": settings.stage,
+            "dtype": training.dtype,
+        }
+        | {f"{name} of the model": value for name, value in own_values(config).items()}
+    )

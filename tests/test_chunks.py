@@ -8,7 +8,7 @@ import pytest
 
 from kozero.data.order import GROUPS, Order
 from pretrain import chunks
-from pretrain.chunks import Blocks, Chunks, Numbered, cut, num_held_out
+from pretrain.chunks import Chunks, Numbered, held_out_documents
 from pretrain.corpus import Shard
 
 SEPARATOR = 7
@@ -25,6 +25,14 @@ def shard_of(documents: list[list[int]], folder: Path = Path("none"), first: int
         np.cumsum([0, *lengths], dtype=np.int64),
         np.cumsum([0, *map(len, documents)], dtype=np.int64),
     )
+
+
+def cut(shard: Shard, room: int, fraction: float) -> Chunks:
+    return chunks.cut(shard, room, *held_out_documents([shard.num_documents], fraction))
+
+
+def blocks_of(shard: Shard, size: int, separator: int, fraction: float) -> chunks.Blocks:
+    return chunks.Blocks(shard, size, separator, *held_out_documents([shard.num_documents], fraction))
 
 
 def random_documents(seed: int, num: int = 30, longest: int = 30) -> list[list[int]]:
@@ -114,13 +122,24 @@ def test_the_last_documents_are_held_out(tmp_path, documents, fraction):
     [(0, 0.5, 0), (1, 0.9, 0), (2, 0.01, 1), (100, 0.01, 1), (101, 0.01, 2), (5, 0.99, 4), (9, 0.0, 0)],
 )
 def test_so_many_documents_are_held_out(num_documents, fraction, num):
-    assert num_held_out(num_documents, fraction) == num
+    assert held_out_documents([num_documents], fraction) == [num]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.999])
+@pytest.mark.parametrize("counts", [[1] * 200, [2] * 40, [7, 0, 1, 92, 100], [0, 1]])
+def test_shards_of_few_documents_hold_out_the_share_of_all(counts, fraction):
+    held = held_out_documents(counts, fraction)
+    total = sum(counts)
+    assert sum(held) == min(int(np.ceil(fraction * total)), total - 1)
+    assert all(0 <= part <= whole for part, whole in zip(held, counts, strict=True))
+    so_far = np.cumsum(held) - fraction * np.cumsum(counts)
+    assert (np.abs(so_far) <= 1).all() or fraction > 0.9  # as evenly as whole documents can be
 
 
 def test_a_shard_without_documents_has_no_rows(tmp_path):
     parts = cut(shard_of([], tmp_path / "shard"), 8, 0.5)
     assert (len(all_of(parts)), parts.num_train) == (0, 0)
-    blocks = Blocks(shard_of([]), 8, SEPARATOR, 0.5)
+    blocks = blocks_of(shard_of([]), 8, SEPARATOR, 0.5)
     assert (len(blocks), blocks.num_train) == (0, 0)
 
 
@@ -168,7 +187,7 @@ BLOCKS = [(size, fraction) for size in (1, 2, 5, 16, 10_000) for fraction in (0.
 @pytest.mark.parametrize(("size", "fraction"), BLOCKS)
 def test_blocks_are_the_stream_cut_at_every_so_many_tokens(documents, size, fraction):
     shard = shard_of(documents)
-    blocks = Blocks(shard, size, SEPARATOR, fraction)
+    blocks = blocks_of(shard, size, SEPARATOR, fraction)
     expected = []
     for stream in streams(shard, fraction):
         expected.append([stream[k : k + size] for k in range(0, len(stream), size)])
@@ -186,7 +205,7 @@ def test_blocks_are_the_stream_cut_at_every_so_many_tokens(documents, size, frac
 def test_each_token_but_the_first_of_its_document_is_predicted_once(documents, size, fraction):
     """Ids are places, so a token tells where it stands; a separator follows the last one of its document."""
     shard = shard_of(documents)
-    blocks = Blocks(shard, size, SEPARATOR, fraction)
+    blocks = blocks_of(shard, size, SEPARATOR, fraction)
     bounds = (0, blocks.num_train, len(blocks))
     for (first, last), stream in zip(pairwise(bounds), streams(shard, fraction), strict=True):
         pairs = []
@@ -198,7 +217,7 @@ def test_each_token_but_the_first_of_its_document_is_predicted_once(documents, s
 
 
 def test_blocks_by_hand():
-    blocks = Blocks(shard_of([[2, 2], [1]], first=10), 3, SEPARATOR, 0.0)  # 10 11 12 | 13 7 14 | 7
+    blocks = blocks_of(shard_of([[2, 2], [1]], first=10), 3, SEPARATOR, 0.0)  # 10 11 12 | 13 7 14 | 7
     found = [[(ids.tolist(), following.tolist()) for ids, following in blocks[n]] for n in range(len(blocks))]
     assert found == [[([10, 11, 12], [11, 12, 13])], [([13, 7], [7]), ([14], [7])], [([7], [])]]
 
@@ -206,13 +225,13 @@ def test_blocks_by_hand():
 # Several shards ----------------------------------------------------------------------------------------------------
 
 
-def shards_for_numbers(kind: str, folder: Path) -> list[Chunks | Blocks]:
+def shards_for_numbers(kind: str, folder: Path) -> list[Chunks | chunks.Blocks]:
     """Shards of which the first, one in the middle and the last are empty, and some have one document."""
     sizes = [0, 12, 1, 0, 0, 30, 2, 0]
     made = [shard_of(random_documents(k, num), folder / str(k), 10_000 * k + 100) for k, num in enumerate(sizes)]
     if kind == "chunks":
         return [cut(shard, 13, 0.2) for shard in made]
-    return [Blocks(shard, 13, SEPARATOR, 0.2) for shard in made]
+    return [blocks_of(shard, 13, SEPARATOR, 0.2) for shard in made]
 
 
 def tokens_of(row: list, kind: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Pre-training as a user runs it: the three entries, what a run leaves, resume, mistakes."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,45 @@ def test_recomputed_activations_change_nothing(monkeypatch, tmp_path, model):
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", count)
     assert losses(pretrain(monkeypatch, tmp_path / "again", "--gradient_checkpointing", model=model)) == kept
     assert calls
+
+
+@pytest.mark.parametrize("task", ["mlm_sop", "mlm_ict"])
+def test_held_out_scores_do_not_depend_on_the_batch(monkeypatch, tmp_path, task):
+    """Each row counts once, beside the same others, however many are trained on at once."""
+    last = []
+    for rows in (2, 5, 64):  # fewer and more than are held out
+        told = ("--task", task, "--learning_rate", 0, "--train_batch_size", rows, "--validation_fraction", 0.3)
+        folder = pretrain(monkeypatch, tmp_path / str(rows), *told, "--max_eval_samples", 0, model="mix_lm")
+        last.append({name: value for name, value in points(folder)[-1].items() if name.startswith("eval/")})
+    for scores in last[1:]:
+        assert scores == pytest.approx(last[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("act_fn", "relu"), ("num_heads", 4), ("causal", True), ("capacity_factor", 2.0)]
+)
+def test_a_run_goes_on_with_the_same_architecture_alone(monkeypatch, tmp_path, name, value):
+    shipped = ROOT / "models/transformer_tiny_config.json"
+    pretrain(monkeypatch, tmp_path / "runs", "--task", "mlm")
+    (tmp_path / "other.json").write_text(json.dumps(json.loads(shipped.read_text()) | {name: value}))
+    told = ("--task", "mlm", "--resume", "auto", "--num_steps", 6, "--config_file", tmp_path / "other.json")
+    with pytest.raises(UserError, match=f"{name} of the model"):
+        pretrain(monkeypatch, tmp_path / "runs", *told)
+
+
+def test_a_corpus_of_many_small_files_needs_no_more_open_files_than_are_allowed(monkeypatch, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    (tmp_path / "corpus").mkdir()
+    for k in range(60):
+        (tmp_path / f"corpus/{k}.txt").write_text(f"{k}번째 글입니다.\n둘째 줄도 있습니다.\n", encoding="utf-8")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+        pretrain(monkeypatch, tmp_path / "runs", "--corpus_path", tmp_path / "corpus")
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 300))
+        with pytest.raises(UserError, match="872 open files and 300 are allowed; join small files"):
+            pretrain(monkeypatch, tmp_path / "more", "--corpus_path", tmp_path / "corpus")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_run_may_start_from_the_weights_of_another(monkeypatch, tmp_path):

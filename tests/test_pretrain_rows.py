@@ -498,7 +498,7 @@ def test_tokens_of_a_step_are_those_of_the_corpus_over_all_ranks(task):
 def block_rows(documents: list[list[int]], size: int) -> BlockRows:
     places = np.cumsum([0, *map(len, documents)])
     shard = Shard(None, np.concatenate(documents).astype(np.uint16), places, np.arange(len(documents) + 1))
-    blocks = Numbered([Blocks(shard, size, SEP, 0.0)], held_out=False)
+    blocks = Numbered([Blocks(shard, size, SEP, 0)], held_out=False)
     return BlockRows(blocks, Order(len(blocks), len(blocks), 8, 3, blocks.lengths), size)
 
 

@@ -81,6 +81,9 @@ class Order:
         return np.concatenate([moved.ravel(), rows[whole:]])
 
 
+ABSENT = -1  # the place of no row: fills the last batch of an evaluation
+
+
 class OrderedRows(ABC):
     """The Rows (see kozero/data/batch.py) that an Order picks from numbered ones."""
 
@@ -98,8 +101,8 @@ class OrderedRows(ABC):
         return int(self.lengths(self.numbers(range(consumed, consumed + group))).sum())
 
     def numbers(self, places: Sequence[int]) -> np.ndarray:
-        """(N,) numbers of the rows at some places of the stream."""
-        return np.array([self.order[place] for place in places])
+        """(N,) numbers of the rows at some places of the stream, -1 at ABSENT ones."""
+        return np.array([self.order[place] if place != ABSENT else -1 for place in places], dtype=np.int64)
 
     @abstractmethod
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
