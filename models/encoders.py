@@ -7,10 +7,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from kozero.errors import UserError, nearest
-from models.language_model import first_line, read_model_json, require_folder, save_folder
+from kozero.errors import UserError, first_line, nearest
+from models.language_model import read_model_json, save_folder
+from models.loading import build_or_refuse, load_any_config, load_checked
 from models.mix_lm import MixLmConfig, MixLmEncoder
 from models.transformer import TransformerConfig, TransformerEncoder
 
@@ -49,43 +50,51 @@ def read_encoder_config(path: Path, name: str, tokenizer: PreTrainedTokenizerFas
         if key not in known:
             raise UserError(f"--config_file {path}: unknown key {key!r}{nearest(key, known)}")
     values["vocab_size"] = len(tokenizer)
-    if tokenizer.pad_token_id is not None:
-        values["pad_token_id"] = tokenizer.pad_token_id
+    values["pad_token_id"] = padding_of(tokenizer)
     try:
-        return kind(**values)
+        config = kind(**values)
     except UserError as error:
         raise UserError(f"--config_file {path}: {error}") from None
     except Exception as error:  # the config checks types by several libraries' errors
         raise UserError(f"--config_file {path}: {first_line(error)}") from None
+    config.name_or_path = str(path)  # for messages; it is not written
+    return config
+
+
+def padding_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of the padding token. Its vector never trains, so it must not be a token that means something."""
+    pad, name = tokenizer.pad_token_id, f"--tokenizer_name_or_path {tokenizer.name_or_path}"
+    advice = "give another tokenizer (scripts/train_tokenizer.py makes one)"
+    if pad is None:
+        raise UserError(f"{name}: no padding token, which an encoder needs; {advice}")
+    roles = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "unk_token_id")
+    if pad in [getattr(tokenizer, role) for role in roles]:
+        raise UserError(f"{name}: pads with {tokenizer.pad_token}, which has another role too; {advice}")
+    return pad
 
 
 def build_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """Random weights, the same on every rank for one seed."""
+    """Random weights in 32 bit, the same on every rank for one seed.
+
+    Raises: UserError when there is no memory for them.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModel.from_config(config)
+        return build_or_refuse(lambda: AutoModel.from_config(config, dtype=torch.float32), config.name_or_path)
 
 
-def load_encoder(folder: str) -> PreTrainedModel:
+def load_encoder(folder: str, flag: str = "--model_name_or_path") -> PreTrainedModel:
     """An encoder that `export_encoder` wrote, in 32 bit.
+
+    Args: flag: what the user named the folder with.
 
     Raises: UserError when the folder holds something else or is damaged.
     """
-    require_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(config, tuple(kind for kind, _ in ENCODERS.values())):
-            raise UserError(
-                f"{folder}: model_type {config.model_type!r}; an encoder of {', '.join(ENCODERS)} is needed here"
-            )
-        encoder, loading = AutoModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be loaded ({first_line(error)})") from None
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
-    return encoder
+    config = load_any_config(folder, flag)
+    if not isinstance(config, tuple(kind for kind, _ in ENCODERS.values())):
+        known = ", ".join(ENCODERS)
+        raise UserError(f"{flag} {folder}: model_type {config.model_type!r}; an encoder of {known} is needed here")
+    return load_checked(AutoModel, config, folder, flag, is_ours=bool)  # each weight of the file belongs to it
 
 
 def load_heads(module: nn.Module, folder: str) -> list[str]:

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     GPT2Config,
@@ -29,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from kozero.errors import UserError, first_line, nearest
 from kozero.json_files import read_json
 from models.causal_lm import CausalLM, build, reset_row, resize_vocabulary
+from models.loading import OFFLINE, build_or_refuse, load_any_config, load_checked, require_folder
 
 transformers_logging.disable_progress_bar()  # a bar for each file that is read or written hides what matters
 
@@ -43,6 +43,7 @@ SPECIAL_TOKENS = {
     "sep_token": ("[SEP]",),
 }
 DEFAULT_PAUSE, NEW_PAUSE = "<unused0>", "<pause>"
+FLAG = "--model_name_or_path"
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -68,7 +69,7 @@ def load_tokenizer(name: str, writes: bool = True) -> PreTrainedTokenizerFast:
 
     Raises: UserError when it is not there or has no end-of-text token that it needs.
     """
-    require_folder(name)
+    require_folder(name, "tokenizer")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
     except Exception as error:  # OSError, ValueError, or the tokenizer library's own bare Exception
@@ -83,17 +84,6 @@ def load_tokenizer(name: str, writes: bool = True) -> PreTrainedTokenizerFast:
     if writes and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-OFFLINE = "Offline? Give a local folder, or random weights with --config_file models/kogpt2_config.json"
-
-
-def require_folder(name: str) -> None:
-    """Tell a folder that is not there from a hub name: a hub name is `owner/name`."""
-    path = Path(name)
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or name.endswith("/")
-    if looks_local and not path.is_dir():
-        raise UserError(f"{name}: no such folder")
 
 
 def read_config(path: Path) -> GPT2Config:
@@ -135,59 +125,33 @@ def read_model_json(path: Path, *model_types: str) -> dict[str, Any]:
     return values
 
 
-def load_config(name: str) -> GPT2Config:
-    """The config of a folder or hub name. Asked for first: when the hub cannot be reached, one file's retries tell."""
-    require_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # OSError, ValueError, hub errors
-        raise cannot_load(name, error) from None
+def load_config(name: str, flag: str = FLAG) -> GPT2Config:
+    """The config of a folder or hub name."""
+    config = load_any_config(name, flag)
     if config.model_type != "gpt2":
-        raise UserError(f"--model_name_or_path {name}: model_type {config.model_type!r}; 'gpt2' is needed here")
+        raise UserError(f"{flag} {name}: model_type {config.model_type!r}; 'gpt2' is needed here")
     if config.activation_function == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same formula in one kernel instead of eight
     return config
 
 
-def load_weights(name: str, config: GPT2Config) -> GPT2LMHeadModel:
-    """A pre-trained GPT-2 in 32 bit. Code of the repository is never run; an older one may hold a .bin file, which
-    transformers reads with weights_only=True."""
-    try:
-        lm, loading = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except Exception as error:  # OSError, ValueError, SafetensorError, hub errors
-        raise cannot_load(name, error) from None
-    extra = {key for key in loading["unexpected_keys"] if re.match(r"(transformer\.)?h\.\d+\.(ln|attn\.c|mlp)", key)}
-    mismatched = {str(key[0]) for key in loading["mismatched_keys"]}
-    broken = {k for k, tensor in lm.state_dict().items() if not torch.isfinite(tensor).all()}
-    for wrong, what in (
-        (loading["missing_keys"], "are missing"),
-        (mismatched, "have another shape than its config.json says"),
-        (extra, "are of layers that its config.json does not have"),
-        (broken, "are not finite"),
-    ):
-        if wrong:
-            raise UserError(f"--model_name_or_path {name}: {len(wrong)} weights {what}, the first is {min(wrong)}")
+def load_weights(name: str, config: GPT2Config, flag: str = FLAG) -> GPT2LMHeadModel:
+    """A pre-trained GPT-2 in 32 bit. Files of the hub hold buffers besides, which are no mistake."""
+    is_ours = re.compile(r"(transformer\.)?h\.\d+\.(ln|attn\.c|mlp)").match
+    lm = load_checked(AutoModelForCausalLM, config, name, flag, is_ours)
     lm.generation_config = GenerationConfig()  # what may be written is the model's business here, not a file's
     return lm
 
 
-def cannot_load(name: str, error: Exception) -> UserError:
-    """What to say when a model's folder or the hub does not give what it should."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = f"{type(error).__name__}: {' '.join(lines[:2])}"[:250]
-    way_out = "" if Path(name).is_dir() else f". {OFFLINE}"
-    return UserError(f"--model_name_or_path {name}: cannot be loaded ({reason}){way_out}")
-
-
 def random_weights(config: GPT2Config, seed: int, path: str) -> GPT2LMHeadModel:
     """A model of a config file's sizes."""
-    try:
-        return build(config, seed)
-    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
-        raise UserError(f"--config_file {path}: no model of these sizes can be built ({first_line(error)})") from None
+    return build_or_refuse(lambda: build(config, seed), path)
+
+
+def require_tied(config: GPT2Config, source: str) -> None:
+    """The head is taken from the embedding at export, so an untied one would be lost."""
+    if not config.tie_word_embeddings:
+        raise UserError(f"{source}: tie_word_embeddings is false; the head must be tied")
 
 
 def load(
@@ -214,8 +178,7 @@ def load(
     if not (tokenizer_name or model_name_or_path):
         raise UserError("--config_file makes random weights and needs --tokenizer_name_or_path")
     config = load_config(model_name_or_path) if model_name_or_path else read_config(Path(config_file))
-    if not config.tie_word_embeddings:
-        raise UserError(f"{model_name_or_path or config_file}: tie_word_embeddings is false; the head must be tied")
+    require_tied(config, model_name_or_path or config_file)
     tokenizer = load_tokenizer(tokenizer_name or model_name_or_path)
     lm = load_weights(model_name_or_path, config) if model_name_or_path else random_weights(config, seed, config_file)
     # Without it GPT-2 looks for padding in every batch and warns; rows here are packed and generation passes its own.

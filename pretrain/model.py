@@ -5,33 +5,52 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from kozero import distributed
 from kozero.engines.base import Engine
 from kozero.errors import require
 from models import encoders, language_model
-from models.causal_lm import CausalLM, build
+from models.causal_lm import CausalLM
 from models.language_model import checkpoint_activations
+from models.loading import load_any_config
 from pretrain.arguments import CorpusArguments, PretrainingArguments
 from pretrain.objectives import EncoderPretraining
+from pretrain.rows import Tokens
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_TOKENIZER = ROOT / "sample_data" / "tokenizer"
+ARCHITECTURES = {kind.model_type: name for name, (kind, _) in encoders.ENCODERS.items()} | {"gpt2": "causal_lm"}
+
+# How an exported folder is used, for its card.
+LANGUAGE_MODEL_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)"""
+ENCODER_USE = """import models.encoders  # of KoZeRO: tells transformers the architecture
+from transformers import AutoModel, AutoTokenizer
+
+model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+# heads.safetensors holds what stood on the encoder in pre-training"""
 
 
 def load_tokenizer(corpus: CorpusArguments) -> Any:
-    """The tokenizer of a run; the sample one without a name."""
+    """The tokenizer of a run; the sample one without a name. One that cannot make the rows of an encoder is refused
+    here, before the corpus is read."""
     name = corpus.tokenizer_name_or_path
     if not name:
         name = str(SAMPLE_TOKENIZER)
         distributed.say("no --tokenizer_name_or_path: using the sample tokenizer (4,096 tokens)")
     writes = corpus.model == "causal_lm"
-    return distributed.machine_first(lambda: language_model.load_tokenizer(name, writes))
+    tokenizer = distributed.machine_first(lambda: language_model.load_tokenizer(name, writes))
+    if not writes:
+        Tokens.of(tokenizer)
+    return tokenizer
 
 
 def build_module(training: PretrainingArguments, corpus: CorpusArguments, tokenizer: Any) -> nn.Module:
     """The model with its objectives: random weights, or those of --checkpoint."""
+    if training.checkpoint:
+        check_checkpoint(training.checkpoint, corpus)
     if corpus.model == "causal_lm":
         lm = causal_lm(training, corpus, len(tokenizer))
         if corpus.dropout is not None:
@@ -54,30 +73,67 @@ def build_module(training: PretrainingArguments, corpus: CorpusArguments, tokeni
     return module
 
 
+def check_checkpoint(folder: str, corpus: CorpusArguments) -> None:
+    """The model of --checkpoint has its own config, which must be of the architecture that --model names."""
+    require(
+        not corpus.config_file,
+        f"--config_file {corpus.config_file} and --checkpoint {folder}: the checkpoint has a config.json of its own; "
+        "leave --config_file out",
+    )
+    kind = load_any_config(folder, "--checkpoint").model_type
+    require(
+        kind in ARCHITECTURES,
+        f"--checkpoint {folder}: model_type {kind!r}; one of {', '.join(ARCHITECTURES)} is needed here",
+    )
+    found = ARCHITECTURES[kind]
+    require(
+        found == corpus.model,
+        f"--checkpoint {folder}: its architecture is {found}, that of this run {corpus.model}; give --model {found}",
+    )
+
+
 def causal_lm(training: PretrainingArguments, corpus: CorpusArguments, num_tokens: int) -> GPT2LMHeadModel:
     """A GPT-2 of a config file, its vocabulary a multiple of 128 (which keeps matrix products fast), or a folder's."""
-    if training.checkpoint:
-        lm = language_model.load_weights(training.checkpoint, language_model.load_config(training.checkpoint))
+    folder, flag = training.checkpoint, "--checkpoint"
+    if folder:
+        config = language_model.load_config(folder, flag)
+        language_model.require_tied(config, f"{flag} {folder}")
+        lm = language_model.load_weights(folder, config, flag)
         language_model.check_vocabulary(num_tokens, lm.config.vocab_size, foreign=True)
         return lm
-    config = language_model.read_config(Path(corpus.config_file or ROOT / "models" / "kogpt2_config.json"))
+    path = corpus.config_file or str(ROOT / "models" / "kogpt2_config.json")
+    config = language_model.read_config(Path(path))
+    language_model.require_tied(config, f"--config_file {path}")
     config.vocab_size = -(-num_tokens // 128) * 128
-    return build(config, training.seed)
+    return language_model.random_weights(config, training.seed, path)
 
 
 def encoder_of(training: PretrainingArguments, corpus: CorpusArguments, tokenizer: Any) -> PreTrainedModel:
     """An encoder of a config file, or a folder's, whose tokenizer must be that of this run."""
     if training.checkpoint:
-        encoder = encoders.load_encoder(training.checkpoint)
+        source = f"--checkpoint {training.checkpoint}"
+        encoder = encoders.load_encoder(training.checkpoint, "--checkpoint")
         require(
             encoder.config.vocab_size == len(tokenizer),
-            f"--checkpoint {training.checkpoint}: has {encoder.config.vocab_size:,} tokens, the tokenizer "
-            f"{len(tokenizer):,}; give its own with --tokenizer_name_or_path {training.checkpoint}",
+            f"{source}: has {encoder.config.vocab_size:,} tokens, the tokenizer {len(tokenizer):,}; give its own with "
+            f"--tokenizer_name_or_path {training.checkpoint}",
         )
+        check_segments(encoder.config, corpus.task, source)
         return encoder
     path = Path(corpus.config_file or encoders.config_file_of(corpus.model))
     config = encoders.read_encoder_config(path, corpus.model, tokenizer)
+    check_segments(config, corpus.task, f"--config_file {path}")
     return encoders.build_encoder(config, training.seed)
+
+
+def check_segments(config: PreTrainedConfig, task: str, source: str) -> None:
+    """Whether two segments changed places is read at [CLS], which must tell them apart and see them."""
+    if task != "mlm_sop":
+        return
+    few = f"type_vocab_size {config.type_vocab_size}: --task mlm_sop has 2 segments; raise it or give --task mlm"
+    require(config.type_vocab_size >= 2, f"{source}: {few}")
+    blind = "causal true: [CLS] sees nothing behind it, so --task mlm_sop cannot be learnt; give --task mlm"
+    require(not config.causal, f"{source}: {blind}")
 
 
 def check_positions(corpus: CorpusArguments, positions: int) -> None:
@@ -100,10 +156,30 @@ def export(engine: Engine, module: nn.Module, tokenizer: Any, folder: Path, text
 
 
 def card(name: str, run: dict, scores: dict[str, float]) -> str:
-    """A short model card."""
+    """A short model card: what it is, from which text and settings, with which scores, and how it is loaded."""
     arguments = run["arguments"]
-    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in scores.items())
-    return (
-        f"---\nlanguage: ko\n---\n# {name}\n\n{arguments['model']}, pre-trained with {arguments['task']} by KoZeRO.\n\n"
-        f"| held-out score | |\n|---|---|\n{rows}\n\n```\n{run['command']}\n```\n"
-    )
+    kept = "those of the best evaluation" if scores else "the last"
+    facts = [
+        f"Start: {arguments['checkpoint'] or 'random weights'}",
+        f"Tokenizer: {arguments['tokenizer_name_or_path'] or 'the sample tokenizer (4,096 tokens)'}",
+        f"Corpus: {corpus_of(arguments)}",
+        f"Steps: up to {arguments['max_steps']:,}; the weights are {kept}",
+    ]
+    table = [f"| {key} | {value:.4f} |" for key, value in scores.items()]
+    parts = [
+        "---\nlanguage: ko\nlibrary_name: transformers\n---",
+        f"# {name}",
+        f"{arguments['model']}, pre-trained with {arguments['task']} by KoZeRO.",
+        "\n".join(f"- {fact}" for fact in facts),
+        "\n".join(["| held-out score | |", "|---|---|", *table]) if table else "Nothing was held out.",
+        f"```python\n{LANGUAGE_MODEL_USE if arguments['model'] == 'causal_lm' else ENCODER_USE}\n```",
+        f"```\n{run['command']}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def corpus_of(arguments: dict) -> str:
+    """The text of a run, in words."""
+    if arguments["corpus_hub"]:
+        return f"{arguments['corpus_hub']}, split {arguments['hub_split']}, column {arguments['text_column']}"
+    return arguments["corpus_path"] or "the sample corpus"

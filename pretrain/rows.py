@@ -39,7 +39,11 @@ class Tokens:
 
         Raises: UserError when there is no mask token, or nothing to frame a row with.
         """
-        require(tokenizer.mask_token_id is not None, "the tokenizer has no mask token, which --task mlm needs")
+        require(
+            tokenizer.mask_token_id is not None,
+            f"--tokenizer_name_or_path {tokenizer.name_or_path}: no mask token, which an encoder's --task needs; give "
+            "another tokenizer (scripts/train_tokenizer.py makes one)",
+        )
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         special = np.array([name.startswith(("<unused", "[unused")) for name in names])
         special[[number for number, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
@@ -49,7 +53,8 @@ class Tokens:
 
 def continuing(names: Sequence[str], prefix: str | None) -> np.ndarray:
     """Which tokens go on with a word: those with WordPiece's prefix, or those without the mark of a space before them;
-    none where no token has such a mark."""
+    none where no token has such a mark. WordPiece does not say where spaces were, so there a mark of punctuation is a
+    word of its own, and what follows it another."""
     if prefix:
         return np.array([name.startswith(prefix) for name in names])
     begins = np.array([name.startswith(("▁", "Ġ")) for name in names])

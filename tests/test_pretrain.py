@@ -4,21 +4,25 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 from kozero.config import BatchSizes
 from kozero.errors import UserError
+from models import encoders
 from pretrain import launch, train, train_zero_one, train_zero_two
 from pretrain import run as pretraining
-from tests.helpers import ROOT
+from pretrain.model import card
+from tests.helpers import ROOT, sample_tokenizer, toy_gpt2, word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -30,8 +34,20 @@ SIZES = (
 
 def pretrain(monkeypatch, folder, *flags, entry="train", model="transformer"):
     config = "tiny_config.json" if model == "causal_lm" else f"{model}_tiny_config.json"
-    shared = ("--model_name", "hong", "--model", model, "--config_file", ROOT / "models" / config)
-    told = [*shared, *SIZES, "--output_dir", folder, "--cache_dir", folder.parent / "cache", *flags]
+    source = () if "--checkpoint" in flags else ("--config_file", ROOT / "models" / config)
+    told = [
+        "--model_name",
+        "hong",
+        "--model",
+        model,
+        *source,
+        *SIZES,
+        "--output_dir",
+        folder,
+        "--cache_dir",
+        folder.parent / "cache",
+        *flags,
+    ]
     monkeypatch.setattr(sys, "argv", ["prog", *map(str, told)])
     pretraining.main(entry)
     return folder / "hong"
@@ -337,3 +353,127 @@ def test_no_rank_outlives_the_process_that_started_it(tmp_path, end):
         run.send_signal(end)
         run.stdout.read()  # ends when the last process that writes there has ended
     assert run.returncode == (143 if end == signal.SIGTERM else -signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An untrained model of every architecture with the sample tokenizer's vocabulary, by the names of --model."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in (*encoders.ENCODERS, "causal_lm")}
+    for name in encoders.ENCODERS:
+        path = ROOT / "models" / f"{name}_tiny_config.json"
+        config = encoders.read_encoder_config(path, name, sample_tokenizer())
+        encoders.build_encoder(config, 0).save_pretrained(folders[name])
+    toy_gpt2(vocab_size=4096).save_pretrained(folders["causal_lm"])
+    return folders
+
+
+def refused(monkeypatch, tmp_path, *flags, model="transformer") -> str:
+    """The one line that a user reads."""
+    with pytest.raises(UserError) as caught:
+        pretrain(monkeypatch, tmp_path / "runs", *flags, model=model)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("held", "model"), permutations(["transformer", "mix_lm", "causal_lm"], 2))
+def test_a_checkpoint_of_another_architecture_is_refused(monkeypatch, tmp_path, exported, held, model):
+    said = refused(monkeypatch, tmp_path, "--checkpoint", exported[held], model=model)
+    assert said.startswith(f"--checkpoint {exported[held]}: its architecture is {held}")
+    assert said.endswith(f"give --model {held}")
+
+
+def test_a_checkpoint_of_an_unknown_architecture_is_refused(monkeypatch, tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    said = refused(monkeypatch, tmp_path, "--checkpoint", tmp_path)
+    assert f"--checkpoint {tmp_path}: model_type 'bert'; one of kozero_transformer, kozero_mix_lm, gpt2" in said
+
+
+def test_a_checkpoint_brings_its_own_config(monkeypatch, tmp_path, exported):
+    path = ROOT / "models/transformer_tiny_config.json"
+    told = ("--checkpoint", exported["transformer"], "--config_file", path)
+    said = refused(monkeypatch, tmp_path, *told)
+    assert f"--config_file {path} and --checkpoint {exported['transformer']}" in said and "leave --config_file" in said
+
+
+@pytest.mark.parametrize("model", ["transformer", "causal_lm"])
+@pytest.mark.parametrize("name", ["nowhere", "runs/old/checkpoints/step-000006"])
+def test_a_checkpoint_that_cannot_be_loaded_is_answered_with_what_to_give(monkeypatch, tmp_path, name, model):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/old/checkpoints/step-000006").mkdir(parents=True)
+    said = refused(monkeypatch, tmp_path, "--checkpoint", name, model=model)
+    assert said.startswith(f"--checkpoint {name}: ") and "the exported model of a run, RUN/model" in said
+
+
+def test_a_damaged_language_model_is_named_by_its_flag(monkeypatch, tmp_path, exported):
+    shutil.copytree(exported["causal_lm"], tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"nothing")
+    said = refused(monkeypatch, tmp_path, "--checkpoint", tmp_path / "model", model="causal_lm")
+    assert said.startswith(f"--checkpoint {tmp_path}/model: cannot be loaded")
+
+
+BAD_CONFIGS = [
+    ("transformer", "mlm_sop", {"type_vocab_size": 1}, "type_vocab_size 1: --task mlm_sop has 2 segments"),
+    ("mix_lm", "mlm_sop", {"type_vocab_size": 1}, "type_vocab_size 1: --task mlm_sop has 2 segments"),
+    ("mix_lm", "mlm_sop", {"causal": True}, "causal true: [CLS] sees nothing behind it"),
+    ("transformer", "mlm", {"hidden_size": 64_000_000}, "no model of these sizes can be built"),
+    ("causal_lm", "clm", {"n_embd": 64_000_000}, "no model of these sizes can be built"),
+    ("causal_lm", "clm", {"tie_word_embeddings": False}, "tie_word_embeddings is false"),
+]
+
+
+def changed_config(tmp_path, model, changes):
+    name = "tiny_config.json" if model == "causal_lm" else f"{model}_tiny_config.json"
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(json.loads((ROOT / "models" / name).read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize(("model", "task", "changes", "message"), BAD_CONFIGS)
+def test_a_config_that_cannot_learn_its_task_is_refused(monkeypatch, tmp_path, model, task, changes, message):
+    path = changed_config(tmp_path, model, changes)
+    said = refused(monkeypatch, tmp_path, "--config_file", path, "--task", task, model=model)
+    assert said.startswith(f"--config_file {path}: {message}")
+
+
+def test_a_checkpoint_with_one_segment_cannot_learn_their_order(monkeypatch, tmp_path):
+    path = changed_config(tmp_path, "transformer", {"type_vocab_size": 1})
+    config = encoders.read_encoder_config(path, "transformer", sample_tokenizer())
+    encoders.build_encoder(config, 0).save_pretrained(tmp_path / "model")
+    said = refused(monkeypatch, tmp_path, "--checkpoint", tmp_path / "model", "--task", "mlm_sop")
+    assert said.startswith(f"--checkpoint {tmp_path}/model: type_vocab_size 1")
+
+
+@pytest.mark.parametrize("model", ["transformer", "mix_lm", "causal_lm"])
+def test_a_config_of_16_bit_trains_in_32(monkeypatch, tmp_path, model):
+    path = changed_config(tmp_path, model, {"dtype": "bfloat16"})
+    odd = pretrain(monkeypatch, tmp_path / "odd", "--config_file", path, "--num_steps", 1, model=model)
+    plain = pretrain(monkeypatch, tmp_path / "plain", "--num_steps", 1, model=model)
+    assert losses(odd) == losses(plain)
+
+
+def test_a_tokenizer_that_makes_no_rows_is_refused_before_the_corpus_is_read(monkeypatch, tmp_path):
+    word_tokenizer(20).save_pretrained(tmp_path / "words")
+    told = ("--tokenizer_name_or_path", tmp_path / "words", "--corpus_path", "nowhere")
+    said = refused(monkeypatch, tmp_path, *told)
+    assert said.startswith(f"--tokenizer_name_or_path {tmp_path}/words: no mask token")
+    assert "scripts/train_tokenizer.py" in said
+
+
+@pytest.mark.parametrize("model", ["mix_lm", "causal_lm"])
+def test_a_card_says_what_the_model_is_and_how_it_is_loaded(monkeypatch, tmp_path, model):
+    """Its lines of Python are run as they stand."""
+    text = (pretrain(monkeypatch, tmp_path / "runs", model=model) / "model/README.md").read_text()
+    for fact in ("Start: random weights", "Tokenizer: the sample tokenizer", "Corpus: the sample corpus", "up to 4;"):
+        assert fact in text
+    found = {"folder": str(tmp_path / "runs/hong/model")}
+    exec(text.split("```python\n")[1].split("```")[0], found)
+    assert found["model"].config.vocab_size == len(found["tokenizer"])
+
+
+def test_a_card_names_tokenizer_corpus_and_start():
+    named = {"checkpoint": "old/model", "tokenizer_name_or_path": "own", "corpus_path": None, "corpus_hub": "owner/set"}
+    fixed = {"hub_split": "train", "text_column": "text", "max_steps": 5, "model": "mix_lm", "task": "mlm"}
+    text = card("hong", {"arguments": named | fixed, "command": "python"}, {})
+    for fact in ("Start: old/model", "Tokenizer: own", "Corpus: owner/set, split train, column text", "the last"):
+        assert fact in text
+    assert "Nothing was held out" in text
