@@ -51,6 +51,8 @@ def run_ranks(main: Callable[[], None], nproc: int) -> None:
         while not ranks.join():
             pass
     except mp.ProcessExitedException as ended:
+        if ended.exit_code == EXIT_INTERRUPTED:  # a rank was quicker than this process
+            raise KeyboardInterrupt from None
         if ended.signal_name not in (None, "SIGTERM"):  # else the rank itself, or who ended us, has told why
             hint = "; is the memory too small?" if ended.signal_name == "SIGKILL" else ""
             print(f"error: rank {ended.error_index} was ended by {ended.signal_name}{hint}", file=sys.stderr)
@@ -80,10 +82,13 @@ def one_rank(rank: int, main: Callable[[], None], world_size: int, port: int, ar
 
 
 def end_silently(main: Callable[[], None]) -> None:
-    """Run `main`; the process that started this one says for all of them that it was interrupted."""
+    """Run `main`; the process that started this one says for all that they were interrupted, and ends them with the
+    first that leaves: the one that says where the run stands."""
     try:
         main()
     except KeyboardInterrupt:
+        if os.environ["LOCAL_RANK"] != "0":
+            time.sleep(GRACE_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_INTERRUPTED)
