@@ -13,13 +13,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import ROOT, flags, measured, report
 from transformers import GPT2Config
 
 from kozero.config import arg, at_least, parse_arguments
 from kozero.errors import run_main
 from kozero.json_files import read_json_object
 from kozero.plan import ModelShape, state_bytes
+from runs import ROOT, flags, measured, report
 
 STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero2_offload": 2, "zero3_offload": 3}
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from runs import flags, measured, python, report
 from safetensors import safe_open
 
 from kozero.config import arg, at_least, parse_arguments
 from kozero.errors import run_main
 from kozero.plan import state_bytes
 from pretrain.arguments import MODELS
+from runs import flags, measured, python, report
 
 ROWS = {  # name: (ZeRO stage, entry, its flags)
     "train": (0, "pretrain/train.py", []),
