@@ -17,7 +17,7 @@ from finetune.encoder import EncoderTask, Found
 from finetune.questions import QuestionSet, QuestionStore
 from kozero import distributed
 from kozero.config import BatchSizes
-from kozero.contrast import in_batch_logits
+from kozero.contrast import check_negatives, in_batch_logits
 from kozero.data.batch import Batch, padded
 from kozero.data.framing import Framing
 from kozero.data.order import Order, OrderedRows
@@ -140,6 +140,7 @@ class Retrieval(EncoderTask):
 
     def rows(self, store: QuestionStore, sizes: BatchSizes, seed: int, routes: bool) -> PairRows:
         """Every question with its passage, which is cut where it does not fit."""
+        check_negatives(sizes)
 
         def lengths(numbers: np.ndarray) -> np.ndarray:
             return np.minimum(store.passage_lengths[store.answers[numbers, 0]], self.capacity) // LENGTHS

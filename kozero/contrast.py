@@ -2,7 +2,9 @@
 
 import torch
 
+from kozero.config import BatchSizes
 from kozero.distributed import gather_rows
+from kozero.errors import require
 
 
 def in_batch_logits(
@@ -21,3 +23,12 @@ def in_batch_logits(
     logits = queries.float() @ everything.float().T / queries.shape[-1] ** 0.5
     left_out = (numbers[:, None] == all_numbers) | (all_numbers < 0)
     return logits.masked_fill(left_out.scatter(1, own[:, None], False), -torch.inf), own
+
+
+def check_negatives(sizes: BatchSizes) -> None:
+    """Refuse a forward pass of one row on one rank: its loss is 0. A micro batch that is not known yet (0) passes."""
+    require(
+        sizes.micro * sizes.world_size != 1,
+        "--per_device_train_batch_size 1 (--train_batch_size) on one rank: a text is told apart from the others of its "
+        "forward pass, and there are none; raise it (accumulated rows do not count) or add ranks",
+    )

@@ -69,7 +69,11 @@ class CorpusArguments:
 
     model: str = arg("transformer", "architecture", choices=list(MODELS))
     task: str | None = arg(None, "what to learn; default: mlm_sop for encoders, clm for causal_lm", choices=[*TASKS])
-    config_file: str | None = arg(None, "model JSON; default: models/<model>_config.json (causal_lm: kogpt2_config)")
+    config_file: str | None = arg(
+        None,
+        "model JSON; default: models/<model>_config.json (causal_lm: kogpt2_config); not with --checkpoint, which has "
+        "its own",
+    )
     tokenizer_name_or_path: str | None = arg(
         None, "hub name or folder, see scripts/train_tokenizer.py; default: the sample tokenizer (4,096 tokens)"
     )

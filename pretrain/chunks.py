@@ -1,5 +1,6 @@
 """Runs of sentences that fill a row, and blocks of a stream of documents: a corpus cut up without losing its tail."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,14 +103,15 @@ class Blocks:
     size: int
     separator: int
     held_out: int  # documents at the end that validate
-    ends: np.ndarray = field(init=False)  # (D + 1,) places in the stream where documents begin
     bounds: tuple[int, int, int] = field(init=False)  # places of the first token, the first held-out one, the end
 
     def __post_init__(self) -> None:
-        places = np.asarray(self.shard.sentences)[np.asarray(self.shard.documents)]
-        ends = places + np.arange(len(places))
-        object.__setattr__(self, "ends", ends)
-        object.__setattr__(self, "bounds", (0, int(ends[len(ends) - 1 - self.held_out]), int(ends[-1])))
+        documents = self.shard.num_documents
+        object.__setattr__(self, "bounds", (0, self.place(documents - self.held_out), self.place(documents)))
+
+    def place(self, document: int) -> int:
+        """Where a document begins in the stream; read from the map, as every document held in memory costs 8 bytes."""
+        return int(self.shard.sentences[self.shard.documents[document]]) + document
 
     @property
     def num_train(self) -> int:
@@ -132,21 +134,21 @@ class Blocks:
     def __getitem__(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, next ids) of each part of a document in a block; the token after a part is its last target."""
         start, end = self.span(number)
-        first = int(np.searchsorted(self.ends, start, side="right")) - 1
+        first = bisect_right(range(self.shard.num_documents), start, key=self.place) - 1
         parts = []
         while start < end:
-            stop = min(end, int(self.ends[first + 1]))
-            stream = self.stream(first, start, min(stop + 1, int(self.ends[first + 1])))
+            behind = self.place(first + 1)
+            stop = min(end, behind)
+            stream = self.stream(first, start, min(stop + 1, behind))
             parts.append((stream[: stop - start], stream[1:]))
             start, first = stop, first + 1
         return parts
 
     def stream(self, document: int, start: int, end: int) -> np.ndarray:
         """Places [start, end) of the stream, all in one document."""
-        ids = self.shard.tokens[start - document : min(end, int(self.ends[document + 1]) - 1) - document]
-        return (
-            np.append(ids, self.separator).astype(np.int64) if end == self.ends[document + 1] else ids.astype(np.int64)
-        )
+        behind = self.place(document + 1)
+        ids = self.shard.tokens[start - document : min(end, behind - 1) - document].astype(np.int64)
+        return np.append(ids, self.separator) if end == behind else ids
 
 
 class Numbered:
@@ -178,6 +180,11 @@ class Numbered:
         for part in np.unique(parts):
             found[parts == part] = self.parts[part].lengths(rows[parts == part])
         return found
+
+    def any_divisible(self) -> bool:
+        """Whether a chunk among them has two units or more: what there is to learn beside hidden tokens."""
+        kinds = zip(self.parts, self.first, np.diff(self.begins), strict=True)
+        return any(bool((np.diff(part.chunks[first : first + num + 1]) > 1).any()) for part, first, num in kinds)
 
     def longest(self, most: int) -> int:
         """Tokens of the longest row; looks no further once one has `most`."""

@@ -29,7 +29,6 @@ PIECE_BYTES = 16 * 2**20
 LINE_BYTES = 2**20  # a longer line is no text
 TOO_LONG = f"a line of over {LINE_BYTES:,} bytes; break it into lines"
 ENCODE_SENTENCES = 4096  # handed to the tokenizer at once
-SUFFIXES = (".txt", ".dat")
 
 Document = list[str]  # its lines
 Splitter = Callable[[Document], Iterable[str]]  # lines to sentences
@@ -113,16 +112,6 @@ def fault(path: Path, place: int, number: int, what: str) -> UserError:
         blocks = iter(lambda: file.read(min(2**20, place - file.tell())), b"")
         before = sum(block.count(b"\n") for block in blocks)
     return UserError(f"{path}:{before + number + 1}: {what}")
-
-
-def find_files(path: Path) -> list[Path]:
-    """The text files of a corpus in the order of their names: one file, or all .txt and .dat files of a folder."""
-    require(path.exists(), f"--corpus_path {path}: no such file or folder")
-    if path.is_file():
-        return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    require(bool(files), f"--corpus_path {path}: no {' or '.join(SUFFIXES)} file in it")
-    return files
 
 
 def pieces_of(path: Path) -> Iterator[Piece]:

@@ -12,6 +12,7 @@ from kozero import distributed
 from kozero.config import BatchSizes
 from kozero.data.batch import Rows
 from kozero.data.order import Order
+from kozero.data.readers import text_files
 from kozero.errors import require
 from pretrain.arguments import CorpusArguments, PretrainingArguments
 from pretrain.chunks import Blocks, Numbered, cut, held_out_documents
@@ -21,7 +22,6 @@ from pretrain.corpus import (
     Piece,
     Shard,
     build_shard,
-    find_files,
     hub_pieces,
     pieces_of,
     reading_key,
@@ -80,7 +80,8 @@ def find_pieces(arguments: CorpusArguments) -> list[Piece | HubPiece]:
     """The corpus in pieces that are tokenised one by one."""
     if arguments.corpus_hub:
         return hub_pieces(arguments.corpus_hub, arguments.hub_split, arguments.text_column)
-    return [piece for path in find_files(Path(arguments.corpus_path or SAMPLE_CORPUS)) for piece in pieces_of(path)]
+    path = Path(arguments.corpus_path or SAMPLE_CORPUS)
+    return [piece for file in text_files("--corpus_path", path) for piece in pieces_of(file)]
 
 
 def build_shards(arguments: CorpusArguments, tokenizer: Any, cache: Path) -> list[str]:
@@ -103,6 +104,11 @@ def number_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any) ->
         parts = distributed.machine_first(lambda: [cut(shard, room, num) for shard, num in ends])
     train, held_out = (Numbered(parts, held_out=held) for held in (False, True))
     require(len(train) > 0, "the corpus has no document left to train on; lower --validation_fraction")
+    require(
+        corpus.task in ("mlm", "clm") or train.any_divisible(),
+        f"--task {corpus.task}: no document has two sentences that fit into a row of --max_seq_length {length} tokens; "
+        "put one sentence on a line and a blank line between documents, give --sentences kiwi, or --task mlm",
+    )
     return train, held_out
 
 

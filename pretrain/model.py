@@ -8,6 +8,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from kozero import distributed
+from kozero.checkpoint import RunState
 from kozero.engines.base import Engine
 from kozero.errors import require
 from models import encoders, language_model
@@ -155,15 +156,16 @@ def export(engine: Engine, module: nn.Module, tokenizer: Any, folder: Path, text
     encoders.export_encoder(folder, module, state, tokenizer, text)
 
 
-def card(name: str, run: dict, scores: dict[str, float]) -> str:
+def card(name: str, run: dict, state: RunState) -> str:
     """A short model card: what it is, from which text and settings, with which scores, and how it is loaded."""
     arguments = run["arguments"]
-    kept = "those of the best evaluation" if scores else "the last"
+    scores = state.best_scores
+    kept = f"those of step {state.best_step:,}, the best evaluation" if scores else "the last"
     facts = [
         f"Start: {arguments['checkpoint'] or 'random weights'}",
         f"Tokenizer: {arguments['tokenizer_name_or_path'] or 'the sample tokenizer (4,096 tokens)'}",
         f"Corpus: {corpus_of(arguments)}",
-        f"Steps: up to {arguments['max_steps']:,}; the weights are {kept}",
+        f"Steps: {state.step:,}; the weights are {kept}",
     ]
     table = [f"| {key} | {value:.4f} |" for key, value in scores.items()]
     parts = [

@@ -15,6 +15,7 @@ from kozero import distributed
 from kozero.batch_search import Prober, largest_micro_batch
 from kozero.checkpoint import Checkpoints, random_state, restore_random_state, saved_run
 from kozero.config import BatchSizes, batch_sizes, describe_run, parse_arguments
+from kozero.contrast import check_negatives
 from kozero.data.batch import Rows, deal
 from kozero.data.order import ABSENT, OrderedRows
 from kozero.data.store import key_of
@@ -92,6 +93,8 @@ def pretrain(
     if checkpoint and not training.per_device_train_batch_size:
         training.per_device_train_batch_size = micro_batch_of(checkpoint, training.gradient_accumulation_steps)
     sizes = batch_sizes(training, distributed.world_size())
+    if corpus.task == "mlm_ict":
+        check_negatives(sizes)
     settings = check_engine(training, sizes, sharding)
     distributed.seed_everything(training.seed)
     tokenizer = load_tokenizer(corpus)
@@ -103,6 +106,8 @@ def pretrain(
         build = partial(build_module, training, corpus, tokenizer)
         module = find_batch(module, build, full_rows(shards, corpus, tokenizer, router), training, settings)
         sizes = batch_sizes(training, distributed.world_size())
+        if corpus.task == "mlm_ict":
+            check_negatives(sizes)
         settings = prepare_engine(training, sizes, sharding)
     data = make_rows(shards, corpus, training, sizes, tokenizer, router)
     engine = build_engine(module, training, settings)
@@ -128,7 +133,7 @@ def pretrain(
     )
     state = trainer.fit()
     trainer.load_best()
-    export(engine, module, tokenizer, output_dir / "model", card(training.model_name, run, state.best_scores))
+    export(engine, module, tokenizer, output_dir / "model", card(training.model_name, run, state))
     engine.close()
     distributed.shutdown()
     distributed.say(f"curves:   tensorboard --logdir {output_dir}")

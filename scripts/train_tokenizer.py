@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from kozero.config import arg, parse_arguments
-from kozero.data.readers import decode_lines
+from kozero.data.readers import decode_lines, text_files
 from kozero.errors import require, run_main
 from kozero.folder import writable_folder
 
@@ -25,7 +25,9 @@ SPECIAL = {"bpe": GPT, "wordpiece": BERT}  # ids from 0 on, as in KoGPT2 and in 
 class TokenizerArguments:
     """What to train on, how large."""
 
-    files: list[str] = field(default_factory=list, metadata={"help": "UTF-8 text files, one text a line"})
+    files: list[str] = field(
+        default_factory=list, metadata={"help": "UTF-8 text files, one text a line, or folders of .txt and .dat files"}
+    )
     kind: str = arg("bpe", "bpe: for models that write; wordpiece: for encoders", choices=list(SPECIAL))
     vocab_size: int = arg(8192, "tokens in all, the special and spare ones (bpe 107, wordpiece 105) among them")
     output_dir: str = arg("runs/tokenizer", "folder for tokenizer.json and tokenizer_config.json")
@@ -43,18 +45,19 @@ def main() -> None:
         not (folder / "tokenizer.json").exists(),
         f"--output_dir {folder}: holds a tokenizer.json already; choose another folder, or delete the file",
     )
-    tokenizer = KINDS[arguments.kind](lines(arguments.files, arguments.column), arguments.vocab_size)
+    files = [file for name in arguments.files for file in text_files("--files", Path(name))]
+    tokenizer = KINDS[arguments.kind](lines(files, arguments.column), arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output_dir)
-    sample = next(lines(arguments.files, arguments.column))[:40]
+    sample = next(lines(files, arguments.column))[:40]
     print(f"{len(tokenizer):,} tokens; {sample!r} -> {' '.join(tokenizer.tokenize(sample))}")
     print(arguments.output_dir)
 
 
-def lines(files: list[str], column: int) -> Iterator[str]:
+def lines(files: list[Path], column: int) -> Iterator[str]:
     """Texts of the files that are not empty."""
     found = False
     for name in files:
-        for number, line in decode_lines(Path(name)):
+        for number, line in decode_lines(name):
             if column >= 0:
                 fields = line.split("\t")
                 require(column < len(fields), f"{name}:{number}: no column {column}; the line has {len(fields)}")
@@ -62,7 +65,7 @@ def lines(files: list[str], column: int) -> Iterator[str]:
             if line.strip():
                 found = True
                 yield line.strip()
-    require(found, f"{', '.join(files)}: no text")
+    require(found, f"{', '.join(map(str, files))}: no text")
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -188,7 +188,7 @@ def trained_tokenizer(monkeypatch, folder, *flags):
     from scripts import train_tokenizer
 
     corpus = ROOT / "sample_data/corpus/corpus.txt"
-    flags = ["--files", str(corpus), "--vocab_size", "1000", "--output_dir", str(folder), *flags]
+    flags = ["--files", str(corpus.parent), "--vocab_size", "1000", "--output_dir", str(folder), *flags]
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *flags])
     train_tokenizer.main()
     return AutoTokenizer.from_pretrained(folder), corpus.read_text(encoding="utf-8").splitlines()[0]

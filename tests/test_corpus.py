@@ -24,7 +24,6 @@ from pretrain.corpus import (
     Shard,
     build_shard,
     by_line,
-    find_files,
     hub_pieces,
     pieces_of,
     reading_key,
@@ -194,25 +193,6 @@ def test_a_document_longer_than_a_piece_is_cut_at_the_end_of_a_line(tmp_path, mo
 
 
 # Files -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_searched_to_the_bottom_in_the_order_of_names(tmp_path):
-    for name in ("b.txt", "a/z.dat", "a/b/c.txt", "c.md", "a/d.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        write(tmp_path / name, "글")
-    (tmp_path / "folder.txt").mkdir()
-    assert [str(path.relative_to(tmp_path)) for path in find_files(tmp_path)] == ["a/b/c.txt", "a/z.dat", "b.txt"]
-
-
-def test_a_single_file_may_have_any_name(tmp_path):
-    assert find_files(write(tmp_path / "corpus.md", "글")) == [tmp_path / "corpus.md"]
-
-
-@pytest.mark.parametrize(("name", "message"), [("none", "no such file or folder"), ("empty", "no .* file in it")])
-def test_a_path_without_files_is_refused(tmp_path, name, message):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=rf"--corpus_path .*{name}: {message}"):
-        find_files(tmp_path / name)
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):

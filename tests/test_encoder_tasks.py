@@ -223,6 +223,7 @@ BAD_INPUT = {
     ),
     "rows above the positions": ("ict", "mix_lm", ["--max_seq_length", 384], "the model has 160 positions"),
     "no stride": ("mrc", "mix_lm", ["--doc_stride", 0], "--doc_stride 0: must be 1 or more"),
+    "no other passage": ("ict", "mix_lm", ["--train_batch_size", 1], "raise it (accumulated rows do not count)"),
     "pauses": ("mrc", "mix_lm", ["--num_pauses", 3], "--num_pauses 3: --task mrc has no pauses"),
     "frozen parts": ("ict", "mix_lm", ["--freeze", "h.0"], "--freeze h.0: names parts of a GPT-2"),
     "vectors of a reader": ("mrc", "mix_lm", ["--train_mode", "encoder"], "--train_mode encoder and --task mrc"),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig
 
+from kozero.checkpoint import RunState
 from kozero.config import BatchSizes
 from kozero.errors import UserError
 from models import encoders
@@ -198,6 +199,10 @@ make = pretraining.make_rows
         (["--scheduler_num_steps", "2"], "must be the run's 4 steps or more"),
         (["--corpus_hub", "owner/none"], "Offline? Give files with --corpus_path"),
         (["--mask_share", "1"], "--mask_share 1.0"),
+        (
+            ["--task", "mlm_ict", "--train_batch_size", "1"],
+            "told apart from the others of its forward pass, and there are none",
+        ),
         (["--num_train_epochs", "3"], "--num_train_epochs 3.0: pre-training counts updates; give --num_steps"),
     ],
 )
@@ -206,6 +211,18 @@ def test_a_mistake_is_one_line_that_names_it(monkeypatch, tmp_path, flags, messa
         pretrain(monkeypatch, tmp_path / "runs", *flags)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "runs/hong/model").exists()
+
+
+@pytest.mark.parametrize("task", ["mlm_sop", "mlm_ict"])
+def test_a_corpus_without_two_sentences_in_a_row_is_refused(monkeypatch, tmp_path, task):
+    """Sentences of 3 tokens, each a document of its own; and documents of two that do not fit into 8 tokens."""
+    (tmp_path / "apart.txt").write_text("가 나 다\n\n" * 9)
+    (tmp_path / "long.txt").write_text(f"{'가 ' * 30}\n{'나 ' * 30}\n\n" * 9)
+    for name, length in (("apart", 128), ("long", 8)):
+        told = ("--task", task, "--corpus_path", tmp_path / f"{name}.txt", "--max_seq_length", length)
+        with pytest.raises(UserError, match=f"--task {task}: no document has two sentences"):
+            pretrain(monkeypatch, tmp_path / "runs", *told)
+    pretrain(monkeypatch, tmp_path / "runs", "--task", "mlm", "--corpus_path", tmp_path / "apart.txt")
 
 
 def test_a_run_needs_a_name(monkeypatch):
@@ -463,7 +480,12 @@ def test_a_tokenizer_that_makes_no_rows_is_refused_before_the_corpus_is_read(mon
 def test_a_card_says_what_the_model_is_and_how_it_is_loaded(monkeypatch, tmp_path, model):
     """Its lines of Python are run as they stand."""
     text = (pretrain(monkeypatch, tmp_path / "runs", model=model) / "model/README.md").read_text()
-    for fact in ("Start: random weights", "Tokenizer: the sample tokenizer", "Corpus: the sample corpus", "up to 4;"):
+    for fact in (
+        "Start: random weights",
+        "Tokenizer: the sample tokenizer",
+        "Corpus: the sample corpus",
+        "Steps: 4; the weights are those of step 4",
+    ):
         assert fact in text
     found = {"folder": str(tmp_path / "runs/hong/model")}
     exec(text.split("```python\n")[1].split("```")[0], found)
@@ -472,8 +494,13 @@ def test_a_card_says_what_the_model_is_and_how_it_is_loaded(monkeypatch, tmp_pat
 
 def test_a_card_names_tokenizer_corpus_and_start():
     named = {"checkpoint": "old/model", "tokenizer_name_or_path": "own", "corpus_path": None, "corpus_hub": "owner/set"}
-    fixed = {"hub_split": "train", "text_column": "text", "max_steps": 5, "model": "mix_lm", "task": "mlm"}
-    text = card("hong", {"arguments": named | fixed, "command": "python"}, {})
-    for fact in ("Start: old/model", "Tokenizer: own", "Corpus: owner/set, split train, column text", "the last"):
+    fixed = {"hub_split": "train", "text_column": "text", "model": "mix_lm", "task": "mlm"}
+    text = card("hong", {"arguments": named | fixed, "command": "python"}, RunState(step=5))
+    for fact in (
+        "Start: old/model",
+        "Tokenizer: own",
+        "Corpus: owner/set, split train, column text",
+        "Steps: 5; the weights are the last",
+    ):
         assert fact in text
     assert "Nothing was held out" in text

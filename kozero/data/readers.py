@@ -9,6 +9,8 @@ from typing import Any
 from kozero.errors import UserError, first_line, require
 from kozero.json_files import not_utf8, read_json
 
+TEXT_SUFFIXES = (".txt", ".dat")
+
 Row = dict[str, Any]
 Located = tuple[str, Row]  # ("file:line" or "file item 3", the row)
 
@@ -47,6 +49,16 @@ def decode_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: {not_utf8(error.object)}") from None
+
+
+def text_files(flag: str, path: Path) -> list[Path]:
+    """The file that a flag names, or all .txt and .dat files of a folder in the order of their names."""
+    require(path.exists(), f"{flag} {path}: no such file or folder")
+    if path.is_file():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+    require(bool(files), f"{flag} {path}: no {' or '.join(TEXT_SUFFIXES)} file in it")
+    return files
 
 
 def read_tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Located | BadRow]:
