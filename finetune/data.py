@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from finetune.arguments import DataArguments
 from finetune.tasks import Example, Source, Task
 from kozero import distributed
+from kozero.data.marks import MARKERS, marker_version, token_marks
 from kozero.data.readers import LeftOut
 from kozero.data.store import TextRow, TokenStore, file_hash, key_of, open_or_build, tokenizer_hash
 from kozero.errors import UserError, require
@@ -49,12 +51,19 @@ def training_sources(arguments: DataArguments, task: Task) -> tuple[Source, Sour
     return train, validation
 
 
-def cached_store(source: Source, task: Task, kind: str, limit: int, tokenizer: Any, cache_dir: str) -> TokenStore:
-    """The token store of a source: `train` pairs, or all `choices` of every example, or `prompts` alone.
+def cached_store(
+    source: Source, task: Task, kind: str, limit: int, tokenizer: Any, cache_dir: str, placement: str = "append"
+) -> TokenStore:
+    """The token store of a source: `train` pairs, or all `choices` of every example, or `prompts` alone, with the marks
+    of a placement that follows the text.
 
     Built once a machine; the other ranks wait and read it.
     """
-    key = key_of(task.name, kind, *identity(source, limit), tokenizer_hash(tokenizer), tokenizer.eos_token_id)
+    key = key_of(
+        task.name, kind, *identity(source, limit), tokenizer_hash(tokenizer), tokenizer.eos_token_id,
+        *marker_version(placement),
+    )  # fmt: skip
+    marker = partial(token_marks, placement) if placement in MARKERS else None
     left_out = LeftOut()
 
     def rows() -> Iterator[TextRow]:
@@ -66,7 +75,7 @@ def cached_store(source: Source, task: Task, kind: str, limit: int, tokenizer: A
     def notes() -> list[str]:
         return [line.replace(str(source.path), HERE) for line in left_out.lines()]
 
-    store = distributed.machine_first(lambda: open_or_build(cache, key, rows, tokenizer, notes))
+    store = distributed.machine_first(lambda: open_or_build(cache, key, rows, tokenizer, notes, marker))
     for note in store.meta["notes"]:
         distributed.say(f"{source}: {note.replace(HERE, str(source.path))}")
     return store
@@ -118,10 +127,12 @@ class EvaluationSet:
     store: TokenStore  # choices: len(labels) rows an example; prompts: one row an example
 
 
-def evaluation_set(source: Source, task: Task, arguments: DataArguments, tokenizer: Any) -> EvaluationSet:
-    """All examples of a source, or --max_eval_samples of them, evenly spaced."""
+def evaluation_set(
+    source: Source, task: Task, arguments: DataArguments, tokenizer: Any, placement: str = "append"
+) -> EvaluationSet:
+    """All examples of a source, or --max_eval_samples of them, evenly spaced, for pauses of a placement."""
     kind = "choices" if task.labels else "prompts"
-    store = cached_store(source, task, kind, 0, tokenizer, arguments.cache_dir)
+    store = cached_store(source, task, kind, 0, tokenizer, arguments.cache_dir, placement)
     examples = list(read(source, task, LeftOut()))
     chosen = evenly(len(examples), arguments.max_eval_samples)
     if len(chosen) < len(examples):

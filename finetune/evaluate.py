@@ -23,7 +23,7 @@ from kozero.data.framing import Framing
 from kozero.engines import EngineSettings, build_engine, prepare_engine
 from kozero.errors import require, run_main
 from kozero.folder import writable_folder, write_text
-from kozero.pause import PauseArguments
+from kozero.pause import InferencePauseArguments
 
 
 @dataclass
@@ -63,7 +63,7 @@ class EvaluationArguments:
 def main() -> None:
     """Load, score, print."""
     arguments, model_arguments, data_arguments, reading_arguments, pause_arguments = parse_arguments(
-        EvaluationArguments, ModelArguments, DataArguments, ReadingArguments, PauseArguments,
+        EvaluationArguments, ModelArguments, DataArguments, ReadingArguments, InferencePauseArguments,
         prog="finetune/evaluate.py", description="Score a model on a task.",
     )  # fmt: skip
     distributed.setup(arguments.timeout_seconds)
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def score_language_model(
-    arguments: EvaluationArguments, model_arguments: ModelArguments, data: DataArguments, pause: PauseArguments
+    arguments: EvaluationArguments, model_arguments: ModelArguments, data: DataArguments, pause: InferencePauseArguments
 ) -> None:
     """A GPT-2."""
     settings = arguments.engine_settings()
@@ -87,7 +87,7 @@ def score_language_model(
     pauses = inference_pauses(model, pause)
     capacity = row_capacity(data.max_seq_length, task.max_seq_length, model.config.n_positions)
     source = sources(data, task)[1]
-    questions = evaluation_set(source, task, data, model.tokenizer)
+    questions = evaluation_set(source, task, data, model.tokenizer, pauses.placement)
     engine = build_engine(model.module, arguments.as_training(), settings)
     started = time.perf_counter()
     result = score(engine, questions, pauses, capacity, arguments.per_device_eval_batch_size, model.tokenizer)

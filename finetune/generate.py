@@ -17,7 +17,7 @@ from kozero.config import TrainingArguments, arg, at_least, check_seed, parse_ar
 from kozero.engines import EngineSettings, build_engine
 from kozero.errors import UserError, require, run_main
 from kozero.json_files import not_utf8
-from kozero.pause import PauseArguments
+from kozero.pause import InferencePauseArguments
 
 
 @dataclass
@@ -55,7 +55,7 @@ class GenerationArguments:
 def main() -> None:
     """Load once, then write for every prompt."""
     arguments, model_arguments, pause_arguments = parse_arguments(
-        GenerationArguments, ModelArguments, PauseArguments,
+        GenerationArguments, ModelArguments, InferencePauseArguments,
         prog="finetune/generate.py", description="Write text with a model.",
     )  # fmt: skip
     distributed.setup()

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.confidence import least_confident
 from finetune.data import EvaluationSet
 from kozero import distributed
-from kozero.data.batches import evaluation_batches, prefix_and_target
-from kozero.data.rows import fit
+from kozero.data.batches import Prefixes, evaluation_batches
+from kozero.data.rows import Fit, fit
 from kozero.engines.base import Engine
 from kozero.metrics import classification, question_answering
 from kozero.pause import Pauses
@@ -37,8 +38,9 @@ def score(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, mi
 
 def score_choices(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int) -> Scores:
     """For each example the label whose target has the highest log-likelihood given its prompt."""
-    batches, num_cut, num_left_out = evaluation_batches(
-        data.store, pauses, capacity, micro, distributed.rank(), distributed.world_size()
+    prefixes, fitted = fitted_prefixes(engine, data, pauses, capacity)
+    batches = evaluation_batches(
+        prefixes, fitted, pauses, capacity, micro, distributed.rank(), distributed.world_size()
     )
     # Column 0 adds up log-likelihoods, column 1 counts: a row that does not fit is on no rank and keeps a count of 0.
     total = torch.zeros(len(data.store), 2, dtype=torch.float64)
@@ -52,7 +54,7 @@ def score_choices(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity:
     chosen = torch.where(fits, likelihood.argmax(dim=1), -1).tolist()  # an example that does not fit is wrong
     labels = data.task.labels
     values = classification(chosen, [example.label for example in data.examples], labels)
-    return Scores(values, [labels[k] if k >= 0 else "" for k in chosen], notes(num_cut, num_left_out))
+    return Scores(values, [labels[k] if k >= 0 else "" for k in chosen], notes(fitted))
 
 
 def score_answers(
@@ -60,21 +62,39 @@ def score_answers(
 ) -> Scores:
     """KorQuAD's exact match and character F1 of greedily written answers."""
     new_tokens = data.task.max_new_tokens
-    fitted = fit(data.store, capacity - new_tokens, pauses.num)
-    prompts = [pauses.prompt(prefix_and_target(data.store, fitted.cut, k)[0]) for k in fitted.used.tolist()]
+    prefixes, fitted = fitted_prefixes(engine, data, pauses, capacity - new_tokens)
+    prompts = [prefixes.prompt(k, pauses) for k in fitted.used.tolist()]
     answers = write(engine, tokenizer, prompts, micro, max_new_tokens=new_tokens, do_sample=False)
     predictions = [""] * len(data.examples)
     for k, answer in zip(fitted.used.tolist(), answers, strict=True):
         predictions[k] = answer.strip()
     values = question_answering(predictions, [example.targets for example in data.examples])
-    return Scores(values, predictions, notes(fitted.num_cut, fitted.num_left_out))
+    return Scores(values, predictions, notes(fitted))
 
 
-def notes(num_cut: int, num_left_out: int) -> list[str]:
+def fitted_prefixes(
+    engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, most: int = 0
+) -> tuple[Prefixes, Fit]:
+    """What the model reads of each example, cut to `capacity` tokens with its pauses. Collective.
+
+    Args: most: of the first ones that fit, so many; 0: all.
+    """
+    fitted = fit(data.store, capacity, pauses.num)
+    if most:
+        fitted.length[fitted.used[most:]] = 0
+    prefixes = Prefixes(data.store, fitted.cut)
+    if pauses.placement == "least_confident" and pauses.num:
+        ranked = least_confident(engine, prefixes, fitted, pauses.num, capacity)
+        prefixes = Prefixes(data.store, fitted.cut, ranked)
+    return prefixes, fitted
+
+
+def notes(fitted: Fit) -> list[str]:
     """What a reader of the scores has to know about examples that did not fit."""
-    lines = [f"{num_cut:,} contexts were cut to fit; --max_seq_length sets the limit"] if num_cut else []
-    if num_left_out:
-        lines.append(f"{num_left_out:,} rows do not fit even without context and count as wrong")
+    cut, left_out = fitted.num_cut, fitted.num_left_out
+    lines = [f"{cut:,} contexts were cut to fit; --max_seq_length sets the limit"] if cut else []
+    if left_out:
+        lines.append(f"{left_out:,} rows do not fit even without context and count as wrong")
     return lines
 
 

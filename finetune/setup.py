@@ -5,12 +5,14 @@ from finetune.arguments import ModelArguments
 from finetune.data import SAMPLE_TOKENIZER
 from kozero import distributed
 from kozero.errors import require
-from kozero.pause import PauseArguments, Pauses
+from kozero.pause import InferencePauseArguments, Pauses, begins_inside, filler_id
 from models import language_model
 from models.language_model import LanguageModel
 
 
-def load_model(arguments: ModelArguments, pauses: PauseArguments, with_pauses: bool, seed: int) -> LanguageModel:
+def load_model(
+    arguments: ModelArguments, pauses: InferencePauseArguments, with_pauses: bool, seed: int
+) -> LanguageModel:
     """The model of a run. Each machine's first rank loads first, so that a hub download happens once a machine."""
     tokenizer = arguments.tokenizer_name_or_path
     if arguments.config_file and not tokenizer:
@@ -38,14 +40,21 @@ def row_capacity(max_seq_length: int, default: int, positions: int) -> int:
     return max_seq_length or min(default, positions)
 
 
-def inference_pauses(model: LanguageModel, arguments: PauseArguments) -> Pauses:
-    """--num_inference_pauses of them; -1 takes the number that the model was trained for."""
-    require(arguments.num_pauses == 0, "--num_pauses is for training; here it is --num_inference_pauses")
-    num = arguments.num_inference_pauses
-    if num < 0:
-        num = model.pause_settings.get("num_inference_pauses", 0)
+def inference_pauses(model: LanguageModel, arguments: InferencePauseArguments) -> Pauses:
+    """Those that were asked for; by default the number and the placement that the model was trained for."""
+    num, settings = arguments.num_inference_pauses, model.pause_settings
+    num = settings.get("num_inference_pauses", 0) if num < 0 else num
+    return make_pauses(model, num, arguments.pause_placement or settings.get("placement", "append"))
+
+
+def make_pauses(model: LanguageModel, num: int, placement: str, seed: int = 0) -> Pauses:
+    """Pauses of a model's own token, or of full stops.
+
+    Raises: UserError when its vocabulary has no such token.
+    """
+    token_id = filler_id(model.tokenizer) if placement == "filler" else model.pause_id
     require(
-        num == 0 or model.pause_id is not None,
-        f"--num_inference_pauses {num}: the model's vocabulary has no pause token; use 0, or train it with pauses",
+        num == 0 or token_id is not None,
+        f"{num} pauses: the model's vocabulary has no pause token; use 0, or train it with pauses",
     )
-    return Pauses(model.pause_id or 0, num)
+    return Pauses(token_id or 0, num, placement, begins_inside(model.tokenizer), seed)

@@ -18,24 +18,25 @@ from finetune.arguments import (
     TrainingDataArguments,
 )
 from finetune.card import model_card
+from finetune.confidence import least_confident
 from finetune.data import EvaluationSet, cached_store, evaluation_set, training_sources
 from finetune.passages import encode_passages
 from finetune.run import DATA, LENGTH, Setting, finish, resume_key, run_to_end, tell_next
-from finetune.scoring import score, write
-from finetune.setup import load_model, row_capacity
+from finetune.scoring import fitted_prefixes, score, write
+from finetune.setup import load_model, make_pauses, row_capacity
 from finetune.tasks import TASKS, Source, Task
 from finetune.train_encoder import train_encoder
 from kozero import distributed, plan
-from kozero.config import TrainingArguments, arg, batch_sizes, describe_run, parse_arguments
-from kozero.data.batches import TrainingRows, prefix_and_target
+from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments
+from kozero.data.batches import Prefixes, TrainingRows
 from kozero.data.rows import fit
 from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import require, run_main
 from kozero.folder import claim_output
 from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters, report
-from kozero.loop import Trainer
-from kozero.pause import PauseArguments, Pauses
+from kozero.loop import Trainer, total_steps
+from kozero.pause import PauseArguments, Pauses, schedule
 from kozero.runlog import RunLog
 from models.language_model import LanguageModel, checkpoint_activations, export
 
@@ -87,9 +88,9 @@ def train(
         model_arguments.config_file = str(TINY)
         distributed.say(f"no --model_name_or_path and no --config_file: random weights of models/{TINY.name}")
     distributed.seed_everything(training.seed)
-    model = load_model(model_arguments, pause_arguments, pause_arguments.num_pauses > 0, training.seed)
+    model = load_model(model_arguments, pause_arguments, pause_arguments.needs_token, training.seed)
     capacity = row_capacity(data_arguments.max_seq_length, task.max_seq_length, model.config.n_positions)
-    freeze_plan = freeze(model, freeze_arguments.freeze, pause_arguments.num_pauses > 0)
+    freeze_plan = freeze(model, freeze_arguments.freeze, pause_arguments.needs_token)
     counts = count_parameters(model.module)
     saved_bytes = [
         plan.state_bytes(counts["total"], number, setting.engine.stage, setting.sizes.world_size, training.dtype)
@@ -99,15 +100,18 @@ def train(
     for line in report(freeze_plan, counts, shape, capacity, saved_bytes[0] - saved_bytes[1]):
         distributed.say(line)
 
-    rows = training_rows(train_source, task, data_arguments, training, model, pause_arguments, capacity)
-    validation = evaluation_set(validation_source, task, data_arguments, model.tokenizer)
-    inference = Pauses(model.pause_id or 0, pause_arguments.at_inference)
+    rows = training_rows(train_source, task, data_arguments, training, model, pause_arguments, capacity, setting.sizes)
+    placement = pause_arguments.pause_placement
+    validation = evaluation_set(validation_source, task, data_arguments, model.tokenizer, placement)
+    inference = make_pauses(model, pause_arguments.at_inference, placement, training.seed)
 
     require_room(validation, inference, capacity)
 
     if training.gradient_checkpointing:
         checkpoint_activations(model.module.lm)
     engine = build_engine(model.module, training, setting.engine)
+    if placement == "least_confident" and rows.pauses.num:
+        rows.ranked = least_confident(engine, Prefixes(rows.store, rows.fit.cut), rows.fit, rows.pauses.num, capacity)
 
     def evaluate(log: RunLog, step: int) -> dict[str, float]:
         result = score(engine, validation, inference, capacity, setting.eval_rows, model.tokenizer)
@@ -118,10 +122,10 @@ def train(
 
     run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
     same = resume_key(
-        setting, run["arguments"], ("batching", "freeze", "num_pauses"),
+        setting, run["arguments"], ("batching", "freeze", "num_pauses", "pause_placement", "pause_schedule"),
         {
             DATA: rows.store.folder.name, LENGTH: capacity, "model sizes": asdict(shape),
-            "pause token id (--pause_token)": model.pause_id if pause_arguments.num_pauses else None,
+            "pause token id (--pause_token)": model.pause_id if pause_arguments.needs_token else None,
         },
     )  # fmt: skip
     packed = data_arguments.batching == "packed"
@@ -157,11 +161,16 @@ def training_rows(
     model: LanguageModel,
     pause: PauseArguments,
     capacity: int,
+    sizes: BatchSizes,
 ) -> TrainingRows:
     """Tokenised, cut and packed rows; tells how many contexts were cut and how many examples do not fit."""
-    store = cached_store(source, task, "train", data.max_train_samples, model.tokenizer, data.cache_dir)
-    pauses = Pauses(model.pause_id or 0, pause.num_pauses)
+    limit, placement = data.max_train_samples, pause.pause_placement
+    store = cached_store(source, task, "train", limit, model.tokenizer, data.cache_dir, placement)
+    pauses = make_pauses(model, pause.num_pauses, placement, training.seed)
     rows = TrainingRows(store, pauses, capacity, data.batching, training.seed)
+    if pause.pause_schedule != "fixed":
+        total_rows = total_steps(training, len(rows), sizes) * sizes.global_batch
+        rows.schedule = schedule(pause.pause_schedule, pause.num_pauses, training.seed, total_rows)
     if rows.fit.num_cut:
         distributed.say(f"{rows.fit.num_cut:,} of {len(store):,} training contexts were cut to fit {capacity} tokens")
     if rows.fit.num_left_out:
@@ -184,23 +193,24 @@ def require_room(data: EvaluationSet, pauses: Pauses, capacity: int) -> None:
 def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, model: LanguageModel) -> str:
     """What the model writes after the first prompts of the validation set."""
     new_tokens = min(SAMPLE_TOKENS, data.task.max_new_tokens)
-    fitted = fit(data.store, max(1, capacity - new_tokens), pauses.num)
-    prefixes = [prefix_and_target(data.store, fitted.cut, k)[0] for k in fitted.used[:8].tolist()]
-    prefixes = list({prefix.tobytes(): prefix for prefix in prefixes}.values())[:NUM_SAMPLES]  # choices share a prompt
-    prompts = [pauses.prompt(prefix) for prefix in prefixes]
-    texts = write(engine, model.tokenizer, prompts, 1, max_new_tokens=new_tokens, do_sample=False) if prompts else []
+    texts, fitted = fitted_prefixes(engine, data, pauses, max(1, capacity - new_tokens), most=8)
+    found = {texts.parts(k)[0].tobytes(): k for k in reversed(fitted.used.tolist())}  # choices share a prompt
+    numbers = sorted(found.values())[:NUM_SAMPLES]
+    prefixes = [texts.parts(k)[0] for k in numbers]
+    prompts = [texts.prompt(k, pauses) for k in numbers]
+    answers = write(engine, model.tokenizer, prompts, 1, max_new_tokens=new_tokens, do_sample=False) if prompts else []
     heads = [model.tokenizer.decode(prefix.tolist())[-60:] for prefix in prefixes]
-    return " | ".join(f"{head} → {text.strip()}" for head, text in zip(heads, texts, strict=True))
+    return " | ".join(f"{head} → {answer.strip()}" for head, answer in zip(heads, answers, strict=True))
 
 
 def pause_settings(model: LanguageModel, arguments: PauseArguments) -> dict:
     """What config.json of the exported model says about its pauses; empty for a model without."""
-    if not arguments.num_pauses:
+    if not arguments.needs_token:
         return model.pause_settings
     return {
         "token": model.tokenizer.convert_ids_to_tokens(model.pause_id),
         "token_id": model.pause_id,
-        "placement": "append",
+        "placement": arguments.pause_placement,
         "num_pauses": arguments.num_pauses,
         "num_inference_pauses": arguments.at_inference,
     }

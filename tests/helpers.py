@@ -27,16 +27,21 @@ def gpt2_configs() -> list[Path]:
 
 
 class MemoryStore(TokenStore):
-    """A TokenStore of given ids: rows of (context, prompt, target) or (context, prompt, target, span)."""
+    """A TokenStore of given ids: rows of (context, prompt, target) or (context, prompt, target, span), and the marks
+    of each row."""
 
-    def __init__(self, rows: Sequence[tuple]) -> None:
+    def __init__(self, rows: Sequence[tuple], marks: Sequence[Sequence[int]] = ()) -> None:
+        marks = marks or [[]] * len(rows)
         places, tokens = [], []
         for context, prompt, target, *span in rows:
             start = len(tokens)
             tokens += [*context, *prompt, *target]
             ends = np.cumsum([start, len(context), len(prompt), len(target)]).tolist()
-            places.append(ends + list(span[0] if span else (-1, -1)))
-        self.rows = np.asarray(places, dtype=np.int64).reshape(-1, 6)
+            marks_end = sum(map(len, marks[: len(places) + 1]))
+            span = list(span[0] if span else (-1, -1))
+            places.append([*ends, *span, marks_end - len(marks[len(places)]), marks_end])
+        self.rows = np.asarray(places, dtype=np.int64).reshape(-1, 8)
+        self.all_marks = np.array([place for row in marks for place in row], dtype=np.int32)
         self.tokens = np.asarray(tokens, dtype=np.uint16)
 
 

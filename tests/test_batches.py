@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from kozero.config import BatchSizes
-from kozero.data.batches import PAD_MULTIPLE, Text, TrainingRows, collate, evaluation_batches
+from kozero.data.batches import (
+    PAD_MULTIPLE,
+    PackedBatch,
+    Prefixes,
+    Text,
+    TrainingRows,
+    collate,
+    evaluation_batches,
+)
+from kozero.data.rows import fit
 from kozero.pause import IGNORE, Pauses
 from models.causal_lm import CausalLM
 from tests.helpers import MemoryStore, numbered_store, toy_gpt2
@@ -178,33 +187,37 @@ def test_an_example_that_does_not_fit_is_in_no_row():
 def test_a_training_text_is_cut_context_prompt_pauses_target():
     store = MemoryStore([(range(30, 50), [11, 12], [21, 1])])
     rows = TrainingRows(store, Pauses(PAUSE, 2), 9, "packed", seed=0)
-    (one,) = rows.texts(0)
+    (one,) = rows.texts(0, rows.pauses)
     assert one.ids.tolist() == [30, 31, 32, 11, 12, PAUSE, PAUSE, 21, 1]
     assert one.predicts.tolist() == [IGNORE] * 6 + [21, 1, IGNORE]
+
+
+def evaluation(store: MemoryStore, *split: int) -> list[PackedBatch]:
+    """Batches of rows of 16 tokens; split: micro batch, rank, number of ranks."""
+    fitted = fit(store, 16, 0)
+    return list(evaluation_batches(Prefixes(store, fitted.cut), fitted, NO_PAUSES, 16, *split))
 
 
 @pytest.mark.parametrize(("micro", "world_size"), [(1, 1), (4, 1), (2, 2), (3, 3), (8, 4)])
 def test_evaluation_meets_each_example_once_over_all_ranks(micro, world_size):
     store = numbered_store(50)
-    ranks = [evaluation_batches(store, NO_PAUSES, 16, micro, rank, world_size)[0] for rank in range(world_size)]
+    ranks = [evaluation(store, micro, rank, world_size) for rank in range(world_size)]
     targets = Counter(n for batches in ranks for batch in batches for n in batch.texts.tolist())
     assert targets == Counter({n: int(length) for n, length in enumerate(store.lengths[:, 2])})
 
 
 def test_every_rank_makes_as_many_forward_passes_the_last_may_be_empty():
     store = numbered_store(50)
-    ranks = [list(evaluation_batches(store, NO_PAUSES, 16, 4, rank, 7)[0]) for rank in range(7)]
+    ranks = [evaluation(store, 4, rank, 7) for rank in range(7)]
     assert len({len(batches) for batches in ranks}) == 1
     shapes = {tuple(batch.inputs["input_ids"].shape) for batches in ranks for batch in batches}
     assert shapes == {(4, 16)}
     assert ranks[-1][-1].num_targets == (0,)
 
 
-def test_evaluation_counts_what_was_cut_and_what_does_not_fit():
+def test_evaluation_leaves_out_what_does_not_fit():
     store = MemoryStore([(range(40), [1], [2]), ([], [1], [2]), ([], range(40), [2])])
-    batches, num_cut, num_left_out = evaluation_batches(store, NO_PAUSES, 16, 1, 0, 1)
-    assert (num_cut, num_left_out) == (1, 1)
-    assert {n for batch in batches for n in batch.texts.tolist()} == {0, 1}
+    assert {n for batch in evaluation(store, 1, 0, 1) for n in batch.texts.tolist()} == {0, 1}
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +234,7 @@ def losses_by_text(model: CausalLM, batch) -> dict[int, torch.Tensor]:
 def packed_texts() -> list[list[Text]]:
     store = numbered_store(12, shortest=3)
     rows = TrainingRows(store, Pauses(PAUSE, 1), 32, "packed", seed=0)
-    return [rows.texts(n) for n in range(len(rows))]
+    return [rows.texts(n, rows.pauses) for n in range(len(rows))]
 
 
 def test_a_text_in_a_packed_row_has_the_losses_it_has_alone(model):

@@ -101,7 +101,7 @@ def test_rows_keep_their_order_over_several_batches_of_the_tokenizer(tmp_path):
 
 def test_the_tokens_of_an_answer_are_found_by_its_characters(tmp_path):
     store = build(tmp_path, [REVIEW, QUESTION])
-    start, end = store.rows[1, 4:]
+    start, end = store.rows[1, 4:6]
     context = parts(store, 1)[0]
     assert QUESTION.context[slice(*QUESTION.span)] == "내륙 도시"
     assert "내륙 도시" in sample_tokenizer().decode(context[start:end])
@@ -110,7 +110,7 @@ def test_the_tokens_of_an_answer_are_found_by_its_characters(tmp_path):
 
 
 def test_a_row_without_answer_has_no_span(tmp_path):
-    assert build(tmp_path, [REVIEW]).rows[0, 4:].tolist() == [-1, -1]
+    assert build(tmp_path, [REVIEW]).rows[0, 4:6].tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 """Batches of packed texts: what a rank computes in a step, as a pure function of the rows consumed so far."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from kozero.config import BatchSizes
 from kozero.data.batch import Batch
-from kozero.data.rows import epoch_order, fit, grouped_order, pack
+from kozero.data.rows import Fit, epoch_order, fit, grouped_order, pack
 from kozero.data.store import TokenStore
-from kozero.pause import IGNORE, Pauses
+from kozero.pause import IGNORE, Pauses, Schedule
 
 PAD_MULTIPLE = 8  # rows of a batch are padded to their longest, rounded up to this
 
@@ -76,6 +76,8 @@ class TrainingRows:
     capacity: int
     batching: str  # packed | grouped
     seed: int
+    schedule: Schedule | None = None  # None: always all
+    ranked: np.ndarray | None = None  # see Prefixes
     rows: list[np.ndarray] = field(init=False)
     length: np.ndarray = field(init=False)
 
@@ -113,53 +115,75 @@ class TrainingRows:
         stride = sizes.micro * sizes.world_size
         starts = range(rank * sizes.micro, sizes.global_batch, stride)
         least = self.capacity if self.batching == "packed" else 0
-        return [collate([self.texts(n) for n in numbers[k : k + sizes.micro]], least, self.capacity) for k in starts]
+        pauses = replace(self.pauses, num=self.schedule(consumed)) if self.schedule else self.pauses
+        epoch = consumed // len(self.rows)
+        micros = [numbers[k : k + sizes.micro] for k in starts]
+        return [collate([self.texts(n, pauses, epoch) for n in micro], least, self.capacity) for micro in micros]
 
     def num_tokens(self, consumed: int, group: int) -> int:
         """Counted from row lengths, so that nothing travels between ranks for it."""
-        return int(sum(self.length[self.row_at(place, group)] for place in range(consumed, consumed + group)))
+        rows = [self.row_at(place, group) for place in range(consumed, consumed + group)]
+        absent = self.pauses.num - (self.schedule(consumed) if self.schedule else self.pauses.num)
+        return int(sum(self.length[row] - absent * len(self.rows[row]) for row in rows))
 
     def row_at(self, place: int, group: int) -> int:
         """Number of the row at a place of the stream."""
         epoch, offset = divmod(place, len(self.rows))
         return int(self.order(epoch, group)[offset])
 
-    def texts(self, row: int) -> list[Text]:
+    def texts(self, row: int, pauses: Pauses, epoch: int = 0) -> list[Text]:
         """The texts of a row."""
-        return [text_of(self.store, self.fit.cut, self.pauses, int(number)) for number in self.rows[row]]
+        prefixes = Prefixes(self.store, self.fit.cut, self.ranked)
+        return [Text(*prefixes.sequence(int(number), pauses, epoch), int(number)) for number in self.rows[row]]
 
 
-def text_of(store: TokenStore, cut: np.ndarray, pauses: Pauses, number: int) -> Text:
-    """Example `number` of a store with its context cut and its pauses in place."""
-    prefix, target = prefix_and_target(store, cut, number)
-    return Text(*pauses.sequence(prefix, target), number)
+@dataclass(frozen=True)
+class Prefixes:
+    """What a model reads and must write of each example of a store, its context cut.
 
+    `cut` is the (N, 2) part of each context that is kept. `ranked` (N, K) are places in the prefix after the cut,
+    those where pauses are due first in front, -1 behind the last; they stand in for the marks of the store.
+    """
 
-def prefix_and_target(store: TokenStore, cut: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """(P,) what the model reads, context cut and prompt whole, and (T,) what it must write."""
-    start, context_end, prompt_end, target_end = (int(place) for place in store.rows[number, :4])
-    first, last = (int(place) for place in cut[number])
-    tokens = store.tokens
-    prefix = np.concatenate([tokens[start + first : start + last], tokens[context_end:prompt_end]]).astype(np.int64)
-    return prefix, tokens[prompt_end:target_end].astype(np.int64)
+    store: TokenStore
+    cut: np.ndarray
+    ranked: np.ndarray | None = None
+
+    def parts(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(P,) what the model reads, context cut and prompt whole, and (T,) what it must write."""
+        start, context_end, prompt_end, target_end = (int(place) for place in self.store.rows[number, :4])
+        first, last = (int(place) for place in self.cut[number])
+        tokens = self.store.tokens
+        prefix = [tokens[start + first : start + last], tokens[context_end:prompt_end]]
+        return np.concatenate(prefix).astype(np.int64), tokens[prompt_end:target_end].astype(np.int64)
+
+    def marks(self, number: int) -> np.ndarray:
+        """(K,) places of the prefix where pauses may stand."""
+        if self.ranked is not None:
+            return self.ranked[number][self.ranked[number] >= 0]
+        marks, (start, context_end) = self.store.marks(number), self.store.rows[number, :2]
+        (first, last), length = self.cut[number], context_end - start
+        if last - first == length:
+            return marks
+        inside = marks[(marks >= first) & (marks < last)] - first
+        return np.concatenate([inside, marks[marks >= length] - length + last - first])
+
+    def prompt(self, number: int, pauses: Pauses) -> np.ndarray:
+        """The prefix with its pauses."""
+        return pauses.prompt(self.parts(number)[0], self.marks(number))
+
+    def sequence(self, number: int, pauses: Pauses, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Prefix, pauses and target, and what each position must predict."""
+        return pauses.sequence(*self.parts(number), self.marks(number), epoch)
 
 
 def evaluation_batches(
-    store: TokenStore, pauses: Pauses, capacity: int, micro: int, rank: int, world_size: int
-) -> tuple[Iterator[PackedBatch], int, int]:
-    """Packed batches over a whole store, each example once, the same number of batches on every rank (a sharded
-    model needs all ranks in every forward pass); the last ones of a rank may be empty.
-
-    Returns: the batches of `rank`, how many contexts were cut, how many examples do not fit at all.
-    """
-    fitted = fit(store, capacity, pauses.num)
+    prefixes: Prefixes, fitted: Fit, pauses: Pauses, capacity: int, micro: int, rank: int, world_size: int
+) -> Iterator[PackedBatch]:
+    """Packed batches over a whole store, each example that fits once, the same number of batches on every rank (a
+    sharded model needs all ranks in every forward pass); the last ones of a rank may be empty."""
     rows = pack(fitted.length, fitted.used, capacity, seed=0)
-    num_batches = -(-len(rows) // (micro * world_size))
-
-    def batches() -> Iterator[PackedBatch]:
-        for k in range(num_batches):
-            start = (k * world_size + rank) * micro
-            texts = [[text_of(store, fitted.cut, pauses, int(n)) for n in row] for row in rows[start : start + micro]]
-            yield collate(texts + [[]] * (micro - len(texts)), capacity)
-
-    return batches(), fitted.num_cut, fitted.num_left_out
+    for k in range(-(-len(rows) // (micro * world_size))):
+        start = (k * world_size + rank) * micro
+        texts = [[Text(*prefixes.sequence(int(n), pauses), int(n)) for n in row] for row in rows[start : start + micro]]
+        yield collate(texts + [[]] * (micro - len(texts)), capacity)

@@ -1,13 +1,15 @@
 """Token ids of a data set on disk: tokenised once, under a lock, read by memory map.
 
 A store is a folder with `tokens.bin` (16 or 32 bit ids, one text after the other), `rows.npy` (where the parts of
-each row lie) and `meta.json`. Its name is the hash of everything that went into it, so a changed file, tokenizer or
-setting never meets an old store. It is built in a folder of its own and renamed when it is whole.
+each row lie), `marks.npy` (where pauses may stand, for placements that follow the text) and `meta.json`. Its name is
+the hash of everything that went into it, so a changed file, tokenizer or setting never meets an old store. It is built
+in a folder of its own and renamed when it is whole.
 """
 
 import hashlib
 import json
 import shutil
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +22,12 @@ from filelock import FileLock
 
 from kozero.errors import UserError
 
-FORMAT = 2  # counts up when the layout or the meaning of a store changes
+FORMAT = 3  # counts up when the layout or the meaning of a store changes
 ENCODE_ROWS = 2048  # texts handed to the tokenizer at once; larger batches are not faster
-COLUMNS = ("start", "context_end", "prompt_end", "target_end", "span_start", "span_end")
+FILES = ("tokens.bin", "rows.npy", "marks.npy")
+COLUMNS = ("start", "context_end", "prompt_end", "target_end", "span_start", "span_end", "marks_start", "marks_end")
+
+Marker = Callable[[str, np.ndarray], np.ndarray]  # a text and (T, 2) characters of its tokens to (K,) places among them
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,26 @@ class TextRow:
 class TokenStore:
     """Rows of token ids.
 
-    `rows` is an (N, 6) int64 array: start, context_end, prompt_end, target_end are places in `tokens`; span_start and
-    span_end are places in the context, -1 where a row has no span.
+    `rows` is an (N, 8) int64 array: start, context_end, prompt_end, target_end are places in `tokens`; span_start and
+    span_end are places in the context, -1 where a row has no span; marks_start and marks_end are places in `all_marks`,
+    which are places in context and prompt, counted from the row's start.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_text())
         self.rows = np.load(folder / "rows.npy", mmap_mode="r")
+        self.all_marks = np.load(folder / "marks.npy", mmap_mode="r")
         empty = self.meta["num_tokens"] == 0
         dtype = np.dtype(self.meta["dtype"])
         self.tokens = np.zeros(0, dtype) if empty else np.memmap(folder / "tokens.bin", dtype, mode="r")
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def marks(self, number: int) -> np.ndarray:
+        """(K,) places in context and prompt of a row where pauses may stand, ascending."""
+        return self.all_marks[self.rows[number, 6] : self.rows[number, 7]]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -79,13 +90,20 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def open_or_build(
-    cache: Path, key: str, build: Callable[[], Iterable[TextRow]], tokenizer: Any, notes: Callable[[], list[str]] = list
+    cache: Path,
+    key: str,
+    build: Callable[[], Iterable[TextRow]],
+    tokenizer: Any,
+    notes: Callable[[], list[str]] = list,
+    marker: Marker | None = None,
 ) -> TokenStore:
     """The store `key` below `cache`, built first when it is not there or not whole. Safe with many processes.
 
-    Args: notes: asked after the last row, kept in the store's meta: what a reader has to know about its rows.
+    Args:
+        notes: asked after the last row, kept in the store's meta: what a reader has to know about its rows.
+        marker: finds the marks of a context or prompt; None: there are none.
     """
-    write = partial(write_store, rows=build, tokenizer=tokenizer, notes=notes)
+    write = partial(write_store, rows=build, tokenizer=tokenizer, notes=notes, marker=marker)
     return TokenStore(build_once(cache, key, is_whole, write))
 
 
@@ -117,38 +135,46 @@ def is_whole(folder: Path) -> bool:
     """Whether a store is there and its files have the sizes that its meta names."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        whole = all((folder / name).stat().st_size == meta["sizes"][name] for name in ("tokens.bin", "rows.npy"))
+        whole = all((folder / name).stat().st_size == meta["sizes"][name] for name in FILES)
         return whole and meta["dtype"] in ("uint16", "uint32") and isinstance(meta["notes"], list)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def write_store(
-    folder: Path, rows: Callable[[], Iterable[TextRow]], tokenizer: Any, notes: Callable[[], list[str]] = list
+    folder: Path,
+    rows: Callable[[], Iterable[TextRow]],
+    tokenizer: Any,
+    notes: Callable[[], list[str]] = list,
+    marker: Marker | None = None,
 ) -> None:
     """Tokenise `rows()` into `folder`, one batch in memory at a time; every target ends in the tokenizer's eos."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    index, position = [], 0
+    index, all_marks, position = [], array("i"), 0
     with (folder / "tokens.bin").open("wb") as file:
-        for ids, places in encode(rows(), tokenizer):
+        for ids, places, marks in encode(rows(), tokenizer, marker):
             file.write(np.asarray(ids, dtype=dtype).tobytes())
-            index.extend(places_at(places, position))
+            index.extend(places_at(places, position, len(all_marks)))
+            all_marks.extend(marks)
             position += len(ids)
     np.save(folder / "rows.npy", np.asarray(index, dtype=np.int64).reshape(-1, len(COLUMNS)))
-    sizes = {name: (folder / name).stat().st_size for name in ("tokens.bin", "rows.npy")}
+    np.save(folder / "marks.npy", np.asarray(all_marks, dtype=np.int32))
+    sizes = {name: (folder / name).stat().st_size for name in FILES}
     meta = {"dtype": dtype.name, "num_rows": len(index), "num_tokens": position, "columns": COLUMNS, "sizes": sizes}
     meta["notes"] = notes()
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def places_at(places: list[list[int]], position: int) -> Iterator[list[int]]:
-    """Row places of a batch moved to where the batch begins; spans are relative to their context and stay."""
+def places_at(places: list[list[int]], position: int, num_marks: int) -> Iterator[list[int]]:
+    """Row places of a batch moved to where the batch and its marks begin; spans are relative to their context."""
     for row in places:
-        yield [place + position for place in row[:4]] + row[4:]
+        yield [place + position for place in row[:4]] + row[4:6] + [place + num_marks for place in row[6:]]
 
 
-def encode(rows: Iterable[TextRow], tokenizer: Any) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Batches of (ids of all rows in turn, six places a row)."""
+def encode(
+    rows: Iterable[TextRow], tokenizer: Any, marker: Marker | None = None
+) -> Iterator[tuple[list[int], list[list[int]], list[int]]]:
+    """Batches of (ids of all rows in turn, eight places a row, marks of all rows in turn)."""
     rows = iter(rows)
     while batch := list(islice(rows, ENCODE_ROWS)):
         contexts = tokenizer(
@@ -161,22 +187,41 @@ def encode(rows: Iterable[TextRow], tokenizer: Any) -> Iterator[tuple[list[int],
         prompts = encode_texts([(row.prompt, bool(row.context)) for row in batch], tokenizer)
         targets = encode_texts([(row.target, bool(row.context or row.prompt)) for row in batch], tokenizer)
         ids: list[int] = []
-        places = []
+        places, marks = [], []
         for row, context, offsets, prompt, target in zip(
             batch, contexts["input_ids"], contexts["offset_mapping"], prompts, targets, strict=True
         ):
-            start = len(ids)
+            start, num_marks = len(ids), len(marks)
             ids += context + prompt + target + [tokenizer.eos_token_id]
             ends = [start + len(context), start + len(context) + len(prompt), len(ids)]
-            places.append([start, *ends, *token_span(offsets, row.span)])
-        yield ids, places
+            marks += marks_of(row, offsets, tokenizer, marker) if marker else []
+            places.append([start, *ends, *token_span(offsets, row.span), num_marks, len(marks)])
+        yield ids, places, marks
+
+
+def marks_of(row: TextRow, offsets: list[tuple[int, int]], tokenizer: Any, marker: Marker) -> list[int]:
+    """Marks of a row's context, whose tokens have `offsets`, and of its prompt, ascending."""
+    prompt = spaced(row.prompt, bool(row.context))
+    found = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    behind = (len(offsets) + place for place in text_marks(prompt, found["offset_mapping"], marker))
+    return sorted({*text_marks(row.context, offsets, marker), *behind})
+
+
+def text_marks(text: str, offsets: list[tuple[int, int]], marker: Marker) -> list[int]:
+    """Marks of one text."""
+    return marker(text, np.asarray(offsets, dtype=np.int64).reshape(-1, 2)).tolist() if text else []
 
 
 def encode_texts(texts: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
     """Ids of (text, whether it follows other text). One that follows is encoded with the space before it, so that the
     pieces' ids equal those of the joined text. Empty texts have no ids; a text that spells a special token is text."""
-    spaced = [f" {text}" if text and follows else text for text, follows in texts]
-    return tokenizer(spaced, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    joined = [spaced(text, follows) for text, follows in texts]
+    return tokenizer(joined, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def spaced(text: str, follows: bool) -> str:
+    """A text with the space before it where it follows another."""
+    return f" {text}" if text and follows else text
 
 
 def token_span(offsets: list[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int]:
