@@ -148,7 +148,7 @@ def freeze(model: LanguageModel, text: str | None, has_pause: bool) -> FreezePla
     """Compile and apply the plan; the pause row becomes its own parameter where it trains without its embedding."""
     freeze_plan = compile_plan(text, model.config.n_layer, has_pause)
     if freeze_plan.separate_pause:
-        model.module.separate_pause_row(model.pause_id)
+        model.module.separate_pause_row()
     apply_plan(freeze_plan, model.module)
     return freeze_plan
 

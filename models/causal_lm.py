@@ -44,17 +44,18 @@ class CausalLM(nn.Module):
         lm: the transformers model; its head must be tied to its embedding.
         silent_ids: tokens that are never predicted (pauses, rows that only pad the vocabulary). Their logits are
             minus infinity in training, scoring and generation alike.
+        pause_id: the token that pauses; None where the vocabulary has none.
     """
 
-    def __init__(self, lm: GPT2LMHeadModel, silent_ids: list[int]) -> None:
+    def __init__(self, lm: GPT2LMHeadModel, silent_ids: list[int], pause_id: int | None = None) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.pause_id = lm, pause_id
         if silent_ids:
             lm.lm_head = MaskedHead(lm.lm_head, silent_ids)
 
-    def separate_pause_row(self, pause_id: int) -> None:
+    def separate_pause_row(self) -> None:
         """Give the pause its own (1, H) parameter `lm.transformer.wte.pause_row`."""
-        self.lm.transformer.wte = PauseEmbedding(self.lm.transformer.wte, pause_id)
+        self.lm.transformer.wte = PauseEmbedding(self.lm.transformer.wte, self.pause_id)
 
     def forward(
         self,

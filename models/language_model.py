@@ -49,12 +49,16 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 @dataclass
 class LanguageModel:
-    """A model ready for an engine, its tokenizer, and its pause token (None where the vocabulary has none)."""
+    """A model ready for an engine, and its tokenizer."""
 
     module: CausalLM
     tokenizer: PreTrainedTokenizerFast
-    pause_id: int | None
     pause_settings: dict[str, Any]  # those it was trained with; empty for a model that has not met pauses
+
+    @property
+    def pause_id(self) -> int | None:
+        """The token that pauses; None where the vocabulary has none."""
+        return self.module.pause_id
 
     @property
     def config(self) -> GPT2Config:
@@ -186,20 +190,32 @@ def load(
     check_vocabulary(len(tokenizer), lm.config.vocab_size, foreign=bool(model_name_or_path and tokenizer_name))
     if dropout is not None:
         set_dropout(lm, dropout)
-    settings = pause_settings_of(lm.config, model_name_or_path)
+    return with_pause_token(lm, tokenizer, model_name_or_path, pause_token, with_pauses, seed)
+
+
+def with_pause_token(
+    lm: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str | None,
+    pause_token: str,
+    with_pauses: bool,
+    seed: int,
+) -> LanguageModel:
+    """The model with its pause token found, or made when `with_pauses`; see load."""
+    settings = pause_settings_of(lm.config, name)
     token = settings.get("token", pause_token)
     check_pause_token(token, tokenizer)
     if pause_token not in (token, DEFAULT_PAUSE):
-        raise UserError(f"--pause_token {pause_token}: {model_name_or_path} was trained with {token}; leave it out")
+        raise UserError(f"--pause_token {pause_token}: {name} was trained with {token}; leave it out")
     pause_id = tokenizer.get_vocab().get(token)
     if pause_id is None and settings:
-        raise UserError(f"{model_name_or_path}: its config.json pauses with {token}, which the tokenizer lacks")
+        raise UserError(f"{name}: its config.json pauses with {token}, which the tokenizer lacks")
     if pause_id is None and with_pauses:
         pause_id = add_pause_token(lm, tokenizer)
     if with_pauses and not settings:
         reset_row(lm, pause_id, seed)
     silent = list(range(len(tokenizer), lm.config.vocab_size)) + ([pause_id] if with_pauses or settings else [])
-    return LanguageModel(CausalLM(lm, silent), tokenizer, pause_id, settings)
+    return LanguageModel(CausalLM(lm, silent, pause_id), tokenizer, settings)
 
 
 def pause_settings_of(config: GPT2Config, name: str | None) -> dict[str, Any]:

@@ -88,6 +88,9 @@ class CorpusArguments:
     )
     dropout: float | None = arg(None, "replaces the model's dropout rates, 0 to 1")
     max_seq_length: int = arg(128, "tokens of a row")
+    pause_fraction: float = arg(0.0, "clm: share of a row's tokens that are pauses (see --pause_placement); 0: none")
+    pause_placement: str = arg("random", "clm: where pauses go", choices=["random"])
+    pause_token: str = arg("<unused0>", "token that pauses; a tokenizer that lacks it gets <pause> as a new token")
     whole_word_mask: bool = arg(
         False,
         "hide whole words instead of single tokens: eojeol; with a WordPiece tokenizer a word also ends at a "
@@ -112,6 +115,16 @@ class CorpusArguments:
             (self.model == "causal_lm") == (self.task == "clm"),
             f"--model {self.model} and --task {self.task}: causal_lm learns clm, the encoders learn the others",
         )
+        require(0 <= self.pause_fraction < 1, f"--pause_fraction {self.pause_fraction}: must be in [0, 1)")
+        require(
+            self.task == "clm" or not self.pause_fraction,
+            f"--pause_fraction {self.pause_fraction}: --task {self.task} has no pauses; give --model causal_lm",
+        )
+
+    @property
+    def num_pauses(self) -> int:
+        """Pauses of a full row."""
+        return round(self.pause_fraction * self.max_seq_length)
 
 
 @dataclass

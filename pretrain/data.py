@@ -14,6 +14,7 @@ from kozero.data.batch import Rows
 from kozero.data.order import Order
 from kozero.data.readers import text_files
 from kozero.errors import require
+from kozero.pause import Pauses, begins_inside
 from pretrain.arguments import CorpusArguments, PretrainingArguments
 from pretrain.chunks import Blocks, Numbered, cut, held_out_documents
 from pretrain.corpus import (
@@ -98,7 +99,7 @@ def number_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any) ->
     length, documents = corpus.max_seq_length, [shard.num_documents for shard in shards]
     ends = list(zip(shards, held_out_documents(documents, corpus.validation_fraction), strict=True))
     if corpus.task == "clm":
-        parts = [Blocks(shard, length, tokenizer.eos_token_id, num) for shard, num in ends]
+        parts = [Blocks(shard, length - corpus.num_pauses, tokenizer.eos_token_id, num) for shard, num in ends]
     else:
         room = length - num_special(corpus.task)
         parts = distributed.machine_first(lambda: [cut(shard, room, num) for shard, num in ends])
@@ -129,15 +130,20 @@ def make_rows(
     sizes: BatchSizes,
     tokenizer: Any,
     router: bool,
+    pause_id: int | None = None,
 ) -> PretrainingData:
     """The rows of a task. `router`: the model has the two losses of a Switch transformer."""
     length = corpus.max_seq_length
     train, held_out = number_rows(shards, corpus, tokenizer)
 
+    pauses = None
+    if corpus.num_pauses:
+        pauses = Pauses(pause_id, corpus.num_pauses, "random", begins_inside(tokenizer), training.seed)
+
     def rows(numbered: Numbered, group: int, seed: int, epoch_rows: int) -> Rows:
         order = Order(len(numbered), epoch_rows, group, seed, numbered.lengths)
         if corpus.task == "clm":
-            return BlockRows(numbered, order, length)
+            return BlockRows(numbered, order, length, pauses)
         masking = Masking(Tokens.of(tokenizer), corpus.mask_share, corpus.whole_word_mask)
         return EncoderRows(numbered, order, masking, corpus.task, router, length)
 

@@ -47,7 +47,7 @@ class FullBlockRows(BlockRows):
     def __len__(self) -> int:
         return self.num
 
-    def texts(self, row: int) -> list[Text]:
+    def texts(self, row: int, place: int = 0) -> list[Text]:
         """Halves of a block."""
         ids = np.random.default_rng(row).integers(0, self.vocabulary, self.size)
         return [Text(half, half, row) for half in np.array_split(ids, 2)]

@@ -59,7 +59,9 @@ def build_module(training: PretrainingArguments, corpus: CorpusArguments, tokeni
         check_positions(corpus, lm.config.n_positions)
         if training.gradient_checkpointing:
             checkpoint_activations(lm)
-        return CausalLM(lm, list(range(len(tokenizer), lm.config.vocab_size)))
+        return language_model.with_pause_token(
+            lm, tokenizer, training.checkpoint, corpus.pause_token, corpus.num_pauses > 0, training.seed
+        ).module
     encoder = encoder_of(training, corpus, tokenizer)
     if corpus.dropout is not None:
         encoders.set_dropout(encoder, corpus.dropout)
@@ -145,13 +147,28 @@ def check_positions(corpus: CorpusArguments, positions: int) -> None:
     )
 
 
-def export(engine: Engine, module: nn.Module, tokenizer: Any, folder: Path, text: str) -> None:
+def pause_settings(module: CausalLM, corpus: CorpusArguments, tokenizer: Any) -> dict[str, Any]:
+    """What config.json of the exported model says about its pauses: those of this run, or of the one before it."""
+    if not corpus.num_pauses:
+        return getattr(module.lm.config, "pause", None) or {}
+    return {
+        "token": tokenizer.convert_ids_to_tokens(module.pause_id),
+        "token_id": module.pause_id,
+        "placement": corpus.pause_placement,
+        "fraction": corpus.pause_fraction,
+        "num_pauses": 0,
+        "num_inference_pauses": 0,
+    }
+
+
+def export(engine: Engine, module: nn.Module, corpus: CorpusArguments, tokenizer: Any, folder: Path, text: str) -> None:
     """Write the best weights as a folder that transformers loads; the heads of an encoder lie beside it."""
     state = engine.full_state_dict()
     if not distributed.is_main():
         return
     if isinstance(module, CausalLM):
-        language_model.export(folder, language_model.LanguageModel(module, tokenizer, None, {}), state, {}, text)
+        model = language_model.LanguageModel(module, tokenizer, {})
+        language_model.export(folder, model, state, pause_settings(module, corpus, tokenizer), text)
         return
     encoders.export_encoder(folder, module, state, tokenizer, text)
 
@@ -165,8 +182,10 @@ def card(name: str, run: dict, state: RunState) -> str:
         f"Start: {arguments['checkpoint'] or 'random weights'}",
         f"Tokenizer: {arguments['tokenizer_name_or_path'] or 'the sample tokenizer (4,096 tokens)'}",
         f"Corpus: {corpus_of(arguments)}",
-        f"Steps: {state.step:,}; the weights are {kept}",
+        f"Steps: {state.step:,}, {state.real_tokens:,} tokens; the weights are {kept}",
     ]
+    if arguments["pause_fraction"]:
+        facts.append(f"Pauses: {arguments['pause_fraction']:.0%} of every row, at random places, not counted as tokens")
     table = [f"| {key} | {value:.4f} |" for key, value in scores.items()]
     parts = [
         "---\nlanguage: ko\nlibrary_name: transformers\n---",

@@ -6,7 +6,7 @@ generator for a whole batch, which a resumed run could not go on with.)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from kozero.data.batches import PackedBatch, Text, collate
 from kozero.data.framing import Framing
 from kozero.data.order import ABSENT, Order, OrderedRows
 from kozero.errors import require
-from kozero.pause import IGNORE
+from kozero.pause import IGNORE, Pauses, insert
 from pretrain.chunks import Numbered
 
 KEEP_QUERY = 0.1  # share of the passages that keep their query (Lee et al. 2019, arXiv 1906.00300, section 4)
@@ -198,10 +198,18 @@ class EncoderRows(OrderedRows):
 
 
 class BlockRows(OrderedRows):
-    """The rows of a causal language model: blocks of the stream of documents, which do not see each other."""
+    """The rows of a causal language model: blocks of the stream of documents, which do not see each other.
 
-    def __init__(self, blocks: Numbered, order: Order, size: int) -> None:
-        self.blocks, self.order, self.size = blocks, order, size
+    With pauses a row is a shorter block and pauses at random places of it (Goyal et al. 2023, section 3.1, who insert
+    them into a full row and trim its end; so no token is lost).
+
+    Args:
+        size: tokens of a row with its pauses.
+        pauses: of a full row, at "random" places; None: no row has any.
+    """
+
+    def __init__(self, blocks: Numbered, order: Order, size: int, pauses: Pauses | None = None) -> None:
+        self.blocks, self.order, self.size, self.pauses = blocks, order, size, pauses
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of blocks."""
@@ -209,15 +217,29 @@ class BlockRows(OrderedRows):
 
     def batch(self, places: Sequence[int]) -> PackedBatch:
         """One forward pass over the rows at some places."""
-        return collate(
-            [self.texts(number) if number >= 0 else [] for number in self.numbers(places).tolist()], self.size
-        )
+        numbers = self.numbers(places).tolist()
+        rows = [self.texts(row, place) if row >= 0 else [] for row, place in zip(numbers, places, strict=True)]
+        return collate(rows, self.size)
 
-    def texts(self, row: int) -> list[Text]:
-        """The documents' parts of a block."""
+    def texts(self, row: int, place: int = 0) -> list[Text]:
+        """The documents' parts of a block, at a place of the stream."""
         texts = []
         for ids, following in self.blocks[row]:
             predicts = np.full(len(ids), IGNORE, dtype=np.int64)
             predicts[: len(following)] = following
             texts.append(Text(ids, predicts, row))
-        return texts
+        return self.paused(texts, place) if self.pauses else texts
+
+    def paused(self, texts: list[Text], place: int) -> list[Text]:
+        """A row with its pauses, as many of a shorter last block as its share; those before a document belong to it."""
+        ids = np.concatenate([text.ids for text in texts])
+        num = round(len(ids) * self.pauses.num / (self.size - self.pauses.num))
+        gaps = replace(self.pauses, num=num).gaps(ids, epoch=place)
+        found, start = [], 0
+        for text in texts:
+            end = start + len(text.ids)
+            own = np.append(gaps[start:end], gaps[end] if end == len(ids) else 0)
+            parts = insert(text.ids, text.predicts, own, self.pauses.token_id, int(text.ids[0]))
+            found.append(Text(*parts, text.number, int(own.sum())))
+            start = end
+        return found

@@ -109,7 +109,7 @@ def pretrain(
         if corpus.task == "mlm_ict":
             check_negatives(sizes)
         settings = prepare_engine(training, sizes, sharding)
-    data = make_rows(shards, corpus, training, sizes, tokenizer, router)
+    data = make_rows(shards, corpus, training, sizes, tokenizer, router, getattr(module, "pause_id", None))
     engine = build_engine(module, training, settings)
 
     def evaluate(log: RunLog, step: int) -> dict[str, float]:
@@ -133,7 +133,7 @@ def pretrain(
     )
     state = trainer.fit()
     trainer.load_best()
-    export(engine, module, tokenizer, output_dir / "model", card(training.model_name, run, state))
+    export(engine, module, corpus, tokenizer, output_dir / "model", card(training.model_name, run, state))
     engine.close()
     distributed.shutdown()
     distributed.say(f"curves:   tensorboard --logdir {output_dir}")
@@ -237,7 +237,7 @@ def resume_key(
     said = asdict(training) | asdict(corpus)
     named = (
         "seed", "task", "model", "optim", "max_seq_length", "whole_word_mask", "mask_share", "validation_fraction",
-        "max_steps_per_epoch",
+        "max_steps_per_epoch", "pause_fraction", "pause_placement", "pause_token",
     )  # fmt: skip
     key = {f"--{name}": said[name] for name in named}
     key |= {f"{name} of the model": value for name, value in own_values(config).items()}

@@ -167,7 +167,7 @@ def exported(name: str, freeze: str | None, folder: Path) -> dict:
     state = engine.full_state_dict()
     if distributed.is_main():
         pause = {"token": "w4", "token_id": PAUSE, "placement": "append", "num_pauses": 2, "num_inference_pauses": 2}
-        export(folder, LanguageModel(engine.module, word_tokenizer(VOCAB - 3), PAUSE, {}), state, pause, "# card")
+        export(folder, LanguageModel(engine.module, word_tokenizer(VOCAB - 3), {}), state, pause, "# card")
     with engine.evaluating():
         logits = engine.module.lm(input_ids=ids_to_compare()).logits.clone()
     engine.close()

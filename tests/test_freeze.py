@@ -112,10 +112,10 @@ def test_a_pause_row_cannot_be_frozen_while_its_embedding_trains():
 
 def frozen_model(text: str | None, num_layers: int = 4, has_pause: bool = True) -> CausalLM:
     """A model in the order of a run: compile, separate the pause row if need be, apply."""
-    model = CausalLM(toy_gpt2(num_layers), [PAUSE_ID] if has_pause else [])
+    model = CausalLM(toy_gpt2(num_layers), [PAUSE_ID] if has_pause else [], PAUSE_ID)
     made = compile_plan(text, num_layers, has_pause)
     if made.separate_pause:
-        model.separate_pause_row(PAUSE_ID)
+        model.separate_pause_row()
     apply_plan(made, model)
     return model
 
@@ -183,8 +183,8 @@ def test_a_separate_pause_row_alone_gets_gradients():
 
 
 def test_separating_the_pause_row_changes_no_loss():
-    joined, separate = CausalLM(toy_gpt2(), [PAUSE_ID]), CausalLM(toy_gpt2(), [PAUSE_ID])
-    separate.separate_pause_row(PAUSE_ID)
+    joined, separate = (CausalLM(toy_gpt2(), [PAUSE_ID], PAUSE_ID) for _ in range(2))
+    separate.separate_pause_row()
     batch = paused_batch()
     assert torch.equal(joined(**batch.inputs), separate(**batch.inputs))
 

@@ -169,7 +169,7 @@ def test_plain_transformers_gives_the_same_logits(tmp_path, config_file):
 
 def test_a_model_trained_with_a_separate_pause_row_gives_the_same_logits(tmp_path, config_file):
     model = loaded(config=config_file())
-    model.module.separate_pause_row(model.pause_id)
+    model.module.separate_pause_row()
     with torch.no_grad():
         model.module.lm.transformer.wte.pause_row.add_(0.5)
     lm = AutoModelForCausalLM.from_pretrained(exported(tmp_path / "model", model))

@@ -46,11 +46,11 @@ Row = Sequence[Text]
 
 def toy(freeze: str | None = None, dropout: float = 0.0) -> CausalLM:
     """The same weights every time."""
-    module = CausalLM(toy_gpt2(LAYERS, VOCAB), [PAUSE])
+    module = CausalLM(toy_gpt2(LAYERS, VOCAB), [PAUSE], PAUSE)
     set_dropout(module.lm, dropout)
     plan = compile_plan(freeze, LAYERS, has_pause=True)
     if plan.separate_pause:
-        module.separate_pause_row(PAUSE)
+        module.separate_pause_row()
     apply_plan(plan, module)
     return module
 

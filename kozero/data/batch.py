@@ -22,7 +22,7 @@ class Batch:
 
     inputs: dict[str, torch.Tensor]
     num_targets: tuple[int, ...]
-    num_tokens: int  # tokens of texts: no padding, and of an encoder's rows no special tokens
+    num_tokens: int  # tokens of texts: no padding, no pauses, and of an encoder's rows no special tokens
 
     def to(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The module's arguments on a device."""

@@ -29,11 +29,12 @@ class PackedBatch(Batch):
 
 @dataclass
 class Text:
-    """One text of a row: its ids, what each position predicts, and its number."""
+    """One text of a row: its ids, what each position predicts, its number, and how many of its ids are pauses."""
 
     ids: np.ndarray
     predicts: np.ndarray
     number: int
+    num_pauses: int = 0
 
 
 def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) -> PackedBatch:
@@ -56,7 +57,7 @@ def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) 
         # Padding continues the last text: causal attention hides it, and a row of one text needs no mask matrix.
         last = len(row[-1].ids) if row else 0
         positions[r, at:] = np.arange(last, last + length - at)
-        num_tokens += at
+        num_tokens += at - sum(text.num_pauses for text in row)
     index = np.flatnonzero(predicts != IGNORE)
     inputs = {
         "input_ids": torch.from_numpy(ids),
@@ -123,8 +124,7 @@ class TrainingRows:
     def num_tokens(self, consumed: int, group: int) -> int:
         """Counted from row lengths, so that nothing travels between ranks for it."""
         rows = [self.row_at(place, group) for place in range(consumed, consumed + group)]
-        absent = self.pauses.num - (self.schedule(consumed) if self.schedule else self.pauses.num)
-        return int(sum(self.length[row] - absent * len(self.rows[row]) for row in rows))
+        return int(sum(self.length[row] - self.pauses.num * len(self.rows[row]) for row in rows))
 
     def row_at(self, place: int, group: int) -> int:
         """Number of the row at a place of the stream."""
@@ -134,7 +134,7 @@ class TrainingRows:
     def texts(self, row: int, pauses: Pauses, epoch: int = 0) -> list[Text]:
         """The texts of a row."""
         prefixes = Prefixes(self.store, self.fit.cut, self.ranked)
-        return [Text(*prefixes.sequence(int(number), pauses, epoch), int(number)) for number in self.rows[row]]
+        return [prefixes.text(int(number), pauses, epoch) for number in self.rows[row]]
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,10 @@ class Prefixes:
         """The prefix with its pauses."""
         return pauses.prompt(self.parts(number)[0], self.marks(number))
 
-    def sequence(self, number: int, pauses: Pauses, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def text(self, number: int, pauses: Pauses, epoch: int = 0) -> Text:
         """Prefix, pauses and target, and what each position must predict."""
-        return pauses.sequence(*self.parts(number), self.marks(number), epoch)
+        ids, predicts = pauses.sequence(*self.parts(number), self.marks(number), epoch)
+        return Text(ids, predicts, number, pauses.num)
 
 
 def evaluation_batches(
@@ -185,5 +186,5 @@ def evaluation_batches(
     rows = pack(fitted.length, fitted.used, capacity, seed=0)
     for k in range(-(-len(rows) // (micro * world_size))):
         start = (k * world_size + rank) * micro
-        texts = [[Text(*prefixes.sequence(int(n), pauses), int(n)) for n in row] for row in rows[start : start + micro]]
+        texts = [[prefixes.text(int(n), pauses) for n in row] for row in rows[start : start + micro]]
         yield collate(texts + [[]] * (micro - len(texts)), capacity)
