@@ -7,8 +7,11 @@ LICENSES = {"skt/kogpt2-base-v2": "cc-by-nc-sa-4.0", "skt/ko-gpt-trinity-1.2B-v0
 
 def model_card(task: str, run: dict, data: tuple[str, str], scores: dict[str, float], step: int, pause: dict) -> str:
     """The card of a language model."""
-    paused = f"{pause['num_pauses']} x `{pause['token']}` after the prompt" if pause else "none"
-    use = "A model with pauses wants them appended to its prompt; `config.json` says which and how many under `pause`."
+    paused = f"{pause['num_pauses']} x `{pause['token']}`, {pause['placement']}" if pause else "none"
+    use = (
+        "A model with pauses wants them in its prompt; `config.json` says which, where and how many under `pause`, and "
+        "`PausedGenerator.from_pretrained` of KoZeRO's finetune/paused.py puts them there."
+    )
     head = ["pipeline_tag: text-generation", "tags: [kozero, gpt2]"]
     return card(head, task, run, data, scores, step, [f"Pauses: {paused}"], use)
 

@@ -7,14 +7,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from finetune.arguments import ModelArguments
-from finetune.scoring import write
+from finetune.paused import PausedGenerator
 from finetune.setup import inference_pauses, load_model
 from kozero import distributed
-from kozero.config import TrainingArguments, arg, at_least, check_seed, parse_arguments
-from kozero.engines import EngineSettings, build_engine
+from kozero.config import arg, at_least, check_seed, parse_arguments
 from kozero.errors import UserError, require, run_main
 from kozero.json_files import not_utf8
 from kozero.pause import InferencePauseArguments
@@ -61,20 +58,18 @@ def main() -> None:
     distributed.setup()
     model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=arguments.seed)
     pauses = inference_pauses(model, pause_arguments)
-    engine = build_engine(model.module, TrainingArguments(), EngineSettings())
+    generator = PausedGenerator(model.module.lm.to(distributed.device()).eval(), model.tokenizer, pauses)
     distributed.seed_everything(arguments.seed)
     longest = model.config.n_positions - pauses.num - arguments.max_new_tokens
     require(
         longest > 0, f"--max_new_tokens {arguments.max_new_tokens}: the model has {model.config.n_positions} positions"
     )
     for prompt in [arguments.prompt] if arguments.prompt is not None else prompts_of(sys.stdin.buffer):
-        ids = np.asarray(model.tokenizer.encode(prompt, add_special_tokens=False), dtype=np.int64)
-        require(len(ids) + pauses.num > 0, "--prompt: empty; give at least a word")
-        require(len(ids) <= longest, f"--prompt: {len(ids)} tokens; at most {longest} leave room for the answer")
-        texts = write(engine, model.tokenizer, [pauses.prompt(ids)] * arguments.num_samples, 8, **arguments.settings())
-        for text in texts:
+        num_tokens = len(generator.prompt(prompt)) - pauses.num
+        require(num_tokens + pauses.num > 0, "--prompt: empty; give at least a word")
+        require(num_tokens <= longest, f"--prompt: {num_tokens} tokens; at most {longest} leave room for the answer")
+        for text in generator.generate([prompt] * arguments.num_samples, **arguments.settings()):
             distributed.say(f"{prompt} {text.strip()}")
-    engine.close()
     distributed.shutdown()
 
 

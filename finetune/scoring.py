@@ -1,11 +1,13 @@
 """Scores of a model under any engine: labels by log-likelihood, answers by writing them. Every rank takes its share
 and all of them make the same number of forward passes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from finetune.confidence import least_confident
 from finetune.data import EvaluationSet
@@ -107,11 +109,13 @@ def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int,
     order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
     world = distributed.world_size()
     mine: dict[int, str] = {}
+    lm, generation = engine.module.lm, generation | {"synced_gpus": engine.lockstep and world > 1}
     with engine.evaluating():
         for start in range(0, len(order), micro * world):
             first = start + distributed.rank() * micro
             numbers = order[first : first + micro].tolist()
-            texts = write_batch(engine, tokenizer, [prompts[n] for n in numbers or order[:1]], generation)
+            batch = [prompts[n] for n in numbers or order[:1]]
+            texts = write_batch(lm, tokenizer, batch, distributed.device(), generation)
             mine |= dict(zip(numbers, texts, strict=False))
     written: dict[int, str] = {}
     for part in distributed.gather(mine):
@@ -119,20 +123,21 @@ def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int,
     return [written[n] for n in range(len(prompts))]
 
 
-def write_batch(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], generation: dict[str, Any]) -> list[str]:
-    """One call of transformers' generate."""
-    device, longest = distributed.device(), max(map(len, prompts))
+def write_batch(
+    lm: PreTrainedModel, tokenizer: Any, prompts: Sequence[np.ndarray], device: torch.device, generation: dict[str, Any]
+) -> list[str]:
+    """One call of transformers' generate: what follows each prompt, without special tokens."""
+    longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
     seen = torch.zeros_like(ids)
     for k, prompt in enumerate(prompts):
         ids[k, longest - len(prompt) :] = torch.from_numpy(prompt)
         seen[k, longest - len(prompt) :] = 1
-    out = engine.module.lm.generate(
+    out = lm.generate(
         input_ids=ids.to(device),
         attention_mask=seen.to(device),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        synced_gpus=engine.lockstep and distributed.world_size() > 1,
         **generation,
     )
     return tokenizer.batch_decode(out[:, longest:].tolist(), skip_special_tokens=True)

@@ -1,0 +1,84 @@
+"""A language model with its pauses, for anyone who uses transformers:
+
+generator = PausedGenerator.from_pretrained("runs/run/model")
+generator.generate(["전제: 비가 온다. 가설: 날이 맑다. 관계:"], max_new_tokens=8)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from finetune.scoring import write_batch
+from kozero.data.marks import MARKERS, token_marks
+from kozero.errors import require
+from kozero.pause import PLACEMENTS, Pauses, begins_inside, filler_id
+from models.language_model import load_tokenizer
+
+
+@dataclass(frozen=True)
+class PausedGenerator:
+    """`generate` of a causal language model, with pauses in every prompt. What the model would say at a pause is
+    ignored, but for the last one, and no pause is ever written (the exported generation_config suppresses it)."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    pauses: Pauses
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str, num_pauses: int | None = None, placement: str | None = None, device: str | None = None
+    ) -> "PausedGenerator":
+        """A folder as training leaves it, or any causal model.
+
+        Args: num_pauses, placement: those that config.json names by default; device: "cuda" where there is one.
+
+        Raises: UserError for an unknown placement, or pauses of a model that has no pause token.
+        """
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        settings = getattr(lm.config, "pause", None) or {}
+        placement = placement or settings.get("placement", "append")
+        num = settings.get("num_inference_pauses", 0) if num_pauses is None else num_pauses
+        require(placement in PLACEMENTS, f"placement {placement}: one of {', '.join(PLACEMENTS)}")
+        tokenizer = load_tokenizer(folder)
+        token_id = filler_id(tokenizer) if placement == "filler" else settings.get("token_id")
+        require(num == 0 or token_id is not None, f"{folder}: its config.json names no pause; num_pauses must be 0")
+        lm = lm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(lm, tokenizer, Pauses(token_id or 0, num, placement, begins_inside(tokenizer)))
+
+    def prompt(self, text: str) -> np.ndarray:
+        """(T,) ids of a text with its pauses."""
+        found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        ids = np.asarray(found["input_ids"], dtype=np.int64)
+        return self.pauses.prompt(ids, self.marks(text, ids, np.asarray(found["offset_mapping"]).reshape(-1, 2)))
+
+    def marks(self, text: str, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
+        """Places that the placement asks for."""
+        if self.pauses.placement in MARKERS:
+            return token_marks(self.pauses.placement, text, offsets)
+        if self.pauses.placement == "least_confident" and len(ids) > 1:
+            with torch.no_grad():
+                logits = self.lm(torch.from_numpy(ids[None]).to(self.lm.device)).logits[0, :-1].float()
+            following = torch.from_numpy(ids[1:]).to(logits.device)
+            losses = torch.nn.functional.cross_entropy(logits, following, reduction="none")
+            return np.argsort(-losses.cpu().numpy(), kind="stable") + 1
+        return None
+
+    def generate(self, texts: Sequence[str], batch_size: int = 8, **generation: Any) -> list[str]:
+        """What the model writes after each text, without special tokens.
+
+        Args: batch_size: texts of any lengths that are padded on the left together; generation: the arguments of
+            transformers' generate, e.g. max_new_tokens, do_sample.
+        """
+        prompts = [self.prompt(text) for text in texts]
+        require(all(len(prompt) for prompt in prompts), "a prompt is empty; give at least a word")
+        return [
+            text
+            for start in range(0, len(prompts), batch_size)
+            for text in write_batch(
+                self.lm, self.tokenizer, prompts[start : start + batch_size], self.lm.device, generation
+            )
+        ]
