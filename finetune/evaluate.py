@@ -14,7 +14,8 @@ from finetune.data import evaluation_set, sources
 from finetune.encoder import load
 from finetune.questions import question_set
 from finetune.scoring import score
-from finetune.setup import inference_pauses, load_model, row_capacity
+from finetune.setup import inference_pauses, load_model, make_pauses, row_capacity
+from finetune.sweep import save_sweep, settings_of, sweep, warnings
 from finetune.tasks import ENCODER_TASKS, TASKS, Example
 from finetune.train_encoder import ENCODER_TRAINING, encoder_capacity, write_files
 from kozero import distributed
@@ -38,12 +39,18 @@ class EvaluationArguments:
         None,
         "JSON for the scores; predictions go beside it as .predictions.jsonl (mrc: .predictions.json, .nbest.json)",
     )
+    sweep_pauses: str | None = arg(
+        None, "score with each of these numbers of pauses, e.g. 0,1,2,5,10,20,50; JSON, CSV and plot: --output_file"
+    )
+    sweep_placement: str = arg("append", "placements of --sweep_pauses, e.g. append,prepend,filler")
     timeout_seconds: float = arg(600.0, "seconds that a rank waits for the others before the run ends")
     local_rank: int = arg(-1, "set by the deepspeed launcher; leave it alone")
 
     def __post_init__(self) -> None:
         at_least(1, self, "per_device_eval_batch_size")
         check_timeout(self.timeout_seconds)
+        if self.sweep_pauses:
+            settings_of(self.sweep_pauses, self.sweep_placement)
 
     def as_training(self) -> TrainingArguments:
         """The part of a run's arguments that an engine needs; nothing is trained."""
@@ -71,8 +78,13 @@ def main() -> None:
         writable_folder("--output_file", Path(arguments.output_file).parent)
         require(not Path(arguments.output_file).is_dir(), f"--output_file {arguments.output_file}: is a folder")
     if data_arguments.task in TASKS:
-        score_language_model(arguments, model_arguments, data_arguments, pause_arguments)
+        run = sweep_language_model if arguments.sweep_pauses else score_language_model
+        run(arguments, model_arguments, data_arguments, pause_arguments)
     else:
+        require(
+            not arguments.sweep_pauses,
+            f"--sweep_pauses {arguments.sweep_pauses}: --task {data_arguments.task} has no pauses",
+        )
         score_encoder(arguments, model_arguments, data_arguments, reading_arguments)
     distributed.shutdown()
 
@@ -99,6 +111,31 @@ def score_language_model(
         path = Path(arguments.output_file)
         save_scores(path, result.values, str(source), num_pauses=pauses.num)
         save_predictions(path.with_suffix(".predictions.jsonl"), result.predictions, questions.examples)
+    engine.close()
+
+
+def sweep_language_model(
+    arguments: EvaluationArguments, model_arguments: ModelArguments, data: DataArguments, pause: InferencePauseArguments
+) -> None:
+    """A GPT-2 over numbers and placements of pauses."""
+    settings = arguments.engine_settings()
+    task, cells = TASKS[data.task], settings_of(arguments.sweep_pauses, arguments.sweep_placement)
+    name = model_arguments.model_name_or_path or str(model_arguments.config_file)
+    path = Path(arguments.output_file or f"sweep-{task.name}.json")
+    require(path.suffix == ".json", f"--output_file {path}: must end in .json; the CSV and the plot go beside it")
+    model = load_model(model_arguments, pause, with_pauses=False, seed=0)
+    capacity = row_capacity(data.max_seq_length, task.max_seq_length, model.config.n_positions)
+    for placement, number in cells:
+        make_pauses(model, number, placement)  # refused before the first of them is scored
+    source = sources(data, task)[1]
+    engine = build_engine(model.module, arguments.as_training(), settings)
+    found = sweep(engine, model, task, source, data, cells, capacity, arguments.per_device_eval_batch_size)
+    for warning in warnings(found):
+        distributed.say(warning)
+    if distributed.is_main():
+        told = {"title": f"{task.name}, {name}", "data": str(source), "trained_with": model.pause_settings}
+        for written in save_sweep(path, found, told):
+            print(written)
     engine.close()
 
 

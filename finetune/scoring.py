@@ -21,11 +21,13 @@ from kozero.pause import Pauses
 
 @dataclass
 class Scores:
-    """`values` by name, what was predicted for each example, and lines about what did not fit."""
+    """`values` by name, what was predicted for each example, lines about what did not fit, and the tokens of all
+    prompts, pauses and answers."""
 
     values: dict[str, float]
     predictions: list[str]
     notes: list[str]
+    num_tokens: int
 
 
 def score(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int, tokenizer: Any) -> Scores:
@@ -56,7 +58,7 @@ def score_choices(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity:
     chosen = torch.where(fits, likelihood.argmax(dim=1), -1).tolist()  # an example that does not fit is wrong
     labels = data.task.labels
     values = classification(chosen, [example.label for example in data.examples], labels)
-    return Scores(values, [labels[k] if k >= 0 else "" for k in chosen], notes(fitted))
+    return Scores(values, [labels[k] if k >= 0 else "" for k in chosen], notes(fitted), int(fitted.length.sum()))
 
 
 def score_answers(
@@ -71,7 +73,8 @@ def score_answers(
     for k, answer in zip(fitted.used.tolist(), answers, strict=True):
         predictions[k] = answer.strip()
     values = question_answering(predictions, [example.targets for example in data.examples])
-    return Scores(values, predictions, notes(fitted))
+    written = sum(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]) if answers else 0
+    return Scores(values, predictions, notes(fitted), sum(map(len, prompts)) + written)
 
 
 def fitted_prefixes(

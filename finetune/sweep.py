@@ -1,0 +1,159 @@
+"""Score one model over numbers and placements of pauses: a table as CSV and JSON, and a plot."""
+
+import csv
+import io
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune.arguments import DataArguments
+from finetune.data import evaluation_set
+from finetune.scoring import score
+from finetune.setup import make_pauses
+from finetune.tasks import Source, Task
+from kozero import distributed
+from kozero.engines.base import Engine
+from kozero.errors import UserError, nearest, require
+from kozero.folder import write_text
+from kozero.pause import PLACEMENTS, Pauses
+from models.language_model import LanguageModel
+
+COLLAPSE = 0.5  # of the best score: what is below it has collapsed
+NO_PAUSES = "none"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting and what came out: `value` is the task's main score; tokens are those of prompts, pauses and answers,
+    seconds are wall time over all ranks, both for an example."""
+
+    placement: str
+    num_pauses: int
+    score: str
+    value: float
+    seconds_per_example: float
+    tokens_per_example: float
+    scores: dict[str, float]
+
+
+def settings_of(numbers: str, placements: str) -> list[tuple[str, int]]:
+    """(placement, number) of each cell: 0 pauses once, whatever the placement.
+
+    Args: numbers: "0,1,2"; placements: "append,prepend".
+
+    Raises: UserError for what is no number or no placement.
+    """
+    names = [name.strip() for name in placements.split(",")]
+    for name in names:
+        require(name in PLACEMENTS, f"--sweep_placement {name}: no such placement{nearest(name, PLACEMENTS)}")
+    try:
+        found = sorted({int(number) for number in numbers.split(",")})
+    except ValueError:
+        raise UserError(f"--sweep_pauses {numbers}: write numbers with commas, e.g. 0,1,2,5,10") from None
+    require(found[0] >= 0, f"--sweep_pauses {found[0]}: must be 0 or more")
+    none = [(NO_PAUSES, 0)] if found[0] == 0 else []
+    return none + [(name, number) for name in dict.fromkeys(names) for number in found if number]
+
+
+def sweep(
+    engine: Engine,
+    model: LanguageModel,
+    task: Task,
+    source: Source,
+    data: DataArguments,
+    cells: list[tuple[str, int]],
+    capacity: int,
+    micro: int,
+) -> list[Cell]:
+    """Score every setting and tell each score as it is known. Collective."""
+    found = []
+    for placement, number in cells:
+        pauses = make_pauses(model, number, "append" if placement == NO_PAUSES else placement)
+        found.append(measure(engine, model, task, source, data, pauses, capacity, micro))
+        cell = found[-1] if number else Cell(**asdict(found[-1]) | {"placement": NO_PAUSES})
+        found[-1] = cell
+        distributed.say(
+            f"{cell.placement:>16} {cell.num_pauses:>4} pauses: {cell.score} {cell.value:.4f}, "
+            f"{cell.seconds_per_example * 1e3:.1f} ms and {cell.tokens_per_example:.1f} tokens an example"
+        )
+    return found
+
+
+def measure(
+    engine: Engine,
+    model: LanguageModel,
+    task: Task,
+    source: Source,
+    data: DataArguments,
+    pauses: Pauses,
+    capacity: int,
+    micro: int,
+) -> Cell:
+    """One cell."""
+    questions = evaluation_set(source, task, data, model.tokenizer, pauses.placement)
+    started = time.perf_counter()
+    result = score(engine, questions, pauses, capacity, micro, model.tokenizer)
+    seconds, num = time.perf_counter() - started, len(questions.examples)
+    return Cell(
+        pauses.placement, pauses.num, task.best_score, result.values[task.best_score], seconds / num,
+        result.num_tokens / num, result.values,
+    )  # fmt: skip
+
+
+def warnings(cells: list[Cell]) -> list[str]:
+    """What a reader must not overlook: a model that fails without pauses, or that none help."""
+    without = next((cell.value for cell in cells if cell.num_pauses == 0), None)
+    others = [cell for cell in cells if cell.num_pauses]
+    if without is None or not others:
+        return []
+    best, found = max(others, key=lambda cell: cell.value), []
+    if without < COLLAPSE * best.value:
+        found.append(
+            f"warning: without pauses {best.score} is {without:.4f}, with {best.num_pauses} ({best.placement}) "
+            f"{best.value:.4f}: the model was trained to depend on them"
+        )
+    if best.value <= without:
+        found.append(f"warning: no number of pauses beats none ({best.score} {without:.4f})")
+    return found
+
+
+def save_sweep(path: Path, cells: list[Cell], told: dict) -> list[Path]:
+    """The cells as JSON, CSV and PNG beside each other. Returns the three files."""
+    rows = [asdict(cell) for cell in cells]
+    write_text(path, json.dumps(told | {"cells": rows, "warnings": warnings(cells)}, indent=2, ensure_ascii=False))
+    write_text(path.with_suffix(".csv"), as_csv(cells))
+    plot(path.with_suffix(".png"), cells, str(told.get("title", "")))
+    return [path, path.with_suffix(".csv"), path.with_suffix(".png")]
+
+
+def as_csv(cells: list[Cell]) -> str:
+    """A line a cell, with all scores."""
+    flat = [{k: v for k, v in asdict(cell).items() if k != "scores"} | cell.scores for cell in cells]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def plot(path: Path, cells: list[Cell], title: str) -> None:
+    """The score over the number of pauses, a line a placement, and what an example costs below it."""
+    from matplotlib.figure import Figure  # imported here: it takes a second, and only this needs it
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    scores, cost = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    none = [cell for cell in cells if cell.num_pauses == 0]
+    for name in dict.fromkeys(cell.placement for cell in cells if cell.num_pauses):
+        line = none + [cell for cell in cells if cell.placement == name]
+        numbers = [cell.num_pauses for cell in line]
+        scores.plot(numbers, [cell.value for cell in line], marker="o", label=name)
+        cost.plot(numbers, [cell.tokens_per_example for cell in line], marker="o", label=name)
+    for cell in none:
+        scores.axhline(cell.value, color="gray", linestyle=":", label="no pauses")
+    scores.set(title=title, ylabel=cells[0].score)
+    cost.set(xlabel="pauses at inference", ylabel="tokens an example")
+    cost.xaxis.set_major_locator(MaxNLocator(integer=True))
+    scores.legend()
+    figure.savefig(path, dpi=120)
