@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kozero.data.store import build_once, key_of
+from kozero.data.store import build_once, is_sealed, key_of, seal
 
 NAME = "morphemes.jsonl"
 CONTENT = ("N", "V", "M", "X", "SN", "SL", "SH")  # Sejong tags: nouns, verbs, modifiers, roots, numbers, other scripts
@@ -39,10 +39,8 @@ def morphemes(texts: Sequence[str], cache: Path) -> list[list[str]]:
             for tokens in Kiwi().tokenize(texts):
                 forms = [token.form for token in tokens if token.tag.startswith(CONTENT)]
                 file.write(json.dumps(forms, ensure_ascii=False) + "\n")
+        seal(folder)
 
-    def is_whole(folder: Path) -> bool:
-        return (folder / NAME).is_file()
-
-    folder = build_once(cache, key_of("morphemes", CONTENT, spelled, *versions), is_whole, write)
+    folder = build_once(cache, key_of("morphemes", CONTENT, spelled, *versions), is_sealed, write)
     with (folder / NAME).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]

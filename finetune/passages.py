@@ -59,7 +59,8 @@ def encode_passages(
     engine = build_engine(model.module, training, settings)
 
     micro = training.per_device_eval_batch_size or training.per_device_train_batch_size
-    vectors = retriever.write_vectors(engine, passages.tokens, micro, output_dir / "vectors.npy")
+    building = output_dir / "vectors.npy.incomplete"  # has its name when all that belongs to it is there
+    vectors = retriever.write_vectors(engine, passages.tokens, micro, building)
     found = retriever.search(engine, questions, vectors, micro)
     by_bm25 = distributed.machine_first(lambda: bm25_ranks(questions, passages, data))
     if distributed.is_main():
@@ -72,7 +73,9 @@ def encode_passages(
             "tokens": f"the first {capacity} of a passage for the encoder, all of it for BM25",
         }
         run = describe_run(training, model_arguments, data, reading)
+        (output_dir / "vectors.npy").unlink(missing_ok=True)
         save(output_dir, passages, told, scores, run)
+        building.rename(output_dir / "vectors.npy")
     engine.close()
     distributed.shutdown()
     distributed.say(str(output_dir / "vectors.npy"))

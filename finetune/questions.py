@@ -16,7 +16,7 @@ from finetune.data import evenly, identity, read
 from finetune.tasks import Example, Source, Task
 from kozero import distributed
 from kozero.data.readers import LeftOut
-from kozero.data.store import ENCODE_ROWS, build_once, key_of, token_span, tokenizer_hash
+from kozero.data.store import ENCODE_ROWS, build_once, is_sealed, key_of, seal, token_span, tokenizer_hash
 from kozero.metrics import exact_match
 
 ARRAYS = ("passage_tokens", "offsets", "passage_ends", "question_tokens", "question_ends", "answers")
@@ -86,7 +86,7 @@ def open_questions(source: Source, task: Task, limit: int, tokenizer: Any, cache
     left_out = LeftOut()
     write = partial(write_store, lambda: read(source, task, left_out, limit), tokenizer, left_out.lines)
     cache = Path(cache_dir).expanduser()
-    store = distributed.machine_first(lambda: QuestionStore(build_once(cache, key, is_whole, write)))
+    store = distributed.machine_first(lambda: QuestionStore(build_once(cache, key, is_sealed, write)))
     for note in store.notes:
         distributed.say(f"{source}: {note}")
     return store
@@ -98,16 +98,6 @@ def question_set(source: Source, task: Task, limit: int, tokenizer: Any, cache_d
     examples = list(read(source, task, LeftOut()))
     chosen = evenly(len(examples), limit)
     return QuestionSet([examples[k] for k in chosen], np.asarray(chosen), store)
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a store is there and its files have the sizes that its meta names."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        whole = all((folder / f"{name}.npy").stat().st_size == meta["sizes"][name] for name in ARRAYS)
-        return whole and isinstance(meta["notes"], list) and isinstance(meta["spelled"], float)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def write_store(
@@ -138,9 +128,7 @@ def write_store(
         exact_match(text_of(texts[number], offsets[number], first, last), target)
         for (number, first, last), target in zip(answers, targets, strict=True)
     )
-    sizes = {name: (folder / f"{name}.npy").stat().st_size for name in ARRAYS}
-    meta = {"sizes": sizes, "notes": notes(), "spelled": spelled / len(targets)}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    seal(folder, notes=notes(), spelled=spelled / len(targets))
 
 
 def encode(texts: list[str], tokenizer: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:

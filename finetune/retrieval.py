@@ -2,6 +2,7 @@
 question has the highest product with it (Karpukhin et al. 2020, DPR, arXiv 2004.04906, with the pooling and the scale
 of the inverse cloze task in pre-training)."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from kozero.data.batch import Batch, padded
 from kozero.data.framing import Framing
 from kozero.data.order import Order, OrderedRows
 from kozero.engines.base import Engine
-from kozero.errors import require
+from kozero.errors import UserError, require
 from kozero.metrics import RECALL_AT, retrieval
 from models.heads import PositionPool, router_sums
 
@@ -176,18 +177,17 @@ class Retrieval(EncoderTask):
 
     def write_vectors(self, engine: Engine, texts: Sequence[np.ndarray], micro: int, path: Path) -> np.ndarray:
         """(N, H) fp32 vectors of texts in a file that is mapped into memory, in numpy's format. Each rank writes its
-        rows; the file has its name when it is whole. Collective."""
-        building = path.with_name(path.name + ".incomplete")
+        rows. Collective.
+
+        Raises: UserError when there is no room for the file.
+        """
         shape = (len(texts), engine.module.encoder.config.hidden_size)
-        if distributed.is_main():
-            np.lib.format.open_memmap(building, "w+", np.float32, shape).flush()
-        distributed.barrier()
-        out = np.lib.format.open_memmap(building, "r+")
+        message = reserve(path, shape) if distributed.is_main() else None
+        if message := distributed.broadcast(message):
+            raise UserError(message)
+        out = np.lib.format.open_memmap(path, "r+")
         self.encode(engine, texts, micro, out)
         out.flush()
-        distributed.barrier()
-        if distributed.is_main():
-            building.rename(path)
         distributed.barrier()
         return np.load(path, mmap_mode="r")
 
@@ -204,6 +204,19 @@ class Retrieval(EncoderTask):
                 ids, mask = framed([texts[k] for k in numbers], self.framing, self.capacity)
                 vectors = module(ids=ids.to(device), mask=mask.to(device))
                 out[mine] = vectors[: len(mine)].float().cpu().numpy()
+
+
+def reserve(path: Path, shape: tuple[int, int]) -> str | None:
+    """Make a file for an fp32 array, its room taken: writing to a map of a file that has none ends the process. Returns
+    what went wrong, and then leaves nothing."""
+    try:
+        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        return f"{path}: {4 * shape[0] * shape[1] / 2**20:,.1f} MiB of vectors cannot be written ({error.strerror})"
+    return None
 
 
 def shared_search(queries: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:

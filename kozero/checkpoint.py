@@ -64,8 +64,11 @@ class Checkpoints:
             engine.save(staging)
             torch.save(random_state(), staging / f"rng-rank{distributed.rank()}.pt")
         except (OSError, RuntimeError, SafetensorError) as error:  # each library's way to say that a disk is full
+            free = shutil.disk_usage(self.folder).free / 2**20
+            shutil.rmtree(staging, ignore_errors=True)  # it takes the room that the user is asked to make
             raise UserError(
-                f"{staging}: cannot be written ({first_line(error)}); make room and go on with --resume auto"
+                f"{staging}: cannot be written ({first_line(error)}; {free:,.0f} MiB were free); make room and go on "
+                "with --resume auto"
             ) from None
         distributed.barrier()
         if distributed.is_main():

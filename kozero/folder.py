@@ -11,15 +11,19 @@ from filelock import FileLock, Timeout
 from kozero import distributed
 from kozero.errors import UserError
 
+LOCK = ".lock"
+
 
 @contextmanager
 def claim_output(name: str) -> Iterator[Path]:
-    """The output folder, made if need be and kept from other runs until this one ends.
+    """The output folder, made if need be and kept from other runs until this one ends. One that was made for a run that
+    leaves nothing goes again.
 
     Raises: UserError when it cannot be written or another run holds it, before anything long begins.
     """
+    made = not Path(name).exists()
     folder = writable_folder("--output_dir", Path(name))
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     message = None
     if distributed.is_main():
         try:
@@ -32,6 +36,9 @@ def claim_output(name: str) -> Iterator[Path]:
         yield folder
     finally:
         lock.release()
+        if made and distributed.is_main() and [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def writable_folder(flag: str, folder: Path) -> Path:

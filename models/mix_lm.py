@@ -81,7 +81,9 @@ class MixLmConfig(PreTrainedConfig):
         self.check(self.kernel_size % 2 == 1 and self.kernel_size >= 3, "kernel_size", "must be odd and 3 or more")
         known = f"must be one of {', '.join(ACTIVATIONS)}{nearest(str(self.act_fn), ACTIVATIONS)}"
         self.check(isinstance(self.act_fn, str) and self.act_fn in ACTIVATIONS, "act_fn", known)
-        self.check(self.ln_pos in (0, 1), "ln_pos", "must be 0 (pre-norm) or 1 (post-norm)")
+        self.check(
+            type(self.ln_pos) is int and self.ln_pos in (0, 1), "ln_pos", "must be 0 (pre-norm) or 1 (post-norm)"
+        )
         self.check(isinstance(self.causal, bool), "causal", "must be true or false")
         inside = isinstance(self.pad_token_id, int) and 0 <= self.pad_token_id < self.vocab_size
         self.check(inside, "pad_token_id", f"must be a row of the vocabulary, 0 to {self.vocab_size - 1}")

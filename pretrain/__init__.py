@@ -1,0 +1,1 @@
+import kozero  # noqa: F401  first: a Ctrl-C during the imports that follow is a word, not a traceback

@@ -97,7 +97,11 @@ class CorpusArguments:
         "punctuation mark",
     )
     mask_share: float = arg(0.15, "share of the tokens that are hidden")
-    validation_fraction: float = arg(0.01, "share of the documents that validates, at the end of each piece; 0: none")
+    validation_fraction: float | None = arg(
+        None,
+        "share of the documents that validates, at the end of each piece; 0: none; default: 0.01, of a small corpus as "
+        "much as 16 documents are, 0.1 at most",
+    )
     max_eval_samples: int = arg(1000, "rows to evaluate on at most; 0: all")
     cache_dir: str = arg("~/.cache/kozero", "folder of tokenised data")
 
@@ -105,7 +109,8 @@ class CorpusArguments:
         at_least(8, self, "max_seq_length")
         at_least(0, self, "max_eval_samples")
         require(
-            0 <= self.validation_fraction < 1, f"--validation_fraction {self.validation_fraction}: must be in [0, 1)"
+            self.validation_fraction is None or 0 <= self.validation_fraction < 1,
+            f"--validation_fraction {self.validation_fraction}: must be in [0, 1)",
         )
         require(self.dropout is None or 0 <= self.dropout < 1, f"--dropout {self.dropout}: must be in [0, 1)")
         require(0 < self.mask_share < 1, f"--mask_share {self.mask_share}: must be above 0 and below 1")

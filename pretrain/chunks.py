@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kozero.data.store import build_once
-from pretrain.corpus import Shard, is_whole, seal
+from kozero.data.store import build_once, is_sealed, seal
+from pretrain.corpus import Shard
 
 SLICE = 2**18  # rows whose lengths are read at once
 
@@ -41,10 +41,16 @@ class Chunks:
         return self.units[self.chunks[numbers + 1]] - self.units[self.chunks[numbers]]
 
 
-def held_out_documents(counts: Sequence[int], fraction: float) -> list[int]:
+def held_out_documents(counts: Sequence[int], fraction: float | None) -> list[int]:
     """How many documents at the end of each shard validate, given how many it has: `fraction` of all, rounded up and
-    spread evenly over the corpus; the first document of a corpus never does."""
+    spread evenly over the corpus; the first document of a corpus never does.
+
+    Args: fraction: None: 0.01, or what 16 documents are where that is more, 0.1 at most: scores on one or two mean
+        nothing.
+    """
     ends = np.concatenate([[0], np.cumsum(counts)])
+    if fraction is None:
+        fraction = min(0.1, max(0.01, 16 / max(ends[-1], 1)))
     so_far = np.minimum(np.ceil(fraction * ends), np.maximum(ends - 1, 0)).astype(int)
     return np.diff(so_far).tolist()
 
@@ -52,7 +58,7 @@ def held_out_documents(counts: Sequence[int], fraction: float) -> list[int]:
 def cut(shard: Shard, room: int, held_out: int) -> Chunks:
     """The chunks of a shard, cut once and kept beside it; its last `held_out` documents validate."""
     folder = build_once(
-        shard.folder.parent, f"{shard.folder.name}-{room}", is_whole, partial(write_cut, shard=shard, room=room)
+        shard.folder.parent, f"{shard.folder.name}-{room}", is_sealed, partial(write_cut, shard=shard, room=room)
     )
     units, chunks, documents = (np.load(folder / name, mmap_mode="r") for name in CUT_FILES)
     return Chunks(shard, units, chunks, int(documents[shard.num_documents - held_out]))
@@ -93,7 +99,8 @@ def split_long(sentences: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray
 
 @dataclass(frozen=True)
 class Blocks:
-    """A shard as a stream of documents with `separator` behind each, cut every `size` tokens.
+    """A shard as a stream of documents with `separator` before each, cut every `size` tokens. The separator begins a
+    document and is what its last token must predict, so every token is predicted once, and all of them predict.
 
     Blocks [0, num_train) are those of the training documents, the rest those of the held-out ones; the last block of
     either part is as long as what is left.
@@ -132,23 +139,24 @@ class Blocks:
         return np.array([end - start for start, end in map(self.span, numbers.tolist())], dtype=np.int64)
 
     def __getitem__(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, next ids) of each part of a document in a block; the token after a part is its last target."""
+        """(ids, next ids) of each part of a document in a block."""
         start, end = self.span(number)
-        first = bisect_right(range(self.shard.num_documents), start, key=self.place) - 1
+        document = bisect_right(range(self.shard.num_documents), start, key=self.place) - 1
         parts = []
         while start < end:
-            behind = self.place(first + 1)
-            stop = min(end, behind)
-            stream = self.stream(first, start, min(stop + 1, behind))
-            parts.append((stream[: stop - start], stream[1:]))
-            start, first = stop, first + 1
+            stop = min(end, self.place(document + 1))
+            ids = self.stream(document, start, stop + 1)
+            parts.append((ids[:-1], ids[1:]))
+            start, document = stop, document + 1
         return parts
 
     def stream(self, document: int, start: int, end: int) -> np.ndarray:
-        """Places [start, end) of the stream, all in one document."""
-        behind = self.place(document + 1)
-        ids = self.shard.tokens[start - document : min(end, behind - 1) - document].astype(np.int64)
-        return np.append(ids, self.separator) if end == behind else ids
+        """Places [start, end) of the stream from within a document to the separator behind it at most."""
+        first, behind = self.place(document), self.place(document + 1)
+        shift = document + 1  # separators up to a token of this document
+        tokens = self.shard.tokens[max(start, first + 1) - shift : min(end, behind) - shift].astype(np.int64)
+        before, after = [self.separator] * (start == first), [self.separator] * (end > behind)
+        return np.concatenate([before, tokens, after]).astype(np.int64)
 
 
 class Numbered:

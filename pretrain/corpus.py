@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kozero.data.readers import load_hub
-from kozero.data.store import build_once, key_of, tokenizer_hash
+from kozero.data.store import build_once, is_sealed, key_of, seal, tokenizer_hash
 from kozero.errors import UserError, require
 from kozero.json_files import not_utf8
 
@@ -173,21 +173,6 @@ class Shard:
         return len(self.documents) - 1
 
 
-def seal(folder: Path, **meta: Any) -> None:
-    """Write `meta.json` behind all other files of a folder: their sizes, and what a reader has to know."""
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / "meta.json").write_text(json.dumps(meta | {"sizes": sizes}))
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a sealed folder's files have the sizes that its meta names."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return bool(meta["sizes"]) and all((folder / k).stat().st_size == size for k, size in meta["sizes"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
 def reading_key(tokenizer: Any, sentences: str) -> str:
     """What turns the content of a piece into its shard: the tokenizer, and the splitter with its version."""
     splitter = f"kiwi {version('kiwipiepy')}" if sentences == "kiwi" else sentences
@@ -200,7 +185,7 @@ def build_shard(piece: Piece | HubPiece, tokenizer: Any, split: Splitter, readin
     Args: reading: the reading_key of the tokenizer and the splitter.
     """
     key = "corpus-" + key_of(hashlib.sha256(piece.content()).hexdigest(), reading)
-    return build_once(cache, key, is_whole, partial(write_shard, piece=piece, tokenizer=tokenizer, split=split))
+    return build_once(cache, key, is_sealed, partial(write_shard, piece=piece, tokenizer=tokenizer, split=split))
 
 
 def write_shard(folder: Path, piece: Piece | HubPiece, tokenizer: Any, split: Splitter) -> None:

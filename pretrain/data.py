@@ -44,6 +44,11 @@ class PretrainingData:
     validation: Rows | None
     objectives: tuple[str, ...]
 
+    def num_validation(self, limit: int) -> int:
+        """Rows that are scored when at most `limit` are wanted (0: all)."""
+        num = len(self.validation) if self.validation else 0
+        return min(limit or num, num)
+
 
 def open_shards(arguments: CorpusArguments, tokenizer: Any) -> list[Shard]:
     """The corpus as shards. One rank of each machine tokenises what is not there yet, the others wait."""
@@ -105,6 +110,11 @@ def number_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any) ->
         parts = distributed.machine_first(lambda: [cut(shard, room, num) for shard, num in ends])
     train, held_out = (Numbered(parts, held_out=held) for held in (False, True))
     require(len(train) > 0, "the corpus has no document left to train on; lower --validation_fraction")
+    require(
+        corpus.task != "mlm_ict" or len(train) > 1,
+        "--task mlm_ict: the corpus is one row, and a passage is told apart from others; give more text, or "
+        "--task mlm_sop",
+    )
     require(
         corpus.task in ("mlm", "clm") or train.any_divisible(),
         f"--task {corpus.task}: no document has two sentences that fit into a row of --max_seq_length {length} tokens; "

@@ -26,6 +26,10 @@ class FullEncoderRows(EncoderRows):
         """Tokens without special ones."""
         return np.full(len(numbers), self.length)
 
+    def name_of(self, number: int) -> int:
+        """No two rows are alike."""
+        return number
+
     def sample(self, place: int) -> Sample:
         """A row of ordinary tokens."""
         tokens, rng = self.masking.tokens, np.random.default_rng(place)

@@ -45,7 +45,7 @@ def run_ranks(main: Callable[[], None], nproc: int) -> None:
     if "WORLD_SIZE" in os.environ or wanted == 1:
         run_main(main)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells whom it ends: not for users
-    ranks = mp.spawn(one_rank, args=(main, wanted, free_port(), sys.argv), nprocs=wanted, join=False)
+    ranks = mp.spawn(one_rank, args=(main, wanted, free_port(), sys.argv, os.getpid()), nprocs=wanted, join=False)
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in ranks.processes])
     try:
         while not ranks.join():
@@ -70,10 +70,12 @@ def wait_for(processes: Iterable[BaseProcess], seconds: float) -> None:
         process.join(max(0.0, end - time.monotonic()))
 
 
-def one_rank(rank: int, main: Callable[[], None], world_size: int, port: int, argv: list[str]) -> None:
-    """What a started process does. When the one that started it is gone, torch has the system send SIGINT, which a job
-    in the background of a shell ignores."""
+def one_rank(rank: int, main: Callable[[], None], world_size: int, port: int, argv: list[str], starter: int) -> None:
+    """What a process does that the process `starter` started. When that one goes, torch has the system send SIGINT,
+    which a job in the background of a shell ignores; it may have gone before torch asked for that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.getppid() != starter:
+        os._exit(EXIT_INTERRUPTED)
     sys.argv = argv
     described = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in described.items()}

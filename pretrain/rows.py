@@ -8,6 +8,7 @@ generator for a whole batch, which a resumed run could not go on with.)
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -159,13 +160,17 @@ class EncoderRows(OrderedRows):
         if self.task == "mlm_ict":
             queries = [self.nothing().ids if sample.query is None else sample.query for sample in samples]
             inputs["query_ids"], inputs["query_mask"] = padded(queries, most)
-            inputs["passage"] = numbers
+            inputs["passage"] = np.array([self.name_of(number) for number in numbers.tolist()])
             inputs["has_query"] = np.array([sample.query is not None for sample in samples])
             counts.append(int(inputs["has_query"].sum()))
         routed = int(mask.sum() + inputs.get("query_mask", mask[:0]).sum())
         counts += [routed] * 2 if self.router else []
         tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
         return Batch(tensors, tuple(counts), int(self.lengths(numbers[numbers >= 0]).sum()))
+
+    def name_of(self, number: int) -> int:
+        """A number for the text of a row, -1 for none: copies of a text are one passage."""
+        return crc32(np.concatenate(self.chunks[number]).tobytes()) if number >= 0 else -1
 
     def nothing(self) -> Sample:
         """A row without text, of which nothing is learned."""
@@ -223,11 +228,7 @@ class BlockRows(OrderedRows):
 
     def texts(self, row: int, place: int = 0) -> list[Text]:
         """The documents' parts of a block, at a place of the stream."""
-        texts = []
-        for ids, following in self.blocks[row]:
-            predicts = np.full(len(ids), IGNORE, dtype=np.int64)
-            predicts[: len(following)] = following
-            texts.append(Text(ids, predicts, row))
+        texts = [Text(ids, following, row) for ids, following in self.blocks[row]]
         return self.paused(texts, place) if self.pauses else texts
 
     def paused(self, texts: list[Text], place: int) -> list[Text]:

@@ -95,6 +95,7 @@ def pretrain(
     sizes = batch_sizes(training, distributed.world_size())
     if corpus.task == "mlm_ict":
         check_negatives(sizes)
+        check_negatives(held_out_sizes(training, sizes.world_size))
     settings = check_engine(training, sizes, sharding)
     distributed.seed_everything(training.seed)
     tokenizer = load_tokenizer(corpus)
@@ -129,7 +130,7 @@ def pretrain(
     distributed.say(
         f"{corpus.task}: {len(data.training):,} rows an epoch, {sizes.global_batch} a step on {sizes.world_size} ranks "
         f"({distributed.device().type}, {training.dtype}, {settings.engine}, ZeRO-{settings.stage}), "
-        f"{trainer.total_steps:,} steps"
+        f"{trainer.total_steps:,} steps; {data.num_validation(corpus.max_eval_samples):,} held-out rows"
     )
     state = trainer.fit()
     trainer.load_best()
@@ -191,7 +192,10 @@ def held_out_scores(
     if rows is None:
         return {}
     num = min(limit or len(rows), len(rows))
+    num -= "ict" in objectives and num % sizes.global_batch == 1  # a passage alone is told apart from nothing
     asked = {"score": True} if isinstance(engine.module, EncoderPretraining) else {}
+    if num == 0:
+        return {}
     total = torch.zeros(3, len(objectives), dtype=torch.float64)
     with engine.evaluating() as module:
         for start in range(0, num, sizes.global_batch):

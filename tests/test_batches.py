@@ -162,10 +162,12 @@ def test_another_seed_gives_another_order():
     assert rows_of_step(one, 0, BatchSizes(16, 1, 1)) != rows_of_step(other, 0, BatchSizes(16, 1, 1))
 
 
-def test_row_lengths_count_the_real_tokens_of_a_step():
+def test_row_lengths_count_the_tokens_and_pauses_of_a_step():
     rows, sizes = training_rows(), BatchSizes(4, 1, 1)
-    batch = rows.step(0, sizes, 0)[0]
-    assert batch.num_tokens == sum(rows.length[row] for row in rows_of_step(rows, 0, sizes))
+    batch, numbers = rows.step(0, sizes, 0)[0], rows_of_step(rows, 0, sizes)
+    num_pauses = sum(len(rows.rows[row]) for row in numbers)  # one a text
+    assert batch.num_tokens + num_pauses == sum(rows.length[row] for row in numbers)
+    assert batch.num_tokens == rows.num_tokens(0, 4)
 
 
 @pytest.mark.parametrize("capacity", [16, 20])
@@ -187,7 +189,7 @@ def test_an_example_that_does_not_fit_is_in_no_row():
 def test_a_training_text_is_cut_context_prompt_pauses_target():
     store = MemoryStore([(range(30, 50), [11, 12], [21, 1])])
     rows = TrainingRows(store, Pauses(PAUSE, 2), 9, "packed", seed=0)
-    (one,) = rows.texts(0, rows.pauses)
+    (one,) = rows.texts(0)
     assert one.ids.tolist() == [30, 31, 32, 11, 12, PAUSE, PAUSE, 21, 1]
     assert one.predicts.tolist() == [IGNORE] * 6 + [21, 1, IGNORE]
 
@@ -234,7 +236,7 @@ def losses_by_text(model: CausalLM, batch) -> dict[int, torch.Tensor]:
 def packed_texts() -> list[list[Text]]:
     store = numbered_store(12, shortest=3)
     rows = TrainingRows(store, Pauses(PAUSE, 1), 32, "packed", seed=0)
-    return [rows.texts(n, rows.pauses) for n in range(len(rows))]
+    return [rows.texts(n) for n in range(len(rows))]
 
 
 def test_a_text_in_a_packed_row_has_the_losses_it_has_alone(model):

@@ -119,7 +119,20 @@ def test_the_last_documents_are_held_out(tmp_path, documents, fraction):
 
 @pytest.mark.parametrize(
     ("num_documents", "fraction", "num"),
-    [(0, 0.5, 0), (1, 0.9, 0), (2, 0.01, 1), (100, 0.01, 1), (101, 0.01, 2), (5, 0.99, 4), (9, 0.0, 0)],
+    [
+        (0, 0.5, 0),
+        (1, 0.9, 0),
+        (2, 0.01, 1),
+        (100, 0.01, 1),
+        (101, 0.01, 2),
+        (5, 0.99, 4),
+        (9, 0.0, 0),
+        (9, None, 1),
+        (100, None, 10),
+        (170, None, 16),
+        (1600, None, 16),
+        (10_000, None, 100),
+    ],
 )
 def test_so_many_documents_are_held_out(num_documents, fraction, num):
     assert held_out_documents([num_documents], fraction) == [num]
@@ -175,7 +188,7 @@ def streams(shard: Shard, fraction: float) -> list[list[tuple[int, int]]]:
     """(document, token) at each place of the training stream and of the held-out one."""
     places = []
     for number, sentences in enumerate(sentences_of(shard)):
-        tokens = [*np.concatenate(sentences).tolist(), SEPARATOR]
+        tokens = [SEPARATOR, *np.concatenate(sentences).tolist()]
         places.append([(number, token) for token in tokens])
     edge = len(places) - min(len(places) - 1, int(np.ceil(fraction * len(places))))
     return [[place for document in part for place in document] for part in (places[:edge], places[edge:])]
@@ -202,8 +215,10 @@ def test_blocks_are_the_stream_cut_at_every_so_many_tokens(documents, size, frac
 
 
 @pytest.mark.parametrize(("size", "fraction"), BLOCKS)
-def test_each_token_but_the_first_of_its_document_is_predicted_once(documents, size, fraction):
-    """Ids are places, so a token tells where it stands; a separator follows the last one of its document."""
+def test_each_token_is_predicted_once_from_the_one_before_it_and_the_last_predicts_the_separator(
+    documents, size, fraction
+):
+    """Ids are places, so a token tells where it stands."""
     shard = shard_of(documents)
     blocks = blocks_of(shard, size, SEPARATOR, fraction)
     bounds = (0, blocks.num_train, len(blocks))
@@ -211,15 +226,15 @@ def test_each_token_but_the_first_of_its_document_is_predicted_once(documents, s
         pairs = []
         for number in range(first, last):
             for ids, following in blocks[number]:
-                assert len(ids) - len(following) in (0, 1)
-                pairs += zip(ids.tolist(), following.tolist(), strict=False)
-        assert pairs == [(a[1], b[1]) for a, b in pairwise(stream) if a[0] == b[0]]
+                pairs += zip(ids.tolist(), following.tolist(), strict=True)
+        expected = [(a[1], b[1] if a[0] == b[0] else SEPARATOR) for a, b in pairwise([*stream, (-1, -1)])]
+        assert pairs == expected
 
 
 def test_blocks_by_hand():
-    blocks = blocks_of(shard_of([[2, 2], [1]], first=10), 3, SEPARATOR, 0.0)  # 10 11 12 | 13 7 14 | 7
+    blocks = blocks_of(shard_of([[2, 2], [1]], first=10), 3, SEPARATOR, 0.0)  # 7 10 11 | 12 13 7 | 14
     found = [[(ids.tolist(), following.tolist()) for ids, following in blocks[n]] for n in range(len(blocks))]
-    assert found == [[([10, 11, 12], [11, 12, 13])], [([13, 7], [7]), ([14], [7])], [([7], [])]]
+    assert found == [[([7, 10, 11], [10, 11, 12])], [([12, 13], [13, 7]), ([7], [14])], [([14], [7])]]
 
 
 # Several shards ----------------------------------------------------------------------------------------------------

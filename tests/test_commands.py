@@ -22,7 +22,7 @@ from finetune.arguments import (
 )
 from kozero.config import parse_arguments
 from kozero.errors import UserError
-from kozero.pause import PauseArguments
+from kozero.pause import InferencePauseArguments, PauseArguments
 from kozero.plan import ModelShape
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
 from scripts.train_tokenizer import TokenizerArguments
@@ -36,9 +36,9 @@ ARGUMENTS = {
         train.FreezeArguments,
     ),
     "finetune/evaluate.py": (
-        evaluate.EvaluationArguments, ModelArguments, DataArguments, ReadingArguments, PauseArguments,
+        evaluate.EvaluationArguments, ModelArguments, DataArguments, ReadingArguments, InferencePauseArguments,
     ),
-    "finetune/generate.py": (generate.GenerationArguments, ModelArguments, PauseArguments),
+    "finetune/generate.py": (generate.GenerationArguments, ModelArguments, InferencePauseArguments),
     "pretrain/train.py": (PretrainingArguments, CorpusArguments),
     "pretrain/train_zero_one.py": (ZeroArguments, CorpusArguments),
     "pretrain/train_zero_two.py": (ZeroArguments, CorpusArguments, ShardingArguments),

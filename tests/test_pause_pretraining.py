@@ -40,7 +40,7 @@ def test_full_rows_have_their_pauses_and_lose_no_token():
     assert {len(row) for row in ids[:-1]} == {SIZE} and len(ids[-1]) <= SIZE
     assert {int((row == PAUSE).sum()) for row in ids[:-1]} == {NUM}
     stream = np.concatenate(ids)
-    assert stream[stream != PAUSE].tolist() == [token for document in documents for token in [*document, SEP]]
+    assert stream[stream != PAUSE].tolist() == [token for document in documents for token in [SEP, *document]]
     assert rows.num_tokens(0, len(rows)) == sum(map(len, documents)) + len(documents)
 
 

@@ -8,39 +8,20 @@ from transformers import AutoModelForCausalLM
 from finetune.paused import PausedGenerator
 from kozero.errors import UserError
 from kozero.pause import PLACEMENTS
-from models.language_model import export, load
-from tests.helpers import ROOT, SAMPLE_DATA
 
 TEXTS = ["긍정", "헛수고를 한 날이다. 그는 집에 갔다.", "부정 새로운 영화"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An exported model that pauses 3 times."""
-    out = tmp_path_factory.mktemp("paused") / "model"
-    tokenizer = str(SAMPLE_DATA / "tokenizer")
-    model = load(
-        None, str(ROOT / "models/tiny_config.json"), tokenizer, pause_token="<unused0>", with_pauses=True, seed=1
-    )
-    with torch.no_grad():  # a random model that says something else after other prompts
-        for parameter in model.module.parameters():
-            parameter.mul_(4)
-    settings = {"token": "<unused0>", "token_id": model.pause_id, "placement": "append"}
-    settings |= {"num_pauses": 3, "num_inference_pauses": 3}
-    export(out, model, dict(model.module.named_parameters()), settings, "# card")
-    return str(out)
-
-
-def test_it_appends_the_models_own_pauses(folder):
-    generator = PausedGenerator.from_pretrained(folder)
+def test_it_appends_the_models_own_pauses(paused_model):
+    generator = PausedGenerator.from_pretrained(paused_model)
     prompt = generator.prompt(TEXTS[0])
     assert generator.tokenizer.convert_ids_to_tokens(prompt.tolist()) == ["▁긍정", *["<unused0>"] * 3]
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_it_writes_what_transformers_writes_after_the_paused_prompt(folder, cached):
+def test_it_writes_what_transformers_writes_after_the_paused_prompt(paused_model, cached):
     """Greedy, one text at a time without padding, against a batch of different lengths; with and without cache."""
-    generator, lm = PausedGenerator.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    generator, lm = PausedGenerator.from_pretrained(paused_model), AutoModelForCausalLM.from_pretrained(paused_model)
     expected = []
     for text in TEXTS:
         ids = [*generator.tokenizer.encode(text, add_special_tokens=False), *[generator.pauses.token_id] * 3]
@@ -51,8 +32,8 @@ def test_it_writes_what_transformers_writes_after_the_paused_prompt(folder, cach
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_every_placement_keeps_the_text(folder, placement):
-    generator = PausedGenerator.from_pretrained(folder, num_pauses=4, placement=placement)
+def test_every_placement_keeps_the_text(paused_model, placement):
+    generator = PausedGenerator.from_pretrained(paused_model, num_pauses=4, placement=placement)
     for text in TEXTS:
         prompt = generator.prompt(text)
         plain = generator.tokenizer.encode(text, add_special_tokens=False)
@@ -62,8 +43,8 @@ def test_every_placement_keeps_the_text(folder, placement):
             assert prompt[prompt != generator.pauses.token_id].tolist() == plain and len(prompt) == len(plain) + 4
 
 
-def test_least_confident_places_are_those_of_the_lowest_probabilities(folder):
-    generator = PausedGenerator.from_pretrained(folder, num_pauses=2, placement="least_confident")
+def test_least_confident_places_are_those_of_the_lowest_probabilities(paused_model):
+    generator = PausedGenerator.from_pretrained(paused_model, num_pauses=2, placement="least_confident")
     ids = generator.tokenizer.encode(TEXTS[1], add_special_tokens=False)
     with torch.no_grad():
         shares = generator.lm(torch.tensor([ids])).logits[0].softmax(-1)
@@ -74,15 +55,15 @@ def test_least_confident_places_are_those_of_the_lowest_probabilities(folder):
     assert (places - np.arange(2)).tolist() == sorted(lowest.tolist())
 
 
-def test_a_pause_is_never_written(folder):
-    generator = PausedGenerator.from_pretrained(folder)
+def test_a_pause_is_never_written(paused_model):
+    generator = PausedGenerator.from_pretrained(paused_model)
     ids = torch.from_numpy(generator.prompt(TEXTS[0])[None])
     out = generator.lm.generate(ids, max_new_tokens=40, do_sample=True, temperature=50.0)
     assert generator.pauses.token_id not in out[0, ids.shape[1] :]
 
 
-def test_a_mistake_is_told(folder):
+def test_a_mistake_is_told(paused_model):
     with pytest.raises(UserError, match="placement middle: one of append"):
-        PausedGenerator.from_pretrained(folder, placement="middle")
+        PausedGenerator.from_pretrained(paused_model, placement="middle")
     with pytest.raises(UserError, match="a prompt is empty"):
-        PausedGenerator.from_pretrained(folder, num_pauses=0).generate([""])
+        PausedGenerator.from_pretrained(paused_model, num_pauses=0).generate([""])

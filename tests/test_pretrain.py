@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,7 +174,16 @@ def test_held_out_text_is_never_trained_on(monkeypatch, tmp_path):
     (tmp_path / "corpus.txt").write_text("\n\n".join([wood] * 30 + [sea]))
     given = {}
     monkeypatch.setattr(pretraining, "make_rows", lambda *args: given.setdefault("data", make(*args)))
-    pretrain(monkeypatch, tmp_path / "runs", "--corpus_path", tmp_path / "corpus.txt", "--task", "mlm")
+    pretrain(
+        monkeypatch,
+        tmp_path / "runs",
+        "--corpus_path",
+        tmp_path / "corpus.txt",
+        "--task",
+        "mlm",
+        "--validation_fraction",
+        0.01,
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs/hong/model")
     only = set(tokenizer(sea)["input_ids"]) - set(tokenizer(wood)["input_ids"])
     rows, held_out = given["data"].training, given["data"].validation
@@ -223,6 +233,30 @@ def test_a_corpus_without_two_sentences_in_a_row_is_refused(monkeypatch, tmp_pat
         with pytest.raises(UserError, match=f"--task {task}: no document has two sentences"):
             pretrain(monkeypatch, tmp_path / "runs", *told)
     pretrain(monkeypatch, tmp_path / "runs", "--task", "mlm", "--corpus_path", tmp_path / "apart.txt")
+
+
+def test_a_corpus_of_one_passage_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "one.txt").write_text("가 나\n다 라\n")
+    with pytest.raises(UserError, match="--task mlm_ict: the corpus is one row"):
+        pretrain(monkeypatch, tmp_path / "runs", "--task", "mlm_ict", "--corpus_path", tmp_path / "one.txt")
+
+
+def test_a_refused_run_leaves_no_folder(monkeypatch, tmp_path):
+    with pytest.raises(UserError):
+        pretrain(monkeypatch, tmp_path / "runs", "--corpus_path", "nowhere")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_passage_alone_is_not_scored(monkeypatch, tmp_path):
+    """Told apart from nothing it would always be found."""
+    with pytest.raises(UserError, match="there are none"):
+        pretrain(monkeypatch, tmp_path / "runs", "--task", "mlm_ict", "--eval_batch_size", 1)
+    (tmp_path / "two.txt").write_text("가 나\n다 라\n\n" * 2 + "마 바\n사 아\n\n")
+    folder = pretrain(
+        monkeypatch, tmp_path / "runs", "--task", "mlm_ict", "--corpus_path", tmp_path / "two.txt",
+        "--train_batch_size", 2, "--validation_fraction", 0.1,
+    )  # fmt: skip
+    assert not any(name.startswith("eval/") for point in points(folder) for name in point)
 
 
 def test_a_run_needs_a_name(monkeypatch):
@@ -372,6 +406,28 @@ def test_no_rank_outlives_the_process_that_started_it(tmp_path, end):
     assert run.returncode == (143 if end == signal.SIGTERM else -signal.SIGKILL)
 
 
+def started_children(run) -> list[int]:
+    """Processes that a run has started so far."""
+    return [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+
+
+def test_no_rank_outlives_a_start_that_is_killed(tmp_path):
+    """Killed as soon as both ranks are there, while they import."""
+    with endless(tmp_path) as run:
+        while len(started_children(run)) < 3:  # two ranks, and what tracks their semaphores
+            assert run.poll() is None
+        run.kill()
+        assert "step 1/" not in run.stdout.read()  # which ends with the last of them
+
+
+def test_an_interrupt_while_libraries_are_imported_is_a_word(tmp_path):
+    with endless(tmp_path) as run:
+        while "libtorch_cpu" not in Path(f"/proc/{run.pid}/maps").read_text():  # torch is being imported
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        assert run.stdout.read() == "interrupted\n"
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """An untrained model of every architecture with the sample tokenizer's vocabulary, by the names of --model."""
@@ -484,7 +540,7 @@ def test_a_card_says_what_the_model_is_and_how_it_is_loaded(monkeypatch, tmp_pat
         "Start: random weights",
         "Tokenizer: the sample tokenizer",
         "Corpus: the sample corpus",
-        "Steps: 4; the weights are those of step 4",
+        "tokens; the weights are those of step 4",
     ):
         assert fact in text
     found = {"folder": str(tmp_path / "runs/hong/model")}
@@ -494,13 +550,13 @@ def test_a_card_says_what_the_model_is_and_how_it_is_loaded(monkeypatch, tmp_pat
 
 def test_a_card_names_tokenizer_corpus_and_start():
     named = {"checkpoint": "old/model", "tokenizer_name_or_path": "own", "corpus_path": None, "corpus_hub": "owner/set"}
-    fixed = {"hub_split": "train", "text_column": "text", "model": "mix_lm", "task": "mlm"}
+    fixed = {"hub_split": "train", "text_column": "text", "model": "mix_lm", "task": "mlm", "pause_fraction": 0.0}
     text = card("hong", {"arguments": named | fixed, "command": "python"}, RunState(step=5))
     for fact in (
         "Start: old/model",
         "Tokenizer: own",
         "Corpus: owner/set, split train, column text",
-        "Steps: 5; the weights are the last",
+        "Steps: 5, 0 tokens; the weights are the last",
     ):
         assert fact in text
     assert "Nothing was held out" in text

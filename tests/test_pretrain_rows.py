@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from kozero.config import BatchSizes
 from kozero.data.batch import Batch, padded
 from kozero.data.framing import Framing
-from kozero.data.order import Order
+from kozero.data.order import ABSENT, Order
 from kozero.errors import UserError
 from kozero.pause import IGNORE
 from pretrain.chunks import Blocks, Numbered
@@ -397,6 +397,15 @@ def test_queries_are_padded_beside_their_passages():
     assert (batch.inputs["query_mask"] == (torch.arange(batch.inputs["query_ids"].shape[1]) < ends[:, None])).all()
 
 
+def test_copies_of_a_passage_have_one_number():
+    """It is that by which a copy is no negative (kozero/contrast.py)."""
+    units = [np.array([11, 12]), np.array([13])]
+    rows = encoder_rows("mlm_ict", Listed([units, units, [np.array([11]), np.array([13])]]))
+    named = dict(zip(rows.numbers(range(3)).tolist(), rows.batch(range(3)).inputs["passage"].tolist(), strict=True))
+    assert named[0] == named[1] != named[2] and min(named.values()) >= 0
+    assert rows.batch([ABSENT]).inputs["passage"].tolist() == [-1]
+
+
 @pytest.mark.parametrize("router", [False, True])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_numbers_of_targets_are_those_in_the_inputs(task, router):
@@ -503,16 +512,16 @@ def block_rows(documents: list[list[int]], size: int) -> BlockRows:
 
 
 def test_blocks_lie_in_rows_as_written_here():
-    """11 12 13 14 15 / 21 / 31 32 in blocks of 4: 11 12 13 14 | 15 S 21 S | 31 32 S."""
+    """11 12 13 14 15 / 21 / 31 32 in blocks of 4: S 11 12 13 | 14 15 S 21 | S 31 32."""
     rows = block_rows([[11, 12, 13, 14, 15], [21], [31, 32]], 4)
     rows.order = [0, 1, 2]  # as in the stream
     batch = rows.batch([0, 1, 2])
-    assert batch.inputs["input_ids"].tolist() == [[11, 12, 13, 14], [15, SEP, 21, SEP], [31, 32, SEP, 0]]
+    assert batch.inputs["input_ids"].tolist() == [[SEP, 11, 12, 13], [14, 15, SEP, 21], [SEP, 31, 32, 0]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 2, 3]]
-    assert batch.inputs["target_index"].tolist() == [0, 1, 2, 3, 4, 6, 8, 9]
-    assert batch.inputs["target_ids"].tolist() == [12, 13, 14, 15, SEP, SEP, 32, SEP]
-    assert batch.texts.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
-    assert (batch.num_targets, batch.num_tokens) == ((8,), 11)
+    assert batch.inputs["target_index"].tolist() == list(range(11))
+    assert batch.inputs["target_ids"].tolist() == [11, 12, 13, 14, 15, SEP, 21, SEP, 31, 32, SEP]
+    assert batch.texts.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert (batch.num_targets, batch.num_tokens) == ((11,), 11)
     assert rows.num_tokens(0, 3) == 11
 
 
@@ -537,7 +546,7 @@ def test_blocks_do_not_depend_on_how_they_are_dealt():
     assert all(dealt(rows(), edge, split, packed) == expected for split in SPLITS[1:])
     everything = dealt(rows(), 0, (len(rows()), 1, 1), packed)
     targets = [target for _, _, predicts in everything for target in predicts if target != IGNORE]
-    assert len(targets) == sum(map(len, documents))  # of each document all but its first token, and S
+    assert len(targets) == sum(map(len, documents)) + len(documents)  # of each document all tokens, and S
     assert {len(ids) for ids, _, _ in everything} == {12}
     batches = [batch for rank in (0, 1) for batch in rows().step(8, BatchSizes(2, 2, 2), rank)]
     assert rows().num_tokens(8, 8) == sum(batch.num_tokens for batch in batches)

@@ -1,5 +1,6 @@
 """Questions and passages as vectors: the loss on two ranks, the search, the file of vectors, BM25, the scores."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from finetune import retrieval as under_test
 from finetune.arguments import ReadingArguments
 from finetune.bm25 import morphemes, rank_by_bm25
 from finetune.questions import QuestionSet
-from finetune.retrieval import Retrieval, Retriever, pair_lengths, search, shared_search
+from finetune.retrieval import Retrieval, Retriever, pair_lengths, reserve, search, shared_search
 from kozero import distributed
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.framing import Framing
@@ -178,10 +179,21 @@ def test_vectors_in_the_file_are_those_of_each_text_alone(both, tmp_path, micro)
     written = task().write_vectors(engine, texts(), micro, tmp_path / "vectors.npy")
     assert isinstance(written, np.memmap) and written.dtype == np.float32 and written.shape == (9, 16)
     assert [path.name for path in tmp_path.iterdir()] == ["vectors.npy"]
+
     with torch.no_grad():
         wanted = torch.stack([direct(module.eval(), text, CAPACITY) for text in texts()]).numpy()
     for found in (written, both[0]["written"], both[1]["written"], both[1]["vectors"]):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_vectors_without_room_are_refused_and_leave_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    said = reserve(tmp_path / "vectors.npy", (2**20, 256))
+    assert said == f"{tmp_path}/vectors.npy: 1,024.0 MiB of vectors cannot be written (No space left on device)"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("chunk", "queries"), [(1, 2), (64, 3), (10_000, 1000)])
@@ -255,4 +267,8 @@ def test_bm25_ranks_as_bm25s_does_on_kiwis_morphemes(kiwi, tmp_path, monkeypatch
     assert found.shape == (4, 3) and found[:3, 0].tolist() == wanted == [0, 1, 2]
     assert forms[0][0] == ["세종", "훈민정음", "만들"]  # particles and endings say little
     monkeypatch.setattr("kiwipiepy.Kiwi", lambda: pytest.fail("analysed twice"))
+    assert morphemes(PASSAGES, tmp_path) == forms[0]
+    monkeypatch.setattr("kiwipiepy.Kiwi", lambda: kiwi)
+    for path in tmp_path.glob("*/morphemes.jsonl"):  # what is cut short is analysed anew
+        path.write_bytes(path.read_bytes()[:-9])
     assert morphemes(PASSAGES, tmp_path) == forms[0]

@@ -131,10 +131,10 @@ class TrainingRows:
         epoch, offset = divmod(place, len(self.rows))
         return int(self.order(epoch, group)[offset])
 
-    def texts(self, row: int, pauses: Pauses, epoch: int = 0) -> list[Text]:
+    def texts(self, row: int, pauses: Pauses | None = None, epoch: int = 0) -> list[Text]:
         """The texts of a row."""
         prefixes = Prefixes(self.store, self.fit.cut, self.ranked)
-        return [prefixes.text(int(number), pauses, epoch) for number in self.rows[row]]
+        return [prefixes.text(int(number), pauses or self.pauses, epoch) for number in self.rows[row]]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from kozero.errors import UserError
 
 FORMAT = 3  # counts up when the layout or the meaning of a store changes
 ENCODE_ROWS = 2048  # texts handed to the tokenizer at once; larger batches are not faster
-FILES = ("tokens.bin", "rows.npy", "marks.npy")
 COLUMNS = ("start", "context_end", "prompt_end", "target_end", "span_start", "span_end", "marks_start", "marks_end")
 
 Marker = Callable[[str, np.ndarray], np.ndarray]  # a text and (T, 2) characters of its tokens to (K,) places among them
@@ -104,7 +103,7 @@ def open_or_build(
         marker: finds the marks of a context or prompt; None: there are none.
     """
     write = partial(write_store, rows=build, tokenizer=tokenizer, notes=notes, marker=marker)
-    return TokenStore(build_once(cache, key, is_whole, write))
+    return TokenStore(build_once(cache, key, is_sealed, write))
 
 
 def build_once(cache: Path, key: str, is_whole: Callable[[Path], bool], write: Callable[[Path], None]) -> Path:
@@ -131,12 +130,17 @@ def build_once(cache: Path, key: str, is_whole: Callable[[Path], bool], write: C
     return folder
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a store is there and its files have the sizes that its meta names."""
+def seal(folder: Path, **meta: Any) -> None:
+    """Write `meta.json` behind all other files of a folder: their sizes, and what a reader has to know."""
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / "meta.json").write_text(json.dumps(meta | {"sizes": sizes}))
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a sealed folder's files have the sizes that its meta names."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        whole = all((folder / name).stat().st_size == meta["sizes"][name] for name in FILES)
-        return whole and meta["dtype"] in ("uint16", "uint32") and isinstance(meta["notes"], list)
+        return bool(meta["sizes"]) and all((folder / k).stat().st_size == size for k, size in meta["sizes"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -159,10 +163,8 @@ def write_store(
             position += len(ids)
     np.save(folder / "rows.npy", np.asarray(index, dtype=np.int64).reshape(-1, len(COLUMNS)))
     np.save(folder / "marks.npy", np.asarray(all_marks, dtype=np.int32))
-    sizes = {name: (folder / name).stat().st_size for name in FILES}
-    meta = {"dtype": dtype.name, "num_rows": len(index), "num_tokens": position, "columns": COLUMNS, "sizes": sizes}
-    meta["notes"] = notes()
-    (folder / "meta.json").write_text(json.dumps(meta))
+    meta = {"dtype": dtype.name, "num_rows": len(index), "num_tokens": position, "columns": COLUMNS}
+    seal(folder, **meta, notes=notes())
 
 
 def places_at(places: list[list[int]], position: int, num_marks: int) -> Iterator[list[int]]:

@@ -1,0 +1,93 @@
+"""finetune/evaluate.py --sweep_pauses: one model over numbers and placements of pauses."""
+
+import csv
+import json
+import sys
+
+import pytest
+
+from finetune import evaluate
+from finetune.sweep import Cell, as_csv, settings_of, warnings
+from kozero.errors import UserError
+from tests.helpers import ROOT
+
+
+def cell(placement: str, num: int, value: float) -> Cell:
+    return Cell(placement, num, "accuracy", value, 0.1, 20.0 + num, {"accuracy": value})
+
+
+def test_a_sweep_has_no_pauses_once_and_every_other_number_in_every_placement():
+    assert settings_of("5, 0,1", "append,filler,append") == [
+        ("none", 0), ("append", 1), ("append", 5), ("filler", 1), ("filler", 5),
+    ]  # fmt: skip
+    assert settings_of("3", "prepend") == [("prepend", 3)]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "placements", "message"),
+    [
+        ("1;2", "append", "--sweep_pauses 1;2: write numbers with commas"),
+        ("-1", "append", "--sweep_pauses -1: must be 0 or more"),
+        ("1", "apend", "--sweep_placement apend: no such placement, did you mean 'append'"),
+    ],
+)
+def test_a_mistake_is_named(numbers, placements, message):
+    with pytest.raises(UserError, match=message):
+        settings_of(numbers, placements)
+
+
+def test_a_collapse_without_pauses_is_told():
+    (line,) = warnings([cell("none", 0, 0.3), cell("append", 2, 0.4), cell("append", 9, 0.7)])
+    assert line.startswith("warning: without pauses accuracy is 0.3000, with 9 (append) 0.7000")
+
+
+def test_pauses_that_do_not_help_are_told():
+    (line,) = warnings([cell("none", 0, 0.5), cell("append", 2, 0.5), cell("filler", 2, 0.4)])
+    assert line == "warning: no number of pauses beats none (accuracy 0.5000)"
+
+
+def test_a_gain_without_a_collapse_is_no_warning():
+    assert warnings([cell("none", 0, 0.5), cell("append", 2, 0.6)]) == warnings([cell("append", 2, 0.6)]) == []
+
+
+def test_the_table_has_a_line_a_cell():
+    rows = list(csv.DictReader(as_csv([cell("none", 0, 0.5), cell("append", 2, 0.6)]).splitlines()))
+    assert [(row["placement"], row["num_pauses"], row["value"]) for row in rows] == [
+        ("none", "0", "0.5"), ("append", "2", "0.6"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["nsmc", "korquad"])
+def test_a_sweep_scores_as_single_evaluations_do(monkeypatch, tmp_path, paused_model, task):
+    monkeypatch.chdir(ROOT)
+    shared = [
+        "--model_name_or_path",
+        paused_model,
+        "--task",
+        task,
+        "--max_eval_samples",
+        "6",
+        "--max_seq_length",
+        "128",
+    ]
+    shared += ["--cache_dir", str(tmp_path / "cache"), "--output_file"]
+    call(monkeypatch, *shared, str(tmp_path / "s.json"), "--sweep_pauses", "0,2", "--sweep_placement", "append,prepend")
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "s.csv").is_file()
+    assert [(row["placement"], row["num_pauses"]) for row in found["cells"]] == [
+        ("none", 0), ("append", 2), ("prepend", 2),
+    ]  # fmt: skip
+    for row in found["cells"]:
+        alone = ["--num_inference_pauses", str(row["num_pauses"])]
+        alone += ["--pause_placement", row["placement"]] if row["num_pauses"] else []
+        call(monkeypatch, *shared, str(tmp_path / "one.json"), *alone)
+        assert json.loads((tmp_path / "one.json").read_text())["scores"] == row["scores"]
+    tokens = [row["tokens_per_example"] for row in found["cells"]]
+    rows_of_an_example = 2 if task == "nsmc" else 1
+    if task == "nsmc":  # of a written answer the length may differ
+        assert tokens[1] == tokens[2] == tokens[0] + 2 * rows_of_an_example
+
+
+def call(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    evaluate.main()
