@@ -327,7 +327,7 @@ def test_a_run_that_found_its_batch_is_the_run_that_was_given_it(one_rank, monke
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_two_ranks_under_deepspeed_find_a_batch_and_train_as_if_given_it(tmp_path, stage):
     """Two engines in one process, and the found size in the JSON of the second. 30 rows keep the batch small."""
-    (tmp_path / "corpus.txt").write_text("\n\n".join(["나무가 자란다. 숲이 푸르다."] * 31))
+    (tmp_path / "corpus.txt").write_text("\n\n".join(["나무가 자란다.\n숲이 푸르다."] * 31))
 
     def run(name: str, size: int) -> str:
         told = ["--model_name", "hong", "--config_file", "models/transformer_tiny_config.json", "--nproc", 2, *SIZES]

@@ -149,6 +149,7 @@ def test_readme_commands_of_pre_training_run_one_after_the_other(tmp_path):
         command = command.replace("runs/", f"{tmp_path}/runs/").replace("corpus/ ", "sample_data/corpus/ ")
         command += f" {SHORT} --output_dir {tmp_path}/runs --save_steps 2" if "pretrain/" in command else ""
         command += f" {SHORT}" if "--task mrc" in command or "--task ict" in command else ""
+        command += " --per_device_train_batch_size 2" if "--task ict" in command else ""
         command += " --num_steps 2 --max_seq_length 32" if "--model_name hong" in command else ""
         done = shell(command)
         assert done.returncode == 0, command + done.stdout + done.stderr
