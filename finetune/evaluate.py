@@ -13,7 +13,7 @@ from finetune.arguments import DataArguments, ModelArguments, ReadingArguments
 from finetune.data import evaluation_set, sources
 from finetune.encoder import load
 from finetune.questions import question_set
-from finetune.scoring import score
+from finetune.scoring import Scores, score
 from finetune.setup import inference_pauses, load_model, make_pauses, row_capacity
 from finetune.sweep import save_sweep, settings_of, sweep, warnings
 from finetune.tasks import ENCODER_TASKS, TASKS, Example
@@ -67,12 +67,14 @@ class EvaluationArguments:
         return prepare_engine(training, batch_sizes(training, distributed.world_size()))
 
 
+ARGUMENTS = (EvaluationArguments, ModelArguments, DataArguments, ReadingArguments, InferencePauseArguments)
+
+
 def main() -> None:
     """Load, score, print."""
     arguments, model_arguments, data_arguments, reading_arguments, pause_arguments = parse_arguments(
-        EvaluationArguments, ModelArguments, DataArguments, ReadingArguments, InferencePauseArguments,
-        prog="finetune/evaluate.py", description="Score a model on a task.",
-    )  # fmt: skip
+        *ARGUMENTS, prog="finetune/evaluate.py", description="Score a model on a task."
+    )
     distributed.setup(arguments.timeout_seconds)
     if arguments.output_file:
         writable_folder("--output_file", Path(arguments.output_file).parent)
@@ -110,7 +112,7 @@ def score_language_model(
     if arguments.output_file and distributed.is_main():
         path = Path(arguments.output_file)
         save_scores(path, result.values, str(source), num_pauses=pauses.num)
-        save_predictions(path.with_suffix(".predictions.jsonl"), result.predictions, questions.examples)
+        save_predictions(path.with_suffix(".predictions.jsonl"), result, questions.examples)
     engine.close()
 
 
@@ -180,11 +182,11 @@ def save_scores(path: Path, values: dict[str, float], source: str, **told: Any) 
     write_text(path, json.dumps(found, indent=2, ensure_ascii=False))
 
 
-def save_predictions(path: Path, predictions: list[str], examples: list[Example]) -> None:
-    """What was predicted for each example, as JSON lines."""
+def save_predictions(path: Path, result: Scores, examples: list[Example]) -> None:
+    """What was predicted for each example and its score, as JSON lines."""
     rows = (
-        json.dumps({"id": example.id, "prediction": prediction}, ensure_ascii=False) + "\n"
-        for example, prediction in zip(examples, predictions, strict=True)
+        json.dumps({"id": example.id, "prediction": prediction, "score": score}, ensure_ascii=False) + "\n"
+        for example, prediction, score in zip(examples, result.predictions, result.each, strict=True)
     )
     write_text(path, "".join(rows))
 

@@ -21,11 +21,12 @@ from kozero.pause import Pauses
 
 @dataclass
 class Scores:
-    """`values` by name, what was predicted for each example, lines about what did not fit, and the tokens of all
-    prompts, pauses and answers."""
+    """`values` by name, what was predicted for each example, the task's main score of each (whose mean is among the
+    values), lines about what did not fit, and the tokens of all prompts, pauses and answers."""
 
     values: dict[str, float]
     predictions: list[str]
+    each: list[float]
     notes: list[str]
     num_tokens: int
 
@@ -57,8 +58,11 @@ def score_choices(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity:
     fits = torch.isfinite(likelihood).all(dim=1)
     chosen = torch.where(fits, likelihood.argmax(dim=1), -1).tolist()  # an example that does not fit is wrong
     labels = data.task.labels
-    values = classification(chosen, [example.label for example in data.examples], labels)
-    return Scores(values, [labels[k] if k >= 0 else "" for k in chosen], notes(fitted), int(fitted.length.sum()))
+    wanted = [example.label for example in data.examples]
+    values = classification(chosen, wanted, labels)
+    right = [float(k == label) for k, label in zip(chosen, wanted, strict=True)]
+    named = [labels[k] if k >= 0 else "" for k in chosen]
+    return Scores(values, named, right, notes(fitted), int(fitted.length.sum()))
 
 
 def score_answers(
@@ -72,9 +76,13 @@ def score_answers(
     predictions = [""] * len(data.examples)
     for k, answer in zip(fitted.used.tolist(), answers, strict=True):
         predictions[k] = answer.strip()
-    values = question_answering(predictions, [example.targets for example in data.examples])
+    targets = [example.targets for example in data.examples]
+    values = question_answering(predictions, targets)
+    each = [
+        question_answering([p], [golds])[data.task.best_score] for p, golds in zip(predictions, targets, strict=True)
+    ]
     written = sum(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]) if answers else 0
-    return Scores(values, predictions, notes(fitted), sum(map(len, prompts)) + written)
+    return Scores(values, predictions, each, notes(fitted), sum(map(len, prompts)) + written)
 
 
 def fitted_prefixes(

@@ -25,8 +25,8 @@ NO_PAUSES = "none"
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting and what came out: `value` is the task's main score; tokens are those of prompts, pauses and answers,
-    seconds are wall time over all ranks, both for an example."""
+    """One setting and what came out: `value` is the task's main score, `each` that of each example; tokens are those of
+    prompts, pauses and answers, seconds are wall time over all ranks, both for an example."""
 
     placement: str
     num_pauses: int
@@ -35,6 +35,7 @@ class Cell:
     seconds_per_example: float
     tokens_per_example: float
     scores: dict[str, float]
+    each: list[float]
 
 
 def settings_of(numbers: str, placements: str) -> list[tuple[str, int]]:
@@ -97,7 +98,7 @@ def measure(
     seconds, num = time.perf_counter() - started, len(questions.examples)
     return Cell(
         pauses.placement, pauses.num, task.best_score, result.values[task.best_score], seconds / num,
-        result.num_tokens / num, result.values,
+        result.num_tokens / num, result.values, result.each,
     )  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def save_sweep(path: Path, cells: list[Cell], told: dict) -> list[Path]:
 
 def as_csv(cells: list[Cell]) -> str:
     """A line a cell, with all scores."""
-    flat = [{k: v for k, v in asdict(cell).items() if k != "scores"} | cell.scores for cell in cells]
+    flat = [{k: v for k, v in asdict(cell).items() if k not in ("scores", "each")} | cell.scores for cell in cells]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(flat[0]), lineterminator="\n")
     writer.writeheader()

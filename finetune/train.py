@@ -53,12 +53,16 @@ class FreezeArguments:
     )
 
 
+ARGUMENTS = (
+    FinetuningArguments, ModelArguments, TrainingDataArguments, ReadingArguments, PauseArguments, FreezeArguments,
+)  # fmt: skip
+
+
 def main() -> None:
     """The whole run."""
     training, model_arguments, data, reading, pauses, freezing = parse_arguments(
-        FinetuningArguments, ModelArguments, TrainingDataArguments, ReadingArguments, PauseArguments, FreezeArguments,
-        prog="finetune/train.py", description="Fine-tune a Korean language model or encoder under ZeRO.",
-    )  # fmt: skip
+        *ARGUMENTS, prog="finetune/train.py", description="Fine-tune a Korean language model or encoder under ZeRO."
+    )
     distributed.setup(training.timeout_seconds)
     prepare_engine(training, batch_sizes(training, distributed.world_size()))  # a wrong JSON leaves no folder behind
     with claim_output(training.output_dir) as output_dir:

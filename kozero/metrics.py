@@ -45,14 +45,15 @@ def question_answering(predictions: Sequence[str], answers: Sequence[Sequence[st
 
 
 def classification(predictions: Sequence[int], labels: Sequence[int], names: Sequence[str]) -> dict[str, float]:
-    """Accuracy, macro F1 over all classes (a class that never occurs nor is predicted counts 0), and the share of
-    rows predicted as each label."""
+    """Accuracy, macro F1 over all classes (a class that never occurs nor is predicted counts 0), the accuracy
+    of always answering the most frequent label, and the share of rows predicted as each label."""
     num = max(1, len(labels))
     hits, predicted, wanted = Counter(), Counter(predictions), Counter(labels)
     for prediction, label in zip(predictions, labels, strict=True):
         hits[label] += prediction == label
     f1 = [2 * hits[k] / max(1, predicted[k] + wanted[k]) for k in range(len(names))]
     scores = {"accuracy": sum(hits.values()) / num, "macro_f1": sum(f1) / len(names)}
+    scores["majority"] = max(wanted.values(), default=0) / num
     return scores | {f"predicted_{name}": predicted[k] / num for k, name in enumerate(names)}
 
 
@@ -66,3 +67,13 @@ def retrieval(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1.0, np.inf)
     recall = {f"recall@{depth}": float((first <= depth).mean()) for depth in RECALL_AT}
     return recall | {"mrr": float((1 / first).mean())}
+
+
+def bootstrap_interval(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """Efron's percentile bootstrap: the 2.5th and 97.5th percentile of the mean over samples drawn with replacement."""
+    rng, observed = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
+    even, means = np.full(len(observed), 1 / len(observed)), []
+    for _ in range(0, draws, 100):  # (100, N) counts at once
+        means.append(rng.multinomial(len(observed), even, size=100) @ observed / len(observed))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)

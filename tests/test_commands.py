@@ -14,15 +14,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from finetune import evaluate, generate, train
 from finetune.arguments import (
-    DataArguments,
-    FinetuningArguments,
     ModelArguments,
-    ReadingArguments,
-    TrainingDataArguments,
 )
 from kozero.config import parse_arguments
 from kozero.errors import UserError
-from kozero.pause import InferencePauseArguments, PauseArguments
+from kozero.pause import InferencePauseArguments
 from kozero.plan import ModelShape
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
 from scripts.train_tokenizer import TokenizerArguments
@@ -31,13 +27,8 @@ from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = {
-    "finetune/train.py": (
-        FinetuningArguments, ModelArguments, TrainingDataArguments, ReadingArguments, PauseArguments,
-        train.FreezeArguments,
-    ),
-    "finetune/evaluate.py": (
-        evaluate.EvaluationArguments, ModelArguments, DataArguments, ReadingArguments, InferencePauseArguments,
-    ),
+    "finetune/train.py": train.ARGUMENTS,
+    "finetune/evaluate.py": evaluate.ARGUMENTS,
     "finetune/generate.py": (generate.GenerationArguments, ModelArguments, InferencePauseArguments),
     "pretrain/train.py": (PretrainingArguments, CorpusArguments),
     "pretrain/train_zero_one.py": (ZeroArguments, CorpusArguments),

@@ -13,7 +13,7 @@ from tests.helpers import ROOT
 
 
 def cell(placement: str, num: int, value: float) -> Cell:
-    return Cell(placement, num, "accuracy", value, 0.1, 20.0 + num, {"accuracy": value})
+    return Cell(placement, num, "accuracy", value, 0.1, 20.0 + num, {"accuracy": value}, [value])
 
 
 def test_a_sweep_has_no_pauses_once_and_every_other_number_in_every_placement():
@@ -82,6 +82,9 @@ def test_a_sweep_scores_as_single_evaluations_do(monkeypatch, tmp_path, paused_m
         alone += ["--pause_placement", row["placement"]] if row["num_pauses"] else []
         call(monkeypatch, *shared, str(tmp_path / "one.json"), *alone)
         assert json.loads((tmp_path / "one.json").read_text())["scores"] == row["scores"]
+        lines = (tmp_path / "one.predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["score"] for line in lines] == row["each"]
+        assert sum(row["each"]) / len(row["each"]) == pytest.approx(row["value"])
     tokens = [row["tokens_per_example"] for row in found["cells"]]
     rows_of_an_example = 2 if task == "nsmc" else 1
     if task == "nsmc":  # of a written answer the length may differ

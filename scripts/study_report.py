@@ -1,0 +1,336 @@
+"""The report of a study of pauses: a CSV of all cells, tables in Markdown, pictures, one HTML page that holds them."""
+
+import base64
+import csv
+import html
+import io
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kozero.errors import require
+from kozero.folder import write_text
+from kozero.metrics import bootstrap_interval
+
+Curve = list[tuple[int, float]]  # (step, loss)
+Table = list[list[str]]  # the first row is the heading
+IN_PERCENT = ("f1", "exact_match")  # scores that are percent already
+PRETRAINING = "pre-training"  # its panel
+STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}"
+    "table{border-collapse:collapse}td,th{border-bottom:1px solid #ccc;padding:.3rem .8rem;text-align:right}"
+    "td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}pre{overflow:auto;background:#f6f6f6}"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One arm on one task with one seed. All scores in percent.
+
+    num_pauses: the arm's own at inference. values: M_inf to score; each: M_inf to the score of each example.
+    """
+
+    arm: str
+    task: str
+    seed: int
+    num_pauses: int
+    metric: str
+    values: dict[int, float]
+    each: dict[int, np.ndarray]
+    milliseconds: dict[int, float]
+    tokens: dict[int, float]
+    majority: float | None
+    losses: Curve
+    step_seconds: float
+
+    @classmethod
+    def read(cls, arm: str, task: str, seed: int, num_pauses: int, folder: Path) -> "Result":
+        """From a run's folder: sweep.json and metrics.jsonl."""
+        cells = {c["num_pauses"]: c for c in json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["cells"]}
+        metric = cells[num_pauses]["score"]
+        scale = 1.0 if metric in IN_PERCENT else 100.0
+        points = read_points(folder / "metrics.jsonl")
+        seconds = [point["train/step_time_seconds"] for point in points if "train/step_time_seconds" in point]
+        majority = cells[num_pauses]["scores"].get("majority")
+        return cls(
+            arm, task, seed, num_pauses, metric,
+            values={num: scale * cell["value"] for num, cell in cells.items()},
+            each={num: scale * np.asarray(cell["each"]) for num, cell in cells.items()},
+            milliseconds={num: 1e3 * cell["seconds_per_example"] for num, cell in cells.items()},
+            tokens={num: cell["tokens_per_example"] for num, cell in cells.items()},
+            majority=None if majority is None else scale * majority,
+            losses=curve(points),
+            step_seconds=statistics.median(seconds) if seconds else float("nan"),
+        )  # fmt: skip
+
+    @property
+    def value(self) -> float:
+        """The score with the arm's own number of pauses."""
+        return self.values[self.num_pauses]
+
+
+def read_points(path: Path) -> list[dict]:
+    """The logged points of a run; a last line that was cut is left out."""
+    points = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            points.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return points
+
+
+def curve(points: list[dict]) -> Curve:
+    """Training loss by step; of a step that a resumed run did again, the last."""
+    return sorted({p["step"]: p["train/loss"] for p in points if "train/loss" in p}.items())
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    results: list[Result],
+    baseline: str,
+    pretraining: dict[str, list[Path]],
+    study: str,
+    command: str,
+) -> list[Path]:
+    """Write results.csv, report.md, report.html and the pictures of both.
+
+    Args: baseline: the arm that the others are measured against; pretraining: logs by name, one a seed; study: the
+        settings as they were written; command: what makes this report. Returns the files.
+    """
+    pictures = {
+        "scores": ("Score by arm, with each arm's own pauses", lambda figure: plot_scores(figure, results)),
+        "pauses": ("Score over the pauses at inference", lambda figure: plot_pauses(figure, results)),
+        "losses": ("Training losses", lambda figure: plot_losses(figure, results, pretraining)),
+    }
+    tables = {
+        "Scores": (score_table(results), SCORES_TOLD),
+        f"Difference to {baseline}": (difference_table(results, baseline), DIFFERENCE_TOLD),
+        "Best number of pauses": (pauses_table(results), PAUSES_TOLD),
+        "Cost": (cost_table(results), COST_TOLD),
+    }
+    for name, (_, draw) in pictures.items():
+        save_picture(folder / f"{name}.png", draw)
+    write_text(folder / "results.csv", as_csv(results))
+    write_text(folder / "report.md", as_markdown(title, tables, pictures, study, command))
+    write_text(folder / "report.html", as_html(title, tables, pictures, study, command, folder))
+    names = ["results.csv", "report.md", "report.html", *(f"{name}.png" for name in pictures)]
+    return [folder / name for name in names]
+
+
+SCORES_TOLD = (
+    "Mean and standard deviation over the seeds, in percent, with the arm's own number of pauses at inference. "
+    "A classifier that answers the most frequent label every time scores what is in the last column."
+)
+DIFFERENCE_TOLD = (
+    "Paired: the same examples, each example's score averaged over the seeds, in points. The interval is the 95 % "
+    "percentile bootstrap over examples (10,000 draws): it does not hold the spread between seeds, which the last "
+    "column shows."
+)
+PAUSES_TOLD = (
+    "The number with the highest mean score on these same examples, so a little too good; beside it the score without "
+    "pauses and with the arm's own number."
+)
+COST_TOLD = "At inference an example's tokens are those of its prompts, pauses and answers; times are of this machine."
+
+
+def arms_of(results: list[Result]) -> list[str]:
+    """Arms in the order of the study."""
+    return list(dict.fromkeys(result.arm for result in results))
+
+
+def cells_of(results: list[Result]) -> Iterable[tuple[str, str, list[Result]]]:
+    """(arm, task, results of all seeds), task by task."""
+    for task in dict.fromkeys(result.task for result in results):
+        for arm in arms_of(results):
+            if found := [result for result in results if (result.arm, result.task) == (arm, task)]:
+                yield arm, task, found
+
+
+def spread(values: list[float]) -> float:
+    """Standard deviation over the seeds (N - 1); 0 for one seed."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def score_table(results: list[Result]) -> Table:
+    """A row an arm and task."""
+    rows = [["task", "arm", "pauses", "score", "mean ± sd", "seeds", "most frequent label"]]
+    for arm, task, found in cells_of(results):
+        values, majority = [result.value for result in found], found[0].majority
+        told = f"{statistics.mean(values):.2f} ± {spread(values):.2f}"
+        constant = "" if majority is None else f"{majority:.2f}"
+        rows.append([task, arm, str(found[0].num_pauses), found[0].metric, told, str(len(values)), constant])
+    return rows
+
+
+def difference_table(results: list[Result], baseline: str) -> Table:
+    """Every other arm against the baseline, over the seeds that both have finished.
+
+    Raises: UserError when the two were scored on different examples.
+    """
+    rows = [["task", "arm", "difference", "95 % interval", "shown", "by seed"]]
+    for arm, task, found in cells_of(results):
+        others = {r.seed: r for r in results if (r.arm, r.task) == (baseline, task)}
+        pairs = [(result, others[result.seed]) for result in found if result.seed in others]
+        if arm == baseline or not pairs:
+            continue
+        sizes = {len(result.each[result.num_pauses]) for pair in pairs for result in pair}
+        require(len(sizes) == 1, f"{task}, {arm}: scored on other examples than {baseline}; give all the same data")
+        by_seed = [a.each[a.num_pauses] - b.each[b.num_pauses] for a, b in pairs]
+        difference = np.mean(by_seed, axis=0)
+        low, high = bootstrap_interval(difference)
+        shown = "better" if low > 0 else "worse" if high < 0 else "no difference"
+        seeds = ", ".join(f"{values.mean():+.2f}" for values in by_seed)
+        rows.append([task, arm, f"{difference.mean():+.2f}", f"{low:+.2f} to {high:+.2f}", shown, seeds])
+    return rows
+
+
+def mean_curve(found: list[Result]) -> dict[int, float]:
+    """M_inf to the mean score over seeds, for numbers that all seeds have."""
+    numbers = set.intersection(*(set(result.values) for result in found))
+    return {number: statistics.mean(result.values[number] for result in found) for number in sorted(numbers)}
+
+
+def pauses_table(results: list[Result]) -> Table:
+    """Which number of pauses at inference did best."""
+    rows = [["task", "arm", "without", "own", "best", "best number"]]
+    for arm, task, found in cells_of(results):
+        means = mean_curve(found)
+        best, own = max(means, key=means.__getitem__), means[found[0].num_pauses]
+        rows.append([task, arm, f"{means[0]:.2f}", f"{own:.2f}", f"{means[best]:.2f}", str(best)])
+    return rows
+
+
+def cost_table(results: list[Result]) -> Table:
+    """What an arm costs in fine-tuning and at inference: medians over seeds."""
+    rows = [["task", "arm", "ms a training step", "tokens an example", "ms an example"]]
+    for arm, task, found in cells_of(results):
+        number = found[0].num_pauses
+        step = 1e3 * statistics.median(result.step_seconds for result in found)
+        tokens = statistics.median(result.tokens[number] for result in found)
+        time = statistics.median(result.milliseconds[number] for result in found)
+        rows.append([task, arm, f"{step:.0f}", f"{tokens:.1f}", f"{time:.1f}"])
+    return rows
+
+
+def as_csv(results: list[Result]) -> str:
+    """A line for each arm, task, seed and number of pauses."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    heading = [
+        "task",
+        "arm",
+        "seed",
+        "num_pauses",
+        "own",
+        "metric",
+        "value",
+        "tokens_per_example",
+        "seconds_per_example",
+    ]
+    writer.writerow(heading)
+    for r in results:
+        for number, value in sorted(r.values.items()):
+            cost = [round(r.tokens[number], 3), round(r.milliseconds[number] / 1e3, 6)]
+            own = int(number == r.num_pauses)
+            writer.writerow([r.task, r.arm, r.seed, number, own, r.metric, round(value, 4), *cost])
+    return text.getvalue()
+
+
+def save_picture(path: Path, draw: Callable) -> None:
+    """Draw a figure into a PNG."""
+    from matplotlib.figure import Figure  # imported here: it takes a second, and only a report needs it
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    draw(figure)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def panels(figure, names: list[str]):
+    """One axes a name, side by side."""
+    return zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)
+
+
+def plot_scores(figure, results: list[Result]) -> None:
+    """A panel a task: points are seeds, bars mean and standard deviation."""
+    arms = arms_of(results)
+    for task, axes in panels(figure, list(dict.fromkeys(r.task for r in results))):
+        for arm, _, found in cells_of([r for r in results if r.task == task]):
+            values, place = [r.value for r in found], arms.index(arm)
+            axes.errorbar(place, statistics.mean(values), spread(values), fmt="_", capsize=6, color=f"C{place}", ms=14)
+            axes.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.5)
+            if found[0].majority is not None:
+                axes.axhline(found[0].majority, color="gray", linestyle=":")
+        axes.set(title=task, ylabel=f"{found[0].metric} (%)")
+        axes.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
+
+
+def plot_pauses(figure, results: list[Result]) -> None:
+    """A panel a task: a line an arm, its own number marked, the band from the worst to the best seed."""
+    arms = arms_of(results)
+    for task, axes in panels(figure, list(dict.fromkeys(r.task for r in results))):
+        for arm, _, found in cells_of([r for r in results if r.task == task]):
+            means, color = mean_curve(found), f"C{arms.index(arm)}"
+            low = [min(r.values[number] for r in found) for number in means]
+            high = [max(r.values[number] for r in found) for number in means]
+            if len(means) == 1:
+                axes.axhline(means[0], color=color, linestyle=":")
+            axes.plot(list(means), list(means.values()), marker=".", color=color, label=arm)
+            axes.fill_between(list(means), low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(found[0].num_pauses, means[found[0].num_pauses], "o", color=color, ms=9, mfc="none")
+        axes.set(title=task, xlabel="pauses at inference", ylabel=f"{found[0].metric} (%)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def plot_losses(figure, results: list[Result], pretraining: dict[str, list[Path]]) -> None:
+    """Pre-training, then a panel a task: mean over seeds by arm."""
+    tasks = list(dict.fromkeys(r.task for r in results))
+    logged = {
+        name: [curve(read_points(path)) for path in paths if path.exists()] for name, paths in pretraining.items()
+    }
+    before = {name: curves for name, curves in logged.items() if curves}
+    for name, axes in panels(figure, ([PRETRAINING] if before else []) + tasks):
+        if name == PRETRAINING:
+            lines = list(before.items())
+        else:
+            lines = [
+                (arm, [r.losses for r in found]) for arm, _, found in cells_of([r for r in results if r.task == name])
+            ]
+        for label, curves in lines:
+            steps = sorted(set.intersection(*({step for step, _ in points} for points in curves)))
+            by_step = [dict(points) for points in curves]
+            axes.plot(steps, [statistics.mean(points[step] for points in by_step) for step in steps], label=label)
+        axes.set(title=name, xlabel="step", ylabel="loss (nats a token)")
+        if name in (PRETRAINING, tasks[0]):
+            axes.legend(fontsize="small")
+
+
+def as_markdown(title: str, tables: dict, pictures: dict, study: str, command: str) -> str:
+    """The report with its pictures beside it."""
+    parts = [f"# {title}", f"Made by `{command}`."]
+    for name, (table, told) in tables.items():
+        lines = [f"| {' | '.join(row)} |" for row in table]
+        parts += [f"## {name}", told, "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])]
+    parts += [f"## {told}\n\n![{told}]({name}.png)" for name, (told, _) in pictures.items()]
+    return "\n\n".join([*parts, "## Settings", f"```json\n{study}\n```"]) + "\n"
+
+
+def as_html(title: str, tables: dict, pictures: dict, study: str, command: str, folder: Path) -> str:
+    """The same on one page, pictures within."""
+    parts = [f"<h1>{html.escape(title)}</h1><p>Made by <code>{html.escape(command)}</code>.</p>"]
+    for name, (table, told) in tables.items():
+        head, *rows = ([html.escape(word) for word in row] for row in table)
+        body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+        heading = f"<h2>{html.escape(name)}</h2><p>{html.escape(told)}</p>"
+        parts.append(f"{heading}<table><tr><th>{'</th><th>'.join(head)}</th></tr>{body}</table>")
+    for name, (told, _) in pictures.items():
+        data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        parts.append(f'<h2>{told}</h2><img alt="{told}" src="data:image/png;base64,{data}">')
+    parts.append(f"<h2>Settings</h2><pre>{html.escape(study)}</pre>")
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
