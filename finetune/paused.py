@@ -49,11 +49,13 @@ class PausedGenerator:
         lm = lm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(lm, tokenizer, Pauses(token_id or 0, num, placement, begins_inside(tokenizer)))
 
-    def prompt(self, text: str) -> np.ndarray:
-        """(T,) ids of a text with its pauses."""
+    def prompt(self, text: str, most: int | None = None) -> np.ndarray:
+        """(T,) ids of a text with its pauses. Of one that is too long for `most` tokens the last stay."""
         found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         ids = np.asarray(found["input_ids"], dtype=np.int64)
-        return self.pauses.prompt(ids, self.marks(text, ids, np.asarray(found["offset_mapping"]).reshape(-1, 2)))
+        cut = max(0, len(ids) + self.pauses.num - most) if most is not None else 0
+        offsets = np.asarray(found["offset_mapping"]).reshape(-1, 2)[cut:]
+        return self.pauses.prompt(ids[cut:], self.marks(text, ids[cut:], offsets))
 
     def marks(self, text: str, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
         """Places that the placement asks for."""

@@ -7,16 +7,15 @@ A study that was stopped goes on where it stood; what is finished is not run aga
 
 import json
 import os
-import re
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
-from itertools import count
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,11 @@ from filelock import FileLock
 
 from finetune import evaluate, train
 from finetune.arguments import DataArguments
-from finetune.tasks import TASKS
 from kozero.config import arg, parse_arguments
 from kozero.errors import GRACE_SECONDS, UserError, require, run_main
 from kozero.folder import LOCK, writable_folder, write_text
-from kozero.json_files import check_keys, read_json_object
 from pretrain.arguments import CorpusArguments, PretrainingArguments
+from scripts.study import Study, inference_pauses, name_of
 from scripts.study_report import Result, write_report
 
 ROOT = Path(__file__).parent.parent
@@ -39,16 +37,7 @@ ARGUMENTS = {
     FINETUNE: train.ARGUMENTS,
     EVALUATE: evaluate.ARGUMENTS,
 }
-KEYS = {
-    "title": str, "output_dir": str, "seeds": list, "tasks": dict, "pretraining": dict, "finetuning": dict,
-    "arms": list, "baseline": str, "pretrain": dict, "finetune": dict, "evaluate": dict, "sweep_pauses": list,
-    "launch": str,
-}  # fmt: skip
-NO_PRETRAINING = {"": {}}
-IN_JSON = {str: "a text", list: "a list", dict: "an object"}
-NAME = re.compile(r"\w[\w.+-]*")  # of a setting: it becomes a folder's
 EVALUATION_FLAGS = [field.name for field in fields(DataArguments) if field.name not in ("task", "train_mode")]
-OWNED = ("output_dir", "seed", "task", "resume", "model_name")  # flags that the study itself gives
 
 
 @dataclass
@@ -56,110 +45,6 @@ class StudyArguments:
     """Where the study is described."""
 
     report_only: bool = arg(False, "write the report of what is finished, run nothing")
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study file with its defaults filled in. Settings are flags of the entries by their names.
-
-    pretraining, finetuning: named settings, whose pairs PT_FT are the arms; one with `model_name_or_path` is a model
-    that is there already. pretrain, finetune, evaluate: settings of all runs of a kind.
-    """
-
-    output_dir: Path
-    seeds: list[int]
-    tasks: dict[str, dict]
-    pretraining: dict[str, dict]
-    finetuning: dict[str, dict]
-    arms: list[tuple[str, str]]
-    baseline: str
-    title: str = "Pauses"
-    pretrain: dict = field(default_factory=dict)
-    finetune: dict = field(default_factory=dict)
-    evaluate: dict = field(default_factory=dict)
-    sweep_pauses: list[int] = field(default_factory=list)
-    launch: str = "python"
-
-    @classmethod
-    def read(cls, path: Path) -> "Study":
-        """Read and check a study file.
-
-        Raises: UserError naming the file and the key.
-        """
-        values = read_json_object(path)
-        check_keys(values, KEYS, str(path))
-        for key, value in values.items():
-            told = f"{path}: {key!r} must be {IN_JSON[KEYS[key]]}, is {json.dumps(value, ensure_ascii=False)}"
-            require(isinstance(value, KEYS[key]), told)
-        for key in ("tasks", "finetuning"):
-            require(bool(values.get(key)), f"{path}: {key!r}: name at least one")
-        check_keys(values["tasks"], TASKS, f"{path}: tasks")
-        pretraining = values.get("pretraining") or NO_PRETRAINING
-        pairs = [(before, after) for before in pretraining for after in values["finetuning"]]
-        named = {name_of(*pair): pair for pair in pairs}
-        arms = values.get("arms") or list(named)
-        check_keys(arms, named, f"{path}: arms")
-        baseline = values.get("baseline") or arms[0]
-        require(baseline in arms, f"{path}: baseline {baseline!r}: no such arm; the arms are {', '.join(arms)}")
-        seeds = values.get("seeds") or [42]
-        for key, numbers in (("seeds", seeds), ("sweep_pauses", values.get("sweep_pauses", []))):
-            whole = all(type(number) is int and number >= 0 for number in numbers)
-            different = whole and len(set(numbers)) == len(numbers)
-            require(different, f"{path}: {key} {numbers!r}: must be different whole numbers, 0 or more")
-        filled = {"output_dir": Path(values.get("output_dir") or f"runs/{path.stem}"), "pretraining": pretraining}
-        filled |= {"seeds": seeds, "baseline": baseline, "arms": [named[arm] for arm in arms]}
-        study = cls(**values | filled)
-        study.check(path)
-        return study
-
-    def check(self, path: Path) -> None:
-        """Names can be folders, settings are flat, and none is the study's own."""
-        for name in [*(self.pretraining if self.pretraining != NO_PRETRAINING else {}), *self.finetuning]:
-            right = NAME.fullmatch(name)
-            require(right, f"{path}: {name!r}: it names folders; use letters, digits, and . + - _ within")
-        parts = {"pretrain": self.pretrain, "finetune": self.finetune, "evaluate": self.evaluate}
-        for kind in ("tasks", "pretraining", "finetuning"):
-            parts |= {f"{kind}.{name}": settings for name, settings in getattr(self, kind).items()}
-        for where, settings in parts.items():
-            require(isinstance(settings, dict), f"{path}: {where}: must be an object of flags and values")
-            for key, value in settings.items():
-                require(key not in OWNED, f"{path}: {where}: {key!r} is given by the study; leave it out")
-                require(not isinstance(value, dict | list), f"{path}: {where}: {key!r} must be one value")
-        for name in self.pretraining:
-            length, share = self.text_and_pauses(name)
-            told = f"{path}: pretraining.{name}"
-            right = type(length) is int and length > 0
-            require(right, f"{told}: max_seq_length {length!r}: must be a whole number above 0")
-            right = isinstance(share, int | float) and 0 <= share < 1
-            require(right, f"{told}: pause_fraction {share!r}: must be a number from 0 to below 1")
-
-    def text_and_pauses(self, before: str) -> tuple[int, float]:
-        """Tokens of text in a row of a pre-training, and the share of pauses in a row."""
-        settings = self.pretrain | self.pretraining[before]
-        return settings.get("max_seq_length", 128), settings.get("pause_fraction", 0.0)
-
-    def row_length(self, before: str) -> int:
-        """Rows with pauses are longer by them, so every arm sees the same text in every step."""
-        length, share = self.text_and_pauses(before)
-        return next(n for n in count(length) if n - round(share * n) >= length)
-
-    def numbers(self, before: str, after: str) -> list[int]:
-        """Pauses at inference with which an arm is scored: those of the sweep and of every arm. A model that never saw
-        a pause has none."""
-        if not (self.pretraining[before].get("pause_fraction") or self.finetuning[after].get("num_pauses")):
-            return [0]
-        own = {inference_pauses(self.finetuning[after]) for _, after in self.arms}
-        return sorted({0, *own, *self.sweep_pauses})
-
-
-def name_of(before: str, after: str) -> str:
-    """An arm's name."""
-    return f"{before}_{after}" if before else after
-
-
-def inference_pauses(settings: dict) -> int:
-    """M_inf of a fine-tuning setting."""
-    return settings.get("num_inference_pauses", settings.get("num_pauses", 0))
 
 
 @dataclass(frozen=True)
@@ -257,17 +142,12 @@ def steps(study: Study) -> list[Step]:
     found: list[Step] = []
     for seed in study.seeds:
         for before in dict.fromkeys(before for before, _ in study.arms):
-            if trains(study, before):
+            if study.trains(before):
                 found.append(pretraining_step(study, before, seed))
         for before, after in study.arms:
             for task in study.tasks:
                 found += cell_steps(study, before, after, task, seed)
     return found
-
-
-def trains(study: Study, before: str) -> bool:
-    """Whether a pre-training is a run of the study."""
-    return bool(before) and "model_name_or_path" not in study.pretraining[before]
 
 
 def pretraining_step(study: Study, before: str, seed: int) -> Step:
@@ -292,7 +172,7 @@ def cell_steps(study: Study, before: str, after: str, task: str, seed: int) -> l
     folder = study.output_dir / name / task / f"seed{seed}"
     settings = study.finetuning[after]
     model = study.pretraining[before].get("model_name_or_path") if before else None
-    if trains(study, before):
+    if study.trains(before):
         model = str(study.output_dir / "pretraining" / f"{before}-seed{seed}" / "model")
     own = {"task": task, "seed": seed, "output_dir": str(folder), "resume": "auto"}
     source = {"model_name_or_path": model} if model else {}
@@ -328,24 +208,30 @@ def run_all(todo: list[Step], path: Path) -> None:
     """
     for step in todo:
         step.check(path)
-    open_steps, seconds = [step for step in todo if not step.is_done], []
+    open_steps, seconds = [step for step in todo if not step.is_done], defaultdict(list)
     if len(open_steps) < len(todo):
         print(f"{len(todo) - len(open_steps)} of {len(todo)} runs are done", flush=True)
-    for step in open_steps:
-        started, number = time.monotonic(), todo.index(step) + 1
-        print(f"[{number}/{len(todo)}] {step.name}", flush=True)
+    for number, step in enumerate(open_steps, start=1):
+        started = time.monotonic()
+        print(f"[{todo.index(step) + 1}/{len(todo)}] {step.name}", flush=True)
         with FileLock(step.folder / LOCK) if step.folder.exists() else nullcontext():
             pass  # a run of a study that was killed may still be there: let it come to its end
         if not step.is_done:
             step.run()
-        seconds.append(time.monotonic() - started)
-        left = statistics.mean(seconds) * (len(open_steps) - len(seconds))
-        print(f"    {seconds[-1]:.0f} s, about {left / 60:.0f} min left", flush=True)
+        seconds[step.entry].append(time.monotonic() - started)
+        print(f"    {seconds[step.entry][-1]:.0f} s{time_left(open_steps[number:], seconds)}", flush=True)
+
+
+def time_left(steps: list[Step], seconds: dict[str, list[float]]) -> str:
+    """How long the steps take if they are like those of their entry so far; nothing before each has run once."""
+    if not all(seconds[step.entry] for step in steps):
+        return ""
+    return f", about {sum(statistics.mean(seconds[step.entry]) for step in steps) / 60:.0f} min left"
 
 
 def curves(study: Study) -> dict[str, list[Path]]:
     """The logs of the study's pre-trainings by name, one a seed."""
-    names = [before for before in dict.fromkeys(before for before, _ in study.arms) if trains(study, before)]
+    names = [before for before in dict.fromkeys(before for before, _ in study.arms) if study.trains(before)]
     folder = study.output_dir / "pretraining"
     return {name: [folder / f"{name}-seed{seed}" / "metrics.jsonl" for seed in study.seeds] for name in names}
 

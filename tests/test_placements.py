@@ -1,11 +1,14 @@
 """Where pauses go. The reference: what is predicted from where is written out token by token by another rule, and the
 places of each placement by hand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
-from kozero.data.batches import Prefixes, TrainingRows
+from kozero.data.batches import Prefixes, TrainingRows, collate
 from kozero.data.marks import MARKERS, token_marks
+from kozero.data.store import TextRow, open_or_build
 from kozero.pause import BY_TEXT, IGNORE, PLACEMENTS, Pauses, begins_inside, filler_id, insert, random_gaps, schedule
 from tests.helpers import MemoryStore, numbered_store, sample_tokenizer
 
@@ -99,6 +102,30 @@ def test_random_places_depend_on_the_text_the_seed_and_the_epoch_alone():
     long = np.arange(100, 140)
     assert places(long, 0, 0) == places(long.astype(np.uint16), 0, 0)
     assert len({places(long, 0, 0), places(long, 1, 0), places(long, 0, 1), places(long + 1, 0, 0)}) == 4
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_at_the_limit_of_1024_positions_the_question_the_pauses_and_the_answer_stay(tmp_path, placement):
+    """A passage that is too long loses text, and nothing else does; positions end at 1,023."""
+    tokenizer, num, limit = sample_tokenizer(), 20, 1024
+    passage = "문맥: " + " ".join([TEXT.replace("\n\n", " ")] * 60)
+    question, answer, place = "질문: 무엇을 보았나? 정답:", "새하얀 눈", passage.rindex("새하얀 눈")
+    row = TextRow(passage, question, answer, (place, place + len(answer)))
+    marker = partial(token_marks, placement) if placement in MARKERS else None
+    store = open_or_build(tmp_path, "limit", lambda: [row], tokenizer, marker=marker)
+    assert store.lengths[0, 0] > limit
+    ranked = np.arange(30, 30 + num)[None]
+    rows = TrainingRows(store, Pauses(PAUSE, num, placement), limit, "packed", 0, ranked=ranked)
+    (text,) = rows.texts(0)
+    assert len(text.ids) == limit and (text.ids == PAUSE).sum() == num
+    written = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    kept = text.ids[text.ids != PAUSE]
+    assert tokenizer.decode(kept).endswith(f"{question} {answer}</s>")
+    assert tokenizer.decode(kept[: -len(written)]).count(answer) >= 1, "the answer is still in what is left of it"
+    assert text.ids[-len(written) :].tolist() == written
+    assert text.predicts[text.predicts != IGNORE].tolist() == written
+    inputs = collate([[text]]).inputs
+    assert inputs["position_ids"].max() == limit - 1 and inputs["input_ids"].shape == (1, limit)
 
 
 # Characters ------------------------------------------------------------------------------------------------------

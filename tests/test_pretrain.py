@@ -337,9 +337,13 @@ def test_every_entry_trains_alike_on_two_ranks(tmp_path, model):
     config = "tiny_config.json" if model == "causal_lm" else f"{model}_tiny_config.json"
     shared = ["--model_name", "hong", "--nproc", "2", "--model", model, "--config_file", f"models/{config}"]
     entries = {"train": [], "train_zero_one": [], "train_zero_two": [], "zero3": ["--zero3", "--auto_wrap"]}
+    if model == "causal_lm":  # with pauses, so that no engine has them wrong; DeepSpeed's too
+        shared += ["--pause_placement", "random", "--pause_fraction", "0.2"]
+        entries |= {f"ds{stage}": ["--deepspeed_config", f"ds_configs/zero{stage}.json"] for stage in (1, 2, 3)}
     curves = {}
     for name, flags in entries.items():
-        script = "pretrain/train_zero_two.py" if name == "zero3" else f"pretrain/{name}.py"
+        script = "train_zero_two" if name == "zero3" else "train" if name.startswith("ds") else name
+        script = f"pretrain/{script}.py"
         told = [*shared, *map(str, SIZES), "--output_dir", str(tmp_path / name), "--cache_dir", str(tmp_path / "cache")]
         done = subprocess.run(
             [sys.executable, script, *told, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -18,7 +18,8 @@ import pytest
 from kozero.errors import UserError
 from kozero.metrics import bootstrap_interval
 from scripts import pause_study
-from scripts.pause_study import Step, Study, run_all, steps
+from scripts.pause_study import Step, run_all, steps
+from scripts.study import Study
 from scripts.study_report import Result, difference_table, pauses_table, score_table, write_report
 from tests.helpers import ROOT
 
@@ -45,6 +46,7 @@ def study_file(folder: Path, **changes) -> Path:
         ({"seeds": 3}, "'seeds' must be a list, is 3"),
         ({"finetuning": {"StdFT": {"seed": 3}}}, "finetuning.StdFT: 'seed' is given by the study"),
         ({"finetuning": {"StdFT": {"num_pauses": [1, 2]}}}, "finetuning.StdFT: 'num_pauses' must be one value"),
+        ({"finetuning": {"StdFT": {"num_pauses": "3"}}}, "finetuning.StdFT: pauses '3'"),
         ({"finetune": [1]}, "'finetune' must be an object"),
         ({"tasks": {"nsmc": 3}}, "tasks.nsmc: must be an object"),
         ({"pretraining": ["StdPT"]}, "'pretraining' must be an object, is [\"StdPT\"]"),
