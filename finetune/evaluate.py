@@ -42,13 +42,18 @@ class EvaluationArguments:
     sweep_pauses: str | None = arg(
         None, "score with each of these numbers of pauses, e.g. 0,1,2,5,10,20,50; JSON, CSV and plot: --output_file"
     )
-    sweep_placement: str = arg("append", "placements of --sweep_pauses, e.g. append,prepend,filler")
+    sweep_placement: str | None = arg(None, "placements of --sweep_pauses, e.g. append,prepend,filler; default: append")
     timeout_seconds: float = arg(600.0, "seconds that a rank waits for the others before the run ends")
     local_rank: int = arg(-1, "set by the deepspeed launcher; leave it alone")
 
     def __post_init__(self) -> None:
         at_least(1, self, "per_device_eval_batch_size")
         check_timeout(self.timeout_seconds)
+        require(
+            self.sweep_placement is None or self.sweep_pauses is not None,
+            f"--sweep_placement {self.sweep_placement}: of what? give --sweep_pauses too, e.g. --sweep_pauses 0,5,10",
+        )
+        self.sweep_placement = self.sweep_placement or "append"
         if self.sweep_pauses:
             settings_of(self.sweep_pauses, self.sweep_placement)
 
@@ -120,6 +125,11 @@ def sweep_language_model(
     arguments: EvaluationArguments, model_arguments: ModelArguments, data: DataArguments, pause: InferencePauseArguments
 ) -> None:
     """A GPT-2 over numbers and placements of pauses."""
+    require(
+        pause.num_inference_pauses < 0 and pause.pause_placement is None,
+        "--sweep_pauses: names its own numbers and placements (--sweep_placement); leave --num_inference_pauses and "
+        "--pause_placement out",
+    )
     settings = arguments.engine_settings()
     task, cells = TASKS[data.task], settings_of(arguments.sweep_pauses, arguments.sweep_placement)
     name = model_arguments.model_name_or_path or str(model_arguments.config_file)
@@ -131,11 +141,16 @@ def sweep_language_model(
         make_pauses(model, number, placement)  # refused before the first of them is scored
     source = sources(data, task)[1]
     engine = build_engine(model.module, arguments.as_training(), settings)
-    found = sweep(engine, model, task, source, data, cells, capacity, arguments.per_device_eval_batch_size)
+    found, groups = sweep(engine, model, task, source, data, cells, capacity, arguments.per_device_eval_batch_size)
     for warning in warnings(found):
         distributed.say(warning)
     if distributed.is_main():
-        told = {"title": f"{task.name}, {name}", "data": str(source), "trained_with": model.pause_settings}
+        told = {
+            "title": f"{task.name}, {name}",
+            "data": str(source),
+            "trained_with": model.pause_settings,
+            "groups": groups,
+        }
         for written in save_sweep(path, found, told):
             print(written)
     engine.close()

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune.scoring import write_batch
+from finetune.setup import inference_placement
 from kozero.data.marks import MARKERS, token_marks
 from kozero.errors import require
 from kozero.pause import PLACEMENTS, Pauses, begins_inside, filler_id
@@ -40,17 +41,23 @@ class PausedGenerator:
         """
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         settings = getattr(lm.config, "pause", None) or {}
-        placement = placement or settings.get("placement", "append")
+        placement = placement or inference_placement(settings)
         num = settings.get("num_inference_pauses", 0) if num_pauses is None else num_pauses
         require(placement in PLACEMENTS, f"placement {placement}: one of {', '.join(PLACEMENTS)}")
         tokenizer = load_tokenizer(folder)
         token_id = filler_id(tokenizer) if placement == "filler" else settings.get("token_id")
+        require(type(num) is int and num >= 0, f"num_pauses {num!r}: must be a whole number, 0 or more")
         require(num == 0 or token_id is not None, f"{folder}: its config.json names no pause; num_pauses must be 0")
         lm = lm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(lm, tokenizer, Pauses(token_id or 0, num, placement, begins_inside(tokenizer)))
 
     def prompt(self, text: str, most: int | None = None) -> np.ndarray:
-        """(T,) ids of a text with its pauses. Of one that is too long for `most` tokens the last stay."""
+        """(T,) ids of a text with its pauses. Of one that is too long for `most` tokens the last stay.
+
+        Raises: UserError when not even a token stays beside the pauses.
+        """
+        told = f"num_pauses {self.pauses.num}: leave no room for a prompt in {most} tokens; choose fewer"
+        require(most is None or most > self.pauses.num, told)
         found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         ids = np.asarray(found["input_ids"], dtype=np.int64)
         cut = max(0, len(ids) + self.pauses.num - most) if most is not None else 0
@@ -61,7 +68,7 @@ class PausedGenerator:
         """Places that the placement asks for."""
         if self.pauses.placement in MARKERS:
             return token_marks(self.pauses.placement, text, offsets)
-        if self.pauses.placement == "least_confident" and len(ids) > 1:
+        if self.pauses.placement == "least_confident" and 1 < len(ids) <= self.lm.config.n_positions:
             with torch.no_grad():
                 logits = self.lm(torch.from_numpy(ids[None]).to(self.lm.device)).logits[0, :-1].float()
             following = torch.from_numpy(ids[1:]).to(logits.device)
@@ -69,13 +76,21 @@ class PausedGenerator:
             return np.argsort(-losses.cpu().numpy(), kind="stable") + 1
         return None
 
-    def generate(self, texts: Sequence[str], batch_size: int = 8, **generation: Any) -> list[str]:
+    def generate(self, texts: Sequence[str], batch_size: int = 8, cut: bool = False, **generation: Any) -> list[str]:
         """What the model writes after each text, without special tokens.
 
-        Args: batch_size: texts of any lengths that are padded on the left together; generation: the arguments of
-            transformers' generate, e.g. max_new_tokens, do_sample.
+        Args: batch_size: texts of any lengths that are padded on the left together; cut: of a text that is too long for
+            the model the last tokens stay; generation: the arguments of transformers' generate, e.g. max_new_tokens,
+            do_sample.
+
+        Raises: UserError for a text that does not fit, unless it may be cut.
         """
-        prompts = [self.prompt(text) for text in texts]
+        require(not isinstance(texts, str), "texts: give a list of texts, not one text")
+        room = self.lm.config.n_positions - generation.get("max_new_tokens", 0)
+        prompts = [self.prompt(text, room if cut else None) for text in texts]
+        longest = max(map(len, prompts), default=0)
+        told = f"a prompt has {longest} tokens with its pauses; at most {room} leave room for max_new_tokens"
+        require(longest <= room, told)
         require(all(len(prompt) for prompt in prompts), "a prompt is empty; give at least a word")
         return [
             text

@@ -12,7 +12,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from finetune.paused import PausedGenerator
-from kozero.errors import UserError
+from kozero.errors import UserError, require
 
 
 @register_model("kozero_pause")
@@ -33,6 +33,7 @@ class PausedLM(HFLM):
         device: str | None = None,
         **others: Any,
     ) -> None:
+        require(type(append_eos) is bool, f"append_eos {append_eos!r}: must be True or False")
         self.paused = PausedGenerator.from_pretrained(pretrained, num_pauses, placement, usable(device))
         self.append_eos = append_eos
         lm = self.paused.lm
@@ -64,7 +65,9 @@ class PausedLM(HFLM):
                 until = handle_stop_sequences(generation.pop("until", None), eos=None)
                 generation["max_new_tokens"] = generation.pop("max_gen_toks")
                 contexts = [requests[k].args[0] for k in batch]
-                for k, text in zip(batch, self.paused.generate(contexts, len(batch), **generation), strict=True):
+                for k, text in zip(
+                    batch, self.paused.generate(contexts, len(batch), cut=True, **generation), strict=True
+                ):
                     written[k] = postprocess_generated_text(text, until, None)
                     self.cache_hook.add_partial("generate_until", requests[k].args, written[k])
                 bar.update(len(batch))

@@ -22,13 +22,23 @@ from kozero.pause import Pauses
 @dataclass
 class Scores:
     """`values` by name, what was predicted for each example, the task's main score of each (whose mean is among the
-    values), lines about what did not fit, and the tokens of all prompts, pauses and answers."""
+    values), how many rows were cut or left out, and the tokens of all prompts, pauses and answers."""
 
     values: dict[str, float]
     predictions: list[str]
     each: list[float]
-    notes: list[str]
+    num_cut: int
+    num_left_out: int
     num_tokens: int
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the scores has to know about examples that did not fit."""
+        cut, left_out = self.num_cut, self.num_left_out
+        lines = [f"{cut:,} contexts were cut to fit; --max_seq_length sets the limit"] if cut else []
+        if left_out:
+            lines.append(f"{left_out:,} rows do not fit even without context and count as wrong")
+        return lines
 
 
 def score(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int, tokenizer: Any) -> Scores:
@@ -62,7 +72,7 @@ def score_choices(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity:
     values = classification(chosen, wanted, labels)
     right = [float(k == label) for k, label in zip(chosen, wanted, strict=True)]
     named = [labels[k] if k >= 0 else "" for k in chosen]
-    return Scores(values, named, right, notes(fitted), int(fitted.length.sum()))
+    return Scores(values, named, right, fitted.num_cut, fitted.num_left_out, read_tokens(fitted, pauses))
 
 
 def score_answers(
@@ -81,8 +91,9 @@ def score_answers(
     each = [
         question_answering([p], [golds])[data.task.best_score] for p, golds in zip(predictions, targets, strict=True)
     ]
+    num_tokens = read_tokens(fitted, pauses)
     written = sum(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]) if answers else 0
-    return Scores(values, predictions, each, notes(fitted), sum(map(len, prompts)) + written)
+    return Scores(values, predictions, each, fitted.num_cut, fitted.num_left_out, num_tokens + written)
 
 
 def fitted_prefixes(
@@ -102,13 +113,10 @@ def fitted_prefixes(
     return prefixes, fitted
 
 
-def notes(fitted: Fit) -> list[str]:
-    """What a reader of the scores has to know about examples that did not fit."""
-    cut, left_out = fitted.num_cut, fitted.num_left_out
-    lines = [f"{cut:,} contexts were cut to fit; --max_seq_length sets the limit"] if cut else []
-    if left_out:
-        lines.append(f"{left_out:,} rows do not fit even without context and count as wrong")
-    return lines
+def read_tokens(fitted: Fit, pauses: Pauses) -> int:
+    """Tokens that the model computes for some rows; the least confident places take a pass of their own."""
+    once, ranks = int(fitted.length.sum()), pauses.num and pauses.placement == "least_confident"
+    return once + (once - pauses.num * len(fitted.used) if ranks else 0)
 
 
 def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int, **generation: Any) -> list[str]:

@@ -44,7 +44,12 @@ def inference_pauses(model: LanguageModel, arguments: InferencePauseArguments) -
     """Those that were asked for; by default the number and the placement that the model was trained for."""
     num, settings = arguments.num_inference_pauses, model.pause_settings
     num = settings.get("num_inference_pauses", 0) if num < 0 else num
-    return make_pauses(model, num, arguments.pause_placement or settings.get("placement", "append"))
+    return make_pauses(model, num, arguments.pause_placement or inference_placement(settings))
+
+
+def inference_placement(settings: dict) -> str:
+    """Where pauses go by what config.json says; a model that met them in pre-training alone has them appended."""
+    return "append" if "fraction" in settings else settings.get("placement", "append")
 
 
 def make_pauses(model: LanguageModel, num: int, placement: str, seed: int = 0) -> Pauses:

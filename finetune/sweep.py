@@ -4,29 +4,34 @@ import csv
 import io
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from finetune.arguments import DataArguments
-from finetune.data import evaluation_set
+from finetune.data import EvaluationSet, evaluation_set
 from finetune.scoring import score
 from finetune.setup import make_pauses
 from finetune.tasks import Source, Task
 from kozero import distributed
+from kozero.data.rows import fit
 from kozero.engines.base import Engine
 from kozero.errors import UserError, nearest, require
 from kozero.folder import write_text
 from kozero.pause import PLACEMENTS, Pauses
+from kozero.plots import save_figure, whole_numbers
 from models.language_model import LanguageModel
 
 COLLAPSE = 0.5  # of the best score: what is below it has collapsed
 NO_PAUSES = "none"
+MARKS = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.")  # lines that lie on each other are told apart by them
 
 
 @dataclass(frozen=True)
 class Cell:
     """One setting and what came out: `value` is the task's main score, `each` that of each example; tokens are those of
-    prompts, pauses and answers, seconds are wall time over all ranks, both for an example."""
+    prompts, pauses and answers, seconds are wall time over all ranks, both for an example; rows whose context was cut,
+    and that did not fit."""
 
     placement: str
     num_pauses: int
@@ -34,6 +39,8 @@ class Cell:
     value: float
     seconds_per_example: float
     tokens_per_example: float
+    num_cut: int
+    num_left_out: int
     scores: dict[str, float]
     each: list[float]
 
@@ -45,7 +52,7 @@ def settings_of(numbers: str, placements: str) -> list[tuple[str, int]]:
 
     Raises: UserError for what is no number or no placement.
     """
-    names = [name.strip() for name in placements.split(",")]
+    names = [name.strip() for name in placements.strip(" ,").split(",")]
     for name in names:
         require(name in PLACEMENTS, f"--sweep_placement {name}: no such placement{nearest(name, PLACEMENTS)}")
     try:
@@ -66,8 +73,17 @@ def sweep(
     cells: list[tuple[str, int]],
     capacity: int,
     micro: int,
-) -> list[Cell]:
-    """Score every setting and tell each score as it is known. Collective."""
+) -> tuple[list[Cell], list[int]]:
+    """Score every setting and tell each score as it is known. Collective.
+
+    Returns: the cells, and the number of the group (article, premise) of each example.
+
+    Raises: UserError for a number of pauses beside which some row does not fit: its scores would be of other examples.
+    """
+    questions = evaluation_set(source, task, data, model.tokenizer)
+    require_room(questions, cells, capacity)
+    few = replace(data, max_eval_samples=8)  # the first pass of a process is slower: not on the first cell's account
+    measure(engine, model, task, source, few, make_pauses(model, 0, "append"), capacity, micro)
     found = []
     for placement, number in cells:
         pauses = make_pauses(model, number, "append" if placement == NO_PAUSES else placement)
@@ -77,8 +93,18 @@ def sweep(
         distributed.say(
             f"{cell.placement:>16} {cell.num_pauses:>4} pauses: {cell.score} {cell.value:.4f}, "
             f"{cell.seconds_per_example * 1e3:.1f} ms and {cell.tokens_per_example:.1f} tokens an example"
+            + (f", {cell.num_cut:,} contexts cut" if cell.num_cut else "")
         )
-    return found
+    numbers: dict[str, int] = {}
+    return found, [numbers.setdefault(example.group, len(numbers)) for example in questions.examples]
+
+
+def require_room(questions: EvaluationSet, cells: list[tuple[str, int]], capacity: int) -> None:
+    """What fits without pauses must fit with the most of them."""
+    room = capacity - (0 if questions.task.labels else questions.task.max_new_tokens)
+    most = max(number for _, number in cells)
+    worse = fit(questions.store, room, most).num_left_out - fit(questions.store, room, 0).num_left_out
+    require(worse == 0, f"--sweep_pauses {most}: {worse:,} rows do not fit {capacity} tokens with them; give fewer")
 
 
 def measure(
@@ -98,7 +124,7 @@ def measure(
     seconds, num = time.perf_counter() - started, len(questions.examples)
     return Cell(
         pauses.placement, pauses.num, task.best_score, result.values[task.best_score], seconds / num,
-        result.num_tokens / num, result.values, result.each,
+        result.num_tokens / num, result.num_cut, result.num_left_out, result.values, result.each,
     )  # fmt: skip
 
 
@@ -122,9 +148,10 @@ def warnings(cells: list[Cell]) -> list[str]:
 def save_sweep(path: Path, cells: list[Cell], told: dict) -> list[Path]:
     """The cells as JSON, CSV and PNG beside each other. Returns the three files."""
     rows = [asdict(cell) for cell in cells]
-    write_text(path, json.dumps(told | {"cells": rows, "warnings": warnings(cells)}, indent=2, ensure_ascii=False))
     write_text(path.with_suffix(".csv"), as_csv(cells))
     plot(path.with_suffix(".png"), cells, str(told.get("title", "")))
+    # Last: who finds it finds the others.
+    write_text(path, json.dumps(told | {"cells": rows, "warnings": warnings(cells)}, indent=2, ensure_ascii=False))
     return [path, path.with_suffix(".csv"), path.with_suffix(".png")]
 
 
@@ -140,21 +167,21 @@ def as_csv(cells: list[Cell]) -> str:
 
 def plot(path: Path, cells: list[Cell], title: str) -> None:
     """The score over the number of pauses, a line a placement, and what an example costs below it."""
-    from matplotlib.figure import Figure  # imported here: it takes a second, and only this needs it
-    from matplotlib.ticker import MaxNLocator
+    save_figure(path, lambda figure: draw(figure, cells, title), (7, 6))
 
-    figure = Figure(figsize=(7, 6), layout="constrained")
+
+def draw(figure: Any, cells: list[Cell], title: str) -> None:
+    """Both panels."""
     scores, cost = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     none = [cell for cell in cells if cell.num_pauses == 0]
-    for name in dict.fromkeys(cell.placement for cell in cells if cell.num_pauses):
+    for k, name in enumerate(dict.fromkeys(cell.placement for cell in cells if cell.num_pauses)):
         line = none + [cell for cell in cells if cell.placement == name]
-        numbers = [cell.num_pauses for cell in line]
-        scores.plot(numbers, [cell.value for cell in line], marker="o", label=name)
-        cost.plot(numbers, [cell.tokens_per_example for cell in line], marker="o", label=name)
+        numbers, style = [cell.num_pauses for cell in line], MARKS[k % len(MARKS)]
+        scores.plot(numbers, [cell.value for cell in line], style, label=name, alpha=0.8)
+        cost.plot(numbers, [cell.tokens_per_example for cell in line], style, label=name, alpha=0.8)
     for cell in none:
-        scores.axhline(cell.value, color="gray", linestyle=":", label="no pauses")
+        scores.axhline(cell.value, color="black", linestyle=":", label="no pauses")
     scores.set(title=title, ylabel=cells[0].score)
     cost.set(xlabel="pauses at inference", ylabel="tokens an example")
-    cost.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(cost)
     scores.legend()
-    figure.savefig(path, dpi=120)

@@ -107,7 +107,7 @@ def train(
     rows = training_rows(train_source, task, data_arguments, training, model, pause_arguments, capacity, setting.sizes)
     placement = pause_arguments.pause_placement
     validation = evaluation_set(validation_source, task, data_arguments, model.tokenizer, placement)
-    inference = make_pauses(model, pause_arguments.at_inference, placement, training.seed)
+    inference = make_pauses(model, pause_arguments.at_inference, placement)
 
     require_room(validation, inference, capacity)
 
@@ -208,12 +208,14 @@ def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
 
 
 def pause_settings(model: LanguageModel, arguments: PauseArguments) -> dict:
-    """What config.json of the exported model says about its pauses; empty for a model without."""
-    if not arguments.needs_token:
+    """What config.json of the exported model says about its pauses; empty for a model without. Full stops that pause
+    are no token of their own."""
+    if not (arguments.num_pauses or arguments.at_inference):
         return model.pause_settings
-    return {
-        "token": model.tokenizer.convert_ids_to_tokens(model.pause_id),
-        "token_id": model.pause_id,
+    own = {}
+    if arguments.pause_placement != "filler":
+        own = {"token": model.tokenizer.convert_ids_to_tokens(model.pause_id), "token_id": model.pause_id}
+    return own | {
         "placement": arguments.pause_placement,
         "num_pauses": arguments.num_pauses,
         "num_inference_pauses": arguments.at_inference,

@@ -69,11 +69,19 @@ def retrieval(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     return recall | {"mrr": float((1 / first).mean())}
 
 
-def bootstrap_interval(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Efron's percentile bootstrap: the 2.5th and 97.5th percentile of the mean over samples drawn with replacement."""
-    rng, observed = np.random.default_rng(seed), np.asarray(values, dtype=np.float64)
-    even, means = np.full(len(observed), 1 / len(observed)), []
-    for _ in range(0, draws, 100):  # (100, N) counts at once
-        means.append(rng.multinomial(len(observed), even, size=100) @ observed / len(observed))
+def bootstrap_interval(
+    values: Sequence[float], groups: Sequence[int], draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Efron's percentile bootstrap: the 2.5th and 97.5th percentile of the mean over samples drawn with replacement.
+    Groups are drawn, with all their values: those of one group are not independent.
+
+    Args: groups: of each value, numbered from 0.
+    """
+    rng = np.random.default_rng(seed)
+    sums, sizes = np.bincount(groups, weights=values), np.bincount(groups)
+    even, means = np.full(len(sums), 1 / len(sums)), []
+    for _ in range(0, draws, 100):  # (100, G) counts at once
+        drawn = rng.multinomial(len(sums), even, size=100)
+        means.append(drawn @ sums / (drawn @ sizes))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)

@@ -208,13 +208,15 @@ def with_pause_token(
     if pause_token not in (token, DEFAULT_PAUSE):
         raise UserError(f"--pause_token {pause_token}: {name} was trained with {token}; leave it out")
     pause_id = tokenizer.get_vocab().get(token)
-    if pause_id is None and settings:
+    if pause_id is None and "token" in settings:
         raise UserError(f"{name}: its config.json pauses with {token}, which the tokenizer lacks")
     if pause_id is None and with_pauses:
         pause_id = add_pause_token(lm, tokenizer)
-    if with_pauses and not settings:
+    if with_pauses and "token" not in settings:
         reset_row(lm, pause_id, seed)
-    silent = list(range(len(tokenizer), lm.config.vocab_size)) + ([pause_id] if with_pauses or settings else [])
+    silent = list(range(len(tokenizer), lm.config.vocab_size)) + (
+        [pause_id] if with_pauses or "token" in settings else []
+    )
     return LanguageModel(CausalLM(lm, silent, pause_id), tokenizer, settings)
 
 
@@ -225,7 +227,7 @@ def pause_settings_of(config: GPT2Config, name: str | None) -> dict[str, Any]:
     right = isinstance(settings, dict) and (
         not settings
         or (
-            isinstance(settings.get("token"), str)
+            (isinstance(settings.get("token"), str) or settings.get("placement") == "filler")
             and all(type(settings.get(k)) is int and settings[k] >= 0 for k in numbers)
         )
     )
@@ -303,7 +305,7 @@ def export(
     if set(missing) - {"lm_head.weight"} or unexpected:
         raise RuntimeError(f"weights do not match the model: missing {missing}, unexpected {unexpected}")
     tokenizer = model.tokenizer
-    silent = list(range(len(tokenizer), config.vocab_size)) + ([pause["token_id"]] if pause else [])
+    silent = list(range(len(tokenizer), config.vocab_size)) + ([pause["token_id"]] if "token_id" in pause else [])
     lm.generation_config.update(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -121,6 +121,12 @@ class CorpusArguments:
             f"--model {self.model} and --task {self.task}: causal_lm learns clm, the encoders learn the others",
         )
         require(0 <= self.pause_fraction < 1, f"--pause_fraction {self.pause_fraction}: must be in [0, 1)")
+        room = self.max_seq_length - 2
+        require(
+            not self.pause_fraction or 1 <= self.num_pauses <= room,
+            f"--pause_fraction {self.pause_fraction}: {self.num_pauses} pauses in --max_seq_length "
+            f"{self.max_seq_length} tokens; must be 1 to {room}",
+        )
         require(
             self.task == "clm" or not self.pause_fraction,
             f"--pause_fraction {self.pause_fraction}: --task {self.task} has no pauses; give --model causal_lm",

@@ -232,15 +232,18 @@ class BlockRows(OrderedRows):
         return self.paused(texts, place) if self.pauses else texts
 
     def paused(self, texts: list[Text], place: int) -> list[Text]:
-        """A row with its pauses, as many of a shorter last block as its share; those before a document belong to it."""
+        """A row with its pauses, as many of a shorter last block as its share. Those before a document belong to the
+        one before it, whose last token predicts it; those at the head of the row predict nothing, as the first token
+        is predicted by the row before. So the same tokens are predicted as without pauses."""
         ids = np.concatenate([text.ids for text in texts])
         num = round(len(ids) * self.pauses.num / (self.size - self.pauses.num))
         gaps = replace(self.pauses, num=num).gaps(ids, epoch=place)
         found, start = [], 0
         for text in texts:
             end = start + len(text.ids)
-            own = np.append(gaps[start:end], gaps[end] if end == len(ids) else 0)
-            parts = insert(text.ids, text.predicts, own, self.pauses.token_id, int(text.ids[0]))
+            own = gaps[start : end + 1].copy()
+            own[0] *= start == 0
+            parts = insert(text.ids, text.predicts, own, self.pauses.token_id)
             found.append(Text(*parts, text.number, int(own.sum())))
             start = end
         return found

@@ -5,7 +5,6 @@
 A study that was stopped goes on where it stood; what is finished is not run again.
 """
 
-import json
 import os
 import shlex
 import signal
@@ -24,10 +23,10 @@ from filelock import FileLock
 from finetune import evaluate, train
 from finetune.arguments import DataArguments
 from kozero.config import arg, parse_arguments
-from kozero.errors import GRACE_SECONDS, UserError, require, run_main
+from kozero.errors import EXIT_DIVERGED, GRACE_SECONDS, Diverged, UserError, require, run_main
 from kozero.folder import LOCK, writable_folder, write_text
 from pretrain.arguments import CorpusArguments, PretrainingArguments
-from scripts.study import Study, inference_pauses, name_of
+from scripts.study import Study, name_of
 from scripts.study_report import Result, write_report
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +36,7 @@ ARGUMENTS = {
     FINETUNE: train.ARGUMENTS,
     EVALUATE: evaluate.ARGUMENTS,
 }
+SETTINGS = "study.json"  # in the output folder
 EVALUATION_FLAGS = [field.name for field in fields(DataArguments) if field.name not in ("task", "train_mode")]
 
 
@@ -51,7 +51,7 @@ class StudyArguments:
 class Step:
     """A run of an entry that leaves something in its folder when it is done.
 
-    launch: words before the entry; words: its arguments.
+    launch: words before the entry; words: its arguments; needs: the step whose model it goes on from.
     """
 
     name: str
@@ -60,69 +60,97 @@ class Step:
     launch: list[str]
     folder: Path
     leaves: str
-
-    @property
-    def is_done(self) -> bool:
-        """Whether what it leaves is there."""
-        return (self.folder / self.leaves).exists()
+    needs: "Step | None" = None
 
     @property
     def command(self) -> str:
         """As a user would write it."""
         return shlex.join([*self.launch, self.entry, *self.words])
 
-    def check(self, path: Path) -> None:
-        """Its arguments parse, and are those with which it was begun.
+    @property
+    def identity(self) -> str:
+        """Its command after those of all that it goes on from: what its result comes from."""
+        return f"{self.needs.identity}\n{self.command}" if self.needs else self.command
 
-        Raises: UserError naming the step and the argument.
-        """
+    @property
+    def begun_as(self) -> str | None:
+        """The identity with which it was begun; None where there is nothing to lose."""
+        kept = self.folder / f"{self.leaves}.command"
+        something = (self.folder / self.leaves).exists() or any(self.folder.glob("checkpoints/*"))
+        return kept.read_text(encoding="utf-8") if kept.exists() and something else None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether what it leaves is there. A score of other settings is none: scoring again costs little."""
+        return (self.folder / self.leaves).exists() and self.begun_as == self.identity
+
+    def check(self, path: Path) -> None:
+        """Raises: UserError naming the step and the argument that does not parse."""
         try:
             parse_arguments(*ARGUMENTS[self.entry], prog=self.entry, description="", argv=self.words)
         except UserError as error:
             raise UserError(f"{path}: {self.name}: {error}") from None
-        kept = self.folder / f"{self.leaves}.command"
-        before = kept.read_text(encoding="utf-8") if kept.exists() else self.command
-        require(
-            before == self.command,
-            f"{path}: {self.name}: begun with other settings ({first_difference(before, self.command)}); choose "
-            f"another output_dir, or delete {self.folder}",
-        )
+
+    def conflict(self) -> str | None:
+        """In what a training that was begun differs from this one."""
+        before = self.begun_as
+        same = before is None or self.entry == EVALUATE or before == self.identity
+        return None if same else first_difference(before, self.identity)
 
     def run(self) -> None:
         """Run it; its output goes to a log in its folder.
 
-        Raises: UserError when it fails.
+        Raises: UserError, or Diverged, when it fails.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / f"{self.leaves}.command", self.command)
+        if self.entry == EVALUATE:
+            (self.folder / self.leaves).unlink(missing_ok=True)
+        write_text(self.folder / f"{self.leaves}.command", self.identity)
         python = [sys.executable if word == "python" else word for word in self.launch]
         log = self.folder / f"{self.leaves}.log"
-        with log.open("a", encoding="utf-8") as file:
+        with log.open("ab") as file:
+            start = file.tell()
             words = [*python, os.path.relpath(ROOT / self.entry), *self.words]
             process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            process.wait()
-        finally:
-            end(process)
+            try:
+                process.wait()
+            finally:
+                end(process)
         if process.returncode or not self.is_done:
-            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-            said = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
-            raise UserError(f"{self.name}: failed, {said.removeprefix('error: ')} (all of it: {log})")
+            said = last_words(log.read_bytes()[start:].decode("utf-8", "replace"), process.returncode)
+            kind = Diverged if process.returncode == EXIT_DIVERGED else UserError
+            raise kind(f"{self.name}: failed, {said} (all of it: {log})")
+
+
+def last_words(output: str, code: int) -> str:
+    """Why a process failed: its error line, or by which signal it was ended, or what it said last."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    if errors := [line for line in lines if line.startswith("error:")]:
+        return errors[-1].removeprefix("error: ")
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}" + ("; is the memory too small?" if code == -9 else "")
+    return lines[-1] if lines else f"exit code {code}"
 
 
 def end(process: subprocess.Popen) -> None:
-    """See a process gone: a terminal has interrupted it too, so it may be saying where it stands."""
-    try:
-        process.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.wait()
+    """See a process gone. A terminal has interrupted it too, so it may be saying where it stands; who was not told is:
+    by SIGINT, which the deepspeed launcher hands on to its ranks."""
+    for told in (signal.SIGINT, signal.SIGTERM):
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.send_signal(told)
+    process.wait()
 
 
 def first_difference(before: str, now: str) -> str:
-    """The first words in which two commands differ."""
-    pairs = zip(shlex.split(before), shlex.split(now), strict=False)
-    return next((f"{a!r} then, {b!r} now" for a, b in pairs if a != b), "one has more arguments")
+    """The first flag in which two lists of commands differ."""
+    then, wanted = shlex.split(before), shlex.split(now)
+    for k, (old, new) in enumerate(zip(then, wanted, strict=False)):
+        if old != new:
+            flag = "" if new.startswith("--") or k == 0 else f"{wanted[k - 1]} "
+            return f"{flag}{old} then, {new} now"
+    return "one has more arguments"
 
 
 def flags(*settings: dict[str, Any]) -> list[str]:
@@ -141,18 +169,21 @@ def steps(study: Study) -> list[Step]:
     """All commands in the order in which they depend on each other."""
     found: list[Step] = []
     for seed in study.seeds:
-        for before in dict.fromkeys(before for before, _ in study.arms):
-            if study.trains(before):
-                found.append(pretraining_step(study, before, seed))
+        trained = {
+            before: pretraining_step(study, before, seed)
+            for before in dict.fromkeys(before for before, _ in study.arms)
+            if study.trains(before)
+        }
+        found += trained.values()
         for before, after in study.arms:
             for task in study.tasks:
-                found += cell_steps(study, before, after, task, seed)
+                found += cell_steps(study, before, after, task, seed, trained.get(before))
     return found
 
 
 def pretraining_step(study: Study, before: str, seed: int) -> Step:
     """The run that an arm begins with."""
-    settings = study.pretrain | study.pretraining[before]
+    settings = {**study.pretrain, **study.pretraining[before]}
     folder = study.output_dir / "pretraining" / f"{before}-seed{seed}"
     own = {
         "model": "causal_lm",
@@ -166,48 +197,63 @@ def pretraining_step(study: Study, before: str, seed: int) -> Step:
     return Step(f"pre-training {before}, seed {seed}", PRETRAIN, words, shlex.split(study.launch), folder, "model")
 
 
-def cell_steps(study: Study, before: str, after: str, task: str, seed: int) -> list[Step]:
+def cell_steps(
+    study: Study, before: str, after: str, task: str, seed: int, pretrained: Step | None
+) -> tuple[Step, Step]:
     """Fine-tune, then score over the numbers of pauses."""
-    name = name_of(before, after)
-    folder = study.output_dir / name / task / f"seed{seed}"
-    settings = study.finetuning[after]
-    model = study.pretraining[before].get("model_name_or_path") if before else None
-    if study.trains(before):
-        model = str(study.output_dir / "pretraining" / f"{before}-seed{seed}" / "model")
+    folder, settings = cell_folder(study, before, after, task, seed), study.merged(after, task)
+    source = dict(study.pretraining[before]) if before and not pretrained else {}
+    if pretrained:
+        source = {"model_name_or_path": str(pretrained.folder / "model")}
     own = {"task": task, "seed": seed, "output_dir": str(folder), "resume": "auto"}
-    source = {"model_name_or_path": model} if model else {}
-    launch, where = shlex.split(study.launch), f"{name}, {task}, seed {seed}"
-    words = flags(study.finetune, study.tasks[task], settings, source, own)
-    training = Step(f"{where}: fine-tuning", FINETUNE, words, launch, folder, "scores.json")
-    shared = study.finetune | study.tasks[task]
-    data = {key: value for key, value in shared.items() if key in EVALUATION_FLAGS}
+    launch, where = shlex.split(study.launch), f"{name_of(before, after)}, {task}, seed {seed}"
+    words = flags(settings, source, own)
+    training = Step(f"{where}: fine-tuning", FINETUNE, words, launch, folder, "scores.json", pretrained)
+    data = {key: value for key, value in settings.items() if key in EVALUATION_FLAGS}
     score = {"model_name_or_path": str(folder / "model"), "task": task, "output_file": str(folder / "sweep.json")}
-    score["sweep_pauses"] = ",".join(map(str, study.numbers(before, after)))
+    score["sweep_pauses"] = ",".join(map(str, study.numbers(before, after, task)))
     score["sweep_placement"] = settings.get("pause_placement", "append")
     words = flags(data, study.evaluate, score)
-    return [training, Step(f"{where}: scoring", EVALUATE, words, launch, folder, "sweep.json")]
+    return training, Step(f"{where}: scoring", EVALUATE, words, launch, folder, "sweep.json", training)
 
 
-def results(study: Study) -> list[Result]:
+def cell_folder(study: Study, before: str, after: str, task: str, seed: int) -> Path:
+    """Where a cell's runs write."""
+    return study.output_dir / name_of(before, after) / task / f"seed{seed}"
+
+
+def results(study: Study, todo: list[Step]) -> list[Result]:
     """What the finished cells found."""
-    found = []
-    for before, after in study.arms:
-        for task in study.tasks:
-            for seed in study.seeds:
-                folder = study.output_dir / name_of(before, after) / task / f"seed{seed}"
-                if (folder / "sweep.json").exists():
-                    pauses = inference_pauses(study.finetuning[after])
-                    found.append(Result.read(name_of(before, after), task, seed, pauses, folder))
-    return found
+    done = {step.folder for step in todo if step.entry == EVALUATE and step.is_done}
+    return [
+        Result.read(name_of(before, after), task, seed, study.inference_pauses(after, task), folder)
+        for before, after in study.arms
+        for task in study.tasks
+        for seed in study.seeds
+        if (folder := cell_folder(study, before, after, task, seed)) in done
+    ]
 
 
-def run_all(todo: list[Step], path: Path) -> None:
-    """Check every step, then run those that are not done.
+def check_all(todo: list[Step], path: Path) -> None:
+    """Every run must be possible, and what was begun must be the beginning of it.
 
-    Raises: UserError before the first of them runs, or when one fails.
+    Raises: UserError that names all that was begun with other settings.
     """
     for step in todo:
         step.check(path)
+    if conflicts := [(step, told) for step in todo if (told := step.conflict())]:
+        first, told = conflicts[0]
+        folders = " ".join(str(step.folder) for step, _ in conflicts)
+        raise UserError(
+            f"{path}: {first.name}: begun with other settings ({told}); choose another output_dir, or delete {folders}"
+        )
+
+
+def run_all(todo: list[Step]) -> None:
+    """Run what is not done.
+
+    Raises: UserError when a step fails.
+    """
     open_steps, seconds = [step for step in todo if not step.is_done], defaultdict(list)
     if len(open_steps) < len(todo):
         print(f"{len(todo) - len(open_steps)} of {len(todo)} runs are done", flush=True)
@@ -236,23 +282,39 @@ def curves(study: Study) -> dict[str, list[Path]]:
     return {name: [folder / f"{name}-seed{seed}" / "metrics.jsonl" for seed in study.seeds] for name in names}
 
 
+def claim(folder: Path, path: Path) -> None:
+    """The study's folder, known by the settings that it keeps.
+
+    Raises: UserError for one that holds something else.
+    """
+    writable_folder(f"{path}: output_dir", folder)
+    mine = (folder / SETTINGS).exists() or not any(folder.iterdir())
+    require(mine, f"{path}: output_dir {folder}: holds something else than a study; choose another")
+
+
 def main() -> None:
     """Check everything, run what is not finished, report."""
-    names = [word for word in sys.argv[1:] if word.endswith(".json") and not word.startswith("-")]
+    names = [word for word in sys.argv[1:] if not word.startswith("-") and word.endswith(".json")]
     argv = [word for word in sys.argv[1:] if word not in names]
+    usual = "name one study file, e.g. python scripts/pause_study.py sample_data/study.json"
+    require(not (wrong := [word for word in argv if not word.startswith("-")]), f"{' '.join(wrong)}: no .json; {usual}")
     (arguments,) = parse_arguments(StudyArguments, prog="scripts/pause_study.py", description=__doc__, argv=argv)
-    require(len(names) == 1, "name one study file, e.g. python scripts/pause_study.py sample_data/study.json")
+    require(len(names) == 1, usual)
     path = Path(names[0])
     study = Study.read(path)
-    writable_folder(f"{path}: output_dir", study.output_dir)
+    todo = steps(study)
+    check_all(todo, path)
+    claim(study.output_dir, path)
     if not arguments.report_only:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        run_all(steps(study), path)
-    found = results(study)
+        write_text(study.output_dir / SETTINGS, study.text)
+        run_all(todo)
+    found = results(study, todo)
     require(bool(found), f"{study.output_dir}: no cell is finished; run without --report_only")
-    told = json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=2, ensure_ascii=False)
     command = f"python scripts/pause_study.py {path}"
-    for written in write_report(study.output_dir, study.title, found, study.baseline, curves(study), told, command):
+    for written in write_report(
+        study.output_dir, study.title, found, study.baseline, curves(study), study.text, command
+    ):
         print(written)
 
 

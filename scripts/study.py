@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -17,8 +19,13 @@ KEYS = {
 }  # fmt: skip
 NO_PRETRAINING = {"": {}}
 IN_JSON = {str: "a text", list: "a list", dict: "an object"}
-NAME = re.compile(r"\w[\w.+-]*")  # of a setting: it becomes a folder's
-OWNED = ("output_dir", "seed", "task", "resume", "model_name")  # flags that the study itself gives
+NAME = re.compile(r"\w[\w+-]{0,60}")  # of a setting: it becomes a folder's
+# Flags that the study itself gives.
+OWNED = (
+    "output_dir", "seed", "task", "resume", "model_name", "output_file", "sweep_pauses", "sweep_placement", "help",
+    "local_rank",
+)  # fmt: skip
+FILES = ("train_file", "validation_file", "config_file", "corpus_path", "deepspeed_config")
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Study:
     """A study file with its defaults filled in. Settings are flags of the entries by their names.
 
     pretraining, finetuning: named settings, whose pairs PT_FT are the arms; one with `model_name_or_path` is a model
-    that is there already. pretrain, finetune, evaluate: settings of all runs of a kind.
+    that is there already. pretrain, finetune, evaluate: settings of all runs of a kind. text: the file as it was read.
     """
 
     output_dir: Path
@@ -36,6 +43,7 @@ class Study:
     finetuning: dict[str, dict]
     arms: list[tuple[str, str]]
     baseline: str
+    text: str
     title: str = "Pauses"
     pretrain: dict = field(default_factory=dict)
     finetune: dict = field(default_factory=dict)
@@ -60,7 +68,10 @@ class Study:
         pretraining = values.get("pretraining") or NO_PRETRAINING
         pairs = [(before, after) for before in pretraining for after in values["finetuning"]]
         named = {name_of(*pair): pair for pair in pairs}
+        require(len(named) == len(pairs), f"{path}: two arms have one name; the arms are {arm_names(pairs)}")
         arms = values.get("arms") or list(named)
+        whole = all(isinstance(arm, str) for arm in arms) and len(set(arms)) == len(arms)
+        require(whole, f"{path}: arms {arms!r}: must be different names of {arm_names(pairs)}")
         check_keys(arms, named, f"{path}: arms")
         baseline = values.get("baseline") or arms[0]
         require(baseline in arms, f"{path}: baseline {baseline!r}: no such arm; the arms are {', '.join(arms)}")
@@ -71,33 +82,57 @@ class Study:
             require(different, f"{path}: {key} {numbers!r}: must be different whole numbers, 0 or more")
         filled = {"output_dir": Path(values.get("output_dir") or f"runs/{path.stem}"), "pretraining": pretraining}
         filled |= {"seeds": seeds, "baseline": baseline, "arms": [named[arm] for arm in arms]}
+        filled["text"] = json.dumps(values, indent=2, ensure_ascii=False)
         study = cls(**values | filled)
         study.check(path)
         return study
 
     def check(self, path: Path) -> None:
-        """Names can be folders, settings are flat, and none is the study's own."""
+        """Names can be folders, settings are flat and name files that are there, and none is the study's own."""
+        try:
+            launch = shlex.split(self.launch)
+        except ValueError as error:
+            launch = []
+            require(False, f"{path}: launch {self.launch!r}: {error}")
+        known = bool(launch) and (launch[0] == "python" or shutil.which(launch[0]) is not None)
+        require(known, f"{path}: launch {self.launch!r}: no such program; e.g. python, or deepspeed --num_gpus 2")
         for name in [*(self.pretraining if self.pretraining != NO_PRETRAINING else {}), *self.finetuning]:
             right = NAME.fullmatch(name)
-            require(right, f"{path}: {name!r}: it names folders; use letters, digits, and . + - _ within")
+            require(right is not None, f"{path}: {name!r}: it names folders; use up to 60 letters, digits, + - _")
         parts = {"pretrain": self.pretrain, "finetune": self.finetune, "evaluate": self.evaluate}
         for kind in ("tasks", "pretraining", "finetuning"):
             parts |= {f"{kind}.{name}": settings for name, settings in getattr(self, kind).items()}
         for where, settings in parts.items():
             require(isinstance(settings, dict), f"{path}: {where}: must be an object of flags and values")
             for key, value in settings.items():
-                require(key not in OWNED, f"{path}: {where}: {key!r} is given by the study; leave it out")
-                require(not isinstance(value, dict | list), f"{path}: {where}: {key!r} must be one value")
-        for name, settings in self.finetuning.items():
-            number, told = inference_pauses(settings), f"{path}: finetuning.{name}"
-            require(type(number) is int, f"{told}: pauses {number!r}: must be a whole number")
+                check_setting(f"{path}: {where}", key, value)
+        for before, after in self.arms:
+            for task in self.tasks:
+                number, told = self.inference_pauses(after, task), f"{path}: pauses of {name_of(before, after)}, {task}"
+                require(type(number) is int and number >= 0, f"{told}: {number!r}: must be a whole number, 0 or more")
         for name in self.pretraining:
-            length, share = self.text_and_pauses(name)
-            told = f"{path}: pretraining.{name}"
-            right = type(length) is int and length > 0
-            require(right, f"{told}: max_seq_length {length!r}: must be a whole number above 0")
-            right = isinstance(share, int | float) and 0 <= share < 1
-            require(right, f"{told}: pause_fraction {share!r}: must be a number from 0 to below 1")
+            self.check_rows(name, f"{path}: pretraining.{name}")
+
+    def check_rows(self, before: str, told: str) -> None:
+        """Rows of a pre-training must be possible."""
+        length, share = self.text_and_pauses(before)
+        right = type(length) is int and length > 0
+        require(right, f"{told}: max_seq_length {length!r}: must be a whole number above 0")
+        right = isinstance(share, int | float) and 0 <= share < 1
+        require(right, f"{told}: pause_fraction {share!r}: must be a number from 0 to below 1")
+        config = (self.pretrain | self.pretraining[before]).get("config_file")
+        if self.trains(before) and config and type(most := read_json_object(config).get("n_positions")) is int:
+            row = self.row_length(before)
+            require(row <= most, f"{told}: max_seq_length {length}: {row} with pauses; {config} has {most} positions")
+
+    def merged(self, after: str, task: str) -> dict:
+        """All settings of a fine-tuning."""
+        return self.finetune | self.tasks[task] | self.finetuning[after]
+
+    def inference_pauses(self, after: str, task: str) -> int:
+        """M_inf of an arm on a task."""
+        settings = self.merged(after, task)
+        return settings.get("num_inference_pauses", settings.get("num_pauses", 0))
 
     def text_and_pauses(self, before: str) -> tuple[int, float]:
         """Tokens of text in a row of a pre-training, and the share of pauses in a row."""
@@ -109,24 +144,40 @@ class Study:
         length, share = self.text_and_pauses(before)
         return next(n for n in count(length) if n - round(share * n) >= length)
 
-    def numbers(self, before: str, after: str) -> list[int]:
+    def numbers(self, before: str, after: str, task: str) -> list[int]:
         """Pauses at inference with which an arm is scored: those of the sweep and of every arm. A model that never saw
         a pause has none."""
-        if not (self.pretraining[before].get("pause_fraction") or self.finetuning[after].get("num_pauses")):
-            return [0]
-        own = {inference_pauses(self.finetuning[after]) for _, after in self.arms}
-        return sorted({0, *own, *self.sweep_pauses})
+        own = self.inference_pauses(after, task)
+        met = self.merged(after, task).get("num_pauses") or (self.text_and_pauses(before)[1] and self.trains(before))
+        if not (met or self.knows_pauses(before)):
+            return sorted({0, own})
+        return sorted({0, *(self.inference_pauses(other, task) for _, other in self.arms), *self.sweep_pauses})
 
     def trains(self, before: str) -> bool:
         """Whether a pre-training is a run of the study."""
         return bool(before) and "model_name_or_path" not in self.pretraining[before]
 
+    def knows_pauses(self, before: str) -> bool:
+        """Whether a model that is there already was trained with pauses, by its config.json."""
+        name = self.pretraining[before].get("model_name_or_path")
+        config = Path(name) / "config.json" if name else None
+        return bool(config and config.exists() and read_json_object(config).get("pause"))
+
+
+def check_setting(where: str, key: str, value: object) -> None:
+    """A flag that may be set, by its name, with one value; a file that is there."""
+    require(key.isidentifier(), f"{where}: {key!r}: write flags without dashes, e.g. max_steps")
+    require(key not in OWNED, f"{where}: {key!r} is given by the study; leave it out")
+    require(not isinstance(value, dict | list), f"{where}: {key!r} must be one value")
+    if key in FILES and value is not None:
+        require(isinstance(value, str) and Path(value).exists(), f"{where}: {key} {value!r}: no such file or folder")
+
+
+def arm_names(pairs: list[tuple[str, str]]) -> str:
+    """All arms, for a message."""
+    return ", ".join(name_of(*pair) for pair in pairs)
+
 
 def name_of(before: str, after: str) -> str:
     """An arm's name."""
     return f"{before}_{after}" if before else after
-
-
-def inference_pauses(settings: dict) -> int:
-    """M_inf of a fine-tuning setting."""
-    return settings.get("num_inference_pauses", settings.get("num_pauses", 0))

@@ -6,7 +6,7 @@ import html
 import io
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,14 @@ import numpy as np
 
 from kozero.errors import require
 from kozero.folder import write_text
+from kozero.json_files import read_json_object
 from kozero.metrics import bootstrap_interval
+from kozero.plots import save_figure, whole_numbers
 
 Curve = list[tuple[int, float]]  # (step, loss)
 Table = list[list[str]]  # the first row is the heading
 IN_PERCENT = ("f1", "exact_match")  # scores that are percent already
+DASHES = ("-", "--", "-.", ":")  # of lines that are no arm's
 PRETRAINING = "pre-training"  # its panel
 STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}"
@@ -43,6 +46,9 @@ class Result:
     each: dict[int, np.ndarray]
     milliseconds: dict[int, float]
     tokens: dict[int, float]
+    cut: dict[int, int]
+    groups: list[int]
+    warnings: list[str]
     majority: float | None
     losses: Curve
     step_seconds: float
@@ -50,7 +56,9 @@ class Result:
     @classmethod
     def read(cls, arm: str, task: str, seed: int, num_pauses: int, folder: Path) -> "Result":
         """From a run's folder: sweep.json and metrics.jsonl."""
-        cells = {c["num_pauses"]: c for c in json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["cells"]}
+        told = read_json_object(folder / "sweep.json")
+        require("cells" in told, f"{folder / 'sweep.json'}: is damaged; delete it, and the study scores again")
+        cells = {cell["num_pauses"]: cell for cell in told["cells"]}
         metric = cells[num_pauses]["score"]
         scale = 1.0 if metric in IN_PERCENT else 100.0
         points = read_points(folder / "metrics.jsonl")
@@ -62,6 +70,9 @@ class Result:
             each={num: scale * np.asarray(cell["each"]) for num, cell in cells.items()},
             milliseconds={num: 1e3 * cell["seconds_per_example"] for num, cell in cells.items()},
             tokens={num: cell["tokens_per_example"] for num, cell in cells.items()},
+            cut={num: cell["num_cut"] for num, cell in cells.items()},
+            groups=told["groups"],
+            warnings=told["warnings"],
             majority=None if majority is None else scale * majority,
             losses=curve(points),
             step_seconds=statistics.median(seconds) if seconds else float("nan"),
@@ -114,8 +125,12 @@ def write_report(
         "Best number of pauses": (pauses_table(results), PAUSES_TOLD),
         "Cost": (cost_table(results), COST_TOLD),
     }
+    if pretraining_cost := pretraining_table(pretraining):
+        tables["Cost of pre-training"] = (pretraining_cost, PRETRAINING_TOLD)
+    if warned := warnings_table(results, baseline):
+        tables["Warnings"] = (warned, "")
     for name, (_, draw) in pictures.items():
-        save_picture(folder / f"{name}.png", draw)
+        save_figure(folder / f"{name}.png", draw, (10, 4.5))
     write_text(folder / "results.csv", as_csv(results))
     write_text(folder / "report.md", as_markdown(title, tables, pictures, study, command))
     write_text(folder / "report.html", as_html(title, tables, pictures, study, command, folder))
@@ -129,13 +144,15 @@ SCORES_TOLD = (
 )
 DIFFERENCE_TOLD = (
     "Paired: the same examples, each example's score averaged over the seeds, in points. The interval is the 95 % "
-    "percentile bootstrap over examples (10,000 draws): it does not hold the spread between seeds, which the last "
-    "column shows."
+    "percentile bootstrap (10,000 draws) over groups of examples, which are not independent: the questions of an "
+    "article, the pairs of a premise. It does not hold the spread between seeds, which the last column shows; so a "
+    "difference counts as shown only where all seeds agree on its sign."
 )
 PAUSES_TOLD = (
     "The number with the highest mean score on these same examples, so a little too good; beside it the score without "
     "pauses and with the arm's own number."
 )
+PRETRAINING_TOLD = "Medians over all logged steps; the loss of the last logged steps, mean over the seeds."
 COST_TOLD = "At inference an example's tokens are those of its prompts, pauses and answers; times are of this machine."
 
 
@@ -153,7 +170,7 @@ def cells_of(results: list[Result]) -> Iterable[tuple[str, str, list[Result]]]:
 
 
 def spread(values: list[float]) -> float:
-    """Standard deviation over the seeds (N - 1); 0 for one seed."""
+    """Standard deviation over the seeds (N - 1), for a picture: 0 for one seed."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -162,7 +179,7 @@ def score_table(results: list[Result]) -> Table:
     rows = [["task", "arm", "pauses", "score", "mean ± sd", "seeds", "most frequent label"]]
     for arm, task, found in cells_of(results):
         values, majority = [result.value for result in found], found[0].majority
-        told = f"{statistics.mean(values):.2f} ± {spread(values):.2f}"
+        told = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
         constant = "" if majority is None else f"{majority:.2f}"
         rows.append([task, arm, str(found[0].num_pauses), found[0].metric, told, str(len(values)), constant])
     return rows
@@ -183,8 +200,9 @@ def difference_table(results: list[Result], baseline: str) -> Table:
         require(len(sizes) == 1, f"{task}, {arm}: scored on other examples than {baseline}; give all the same data")
         by_seed = [a.each[a.num_pauses] - b.each[b.num_pauses] for a, b in pairs]
         difference = np.mean(by_seed, axis=0)
-        low, high = bootstrap_interval(difference)
-        shown = "better" if low > 0 else "worse" if high < 0 else "no difference"
+        low, high = bootstrap_interval(difference, found[0].groups)
+        signs = {np.sign(values.mean()) for values in by_seed}
+        shown = "better" if low > 0 and signs == {1.0} else "worse" if high < 0 and signs == {-1.0} else "not shown"
         seeds = ", ".join(f"{values.mean():+.2f}" for values in by_seed)
         rows.append([task, arm, f"{difference.mean():+.2f}", f"{low:+.2f} to {high:+.2f}", shown, seeds])
     return rows
@@ -208,14 +226,36 @@ def pauses_table(results: list[Result]) -> Table:
 
 def cost_table(results: list[Result]) -> Table:
     """What an arm costs in fine-tuning and at inference: medians over seeds."""
-    rows = [["task", "arm", "ms a training step", "tokens an example", "ms an example"]]
+    rows = [["task", "arm", "ms a training step", "tokens an example", "ms an example", "contexts cut"]]
     for arm, task, found in cells_of(results):
         number = found[0].num_pauses
         step = 1e3 * statistics.median(result.step_seconds for result in found)
         tokens = statistics.median(result.tokens[number] for result in found)
         time = statistics.median(result.milliseconds[number] for result in found)
-        rows.append([task, arm, f"{step:.0f}", f"{tokens:.1f}", f"{time:.1f}"])
+        rows.append([task, arm, f"{step:.0f}", f"{tokens:.1f}", f"{time:.1f}", str(found[0].cut[number])])
     return rows
+
+
+def warnings_table(results: list[Result], baseline: str) -> Table:
+    """What the sweeps warned of, and a baseline that is missing; empty without any."""
+    rows = [["task", "arm", "warning"]]
+    if baseline not in arms_of(results):
+        rows.append(["", baseline, "the baseline has no finished cell, so nothing is compared with it"])
+    for arm, task, found in cells_of(results):
+        rows += [[task, arm, f"seed {r.seed}: {line.removeprefix('warning: ')}"] for r in found for line in r.warnings]
+    return rows if len(rows) > 1 else []
+
+
+def pretraining_table(pretraining: dict[str, list[Path]]) -> Table:
+    """What a pre-training costs: over all steps of all seeds; empty without any."""
+    rows = [["pre-training", "", "ms a step", "steps", "last loss"]]
+    for name, paths in pretraining.items():
+        logs = [points for path in paths if (points := [p for p in read_points(path) if "train/loss" in p])]
+        if logs:
+            times = [1e3 * p["train/step_time_seconds"] for points in logs for p in points]
+            last = statistics.mean(points[-1]["train/loss"] for points in logs)
+            rows.append([name, "", f"{statistics.median(times):.0f}", str(logs[0][-1]["step"]), f"{last:.4f}"])
+    return rows if len(rows) > 1 else []
 
 
 def as_csv(results: list[Result]) -> str:
@@ -242,15 +282,6 @@ def as_csv(results: list[Result]) -> str:
     return text.getvalue()
 
 
-def save_picture(path: Path, draw: Callable) -> None:
-    """Draw a figure into a PNG."""
-    from matplotlib.figure import Figure  # imported here: it takes a second, and only a report needs it
-
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    draw(figure)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
 def panels(figure, names: list[str]):
     """One axes a name, side by side."""
     return zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)
@@ -264,8 +295,9 @@ def plot_scores(figure, results: list[Result]) -> None:
             values, place = [r.value for r in found], arms.index(arm)
             axes.errorbar(place, statistics.mean(values), spread(values), fmt="_", capsize=6, color=f"C{place}", ms=14)
             axes.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.5)
-            if found[0].majority is not None:
-                axes.axhline(found[0].majority, color="gray", linestyle=":")
+        if found[0].majority is not None:
+            axes.axhline(found[0].majority, color="gray", linestyle=":", label="most frequent label")
+            axes.legend(fontsize="small")
         axes.set(title=task, ylabel=f"{found[0].metric} (%)")
         axes.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
 
@@ -284,12 +316,21 @@ def plot_pauses(figure, results: list[Result]) -> None:
             axes.fill_between(list(means), low, high, color=color, alpha=0.15, linewidth=0)
             axes.plot(found[0].num_pauses, means[found[0].num_pauses], "o", color=color, ms=9, mfc="none")
         axes.set(title=task, xlabel="pauses at inference", ylabel=f"{found[0].metric} (%)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        whole_numbers(axes)
+    name_lines(figure)
+
+
+def name_lines(figure) -> None:
+    """One legend for all panels, below them."""
+    lines = {}
+    for axes in figure.axes:
+        lines |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
 
 
 def plot_losses(figure, results: list[Result], pretraining: dict[str, list[Path]]) -> None:
     """Pre-training, then a panel a task: mean over seeds by arm."""
-    tasks = list(dict.fromkeys(r.task for r in results))
+    tasks, arms = list(dict.fromkeys(r.task for r in results)), arms_of(results)
     logged = {
         name: [curve(read_points(path)) for path in paths if path.exists()] for name, paths in pretraining.items()
     }
@@ -301,13 +342,18 @@ def plot_losses(figure, results: list[Result], pretraining: dict[str, list[Path]
             lines = [
                 (arm, [r.losses for r in found]) for arm, _, found in cells_of([r for r in results if r.task == name])
             ]
-        for label, curves in lines:
+        for k, (label, curves) in enumerate(lines):
             steps = sorted(set.intersection(*({step for step, _ in points} for points in curves)))
             by_step = [dict(points) for points in curves]
-            axes.plot(steps, [statistics.mean(points[step] for points in by_step) for step in steps], label=label)
+            axes.plot(
+                steps,
+                [statistics.mean(points[step] for points in by_step) for step in steps],
+                label=label,
+                color=f"C{arms.index(label)}" if label in arms else "black",
+                linestyle="-" if label in arms else DASHES[k % 4],
+            )
         axes.set(title=name, xlabel="step", ylabel="loss (nats a token)")
-        if name in (PRETRAINING, tasks[0]):
-            axes.legend(fontsize="small")
+    name_lines(figure)
 
 
 def as_markdown(title: str, tables: dict, pictures: dict, study: str, command: str) -> str:

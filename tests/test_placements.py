@@ -114,7 +114,7 @@ def test_at_the_limit_of_1024_positions_the_question_the_pauses_and_the_answer_s
     marker = partial(token_marks, placement) if placement in MARKERS else None
     store = open_or_build(tmp_path, "limit", lambda: [row], tokenizer, marker=marker)
     assert store.lengths[0, 0] > limit
-    ranked = np.arange(30, 30 + num)[None]
+    ranked = np.arange(30, 30 + num)[None] if placement == "least_confident" else None
     rows = TrainingRows(store, Pauses(PAUSE, num, placement), limit, "packed", 0, ranked=ranked)
     (text,) = rows.texts(0)
     assert len(text.ids) == limit and (text.ids == PAUSE).sum() == num

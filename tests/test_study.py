@@ -5,19 +5,21 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kozero.errors import UserError
+from kozero.errors import Diverged, UserError
 from kozero.metrics import bootstrap_interval
 from scripts import pause_study
-from scripts.pause_study import Step, run_all, steps
+from scripts.pause_study import Step, check_all, run_all, steps
 from scripts.study import Study
 from scripts.study_report import Result, difference_table, pauses_table, score_table, write_report
 from tests.helpers import ROOT
@@ -40,12 +42,23 @@ def study_file(folder: Path, **changes) -> Path:
         ({"tasks": {}}, "'tasks': name at least one"),
         ({"tasks": {"nsms": {}}}, "nsms"),
         ({"arms": ["StdPT_PausFT"]}, "StdPT_PausFT"),
+        ({"arms": [["StdPT", "StdFT"]]}, "arms [['StdPT', 'StdFT']]: must be different names of StdPT_StdFT"),
+        ({"arms": ["StdPT_StdFT"] * 2}, "must be different names"),
+        ({"pretraining": {"A": {}, "A_B": {}}, "finetuning": {"C": {}, "B_C": {}}}, "two arms have one name"),
+        ({"launch": ""}, "launch '': no such program"),
+        ({"launch": "foo --x"}, "launch 'foo --x': no such program"),
+        ({"launch": 'python "'}, "No closing quotation"),
+        ({"finetune": {"help": True}}, "finetune: 'help' is given by the study"),
+        ({"finetune": {"num-pauses": 3}}, "finetune: 'num-pauses': write flags without dashes"),
+        ({"finetune": {"train_file": "nowhere.txt"}}, "finetune: train_file 'nowhere.txt': no such file"),
+        ({"pretrain": {"config_file": "models/tiny_config.json", "max_seq_length": 500}}, "556 with pauses"),
+        ({"finetuning": {"StdFT": {"num_inference_pauses": -1}}}, "pauses of StdPT_StdFT, nsmc: -1"),
         ({"arms": ["StdPT_PauseFT"], "baseline": "StdPT_StdFT"}, "baseline 'StdPT_StdFT'"),
         ({"seeds": [1, 1]}, "seeds [1, 1]"),
         ({"seeds": 3}, "'seeds' must be a list, is 3"),
         ({"finetuning": {"StdFT": {"seed": 3}}}, "finetuning.StdFT: 'seed' is given by the study"),
         ({"finetuning": {"StdFT": {"num_pauses": [1, 2]}}}, "finetuning.StdFT: 'num_pauses' must be one value"),
-        ({"finetuning": {"StdFT": {"num_pauses": "3"}}}, "finetuning.StdFT: pauses '3'"),
+        ({"finetuning": {"StdFT": {"num_pauses": "3"}}}, "pauses of StdPT_StdFT, nsmc: '3'"),
         ({"finetune": [1]}, "'finetune' must be an object"),
         ({"tasks": {"nsmc": 3}}, "tasks.nsmc: must be an object"),
         ({"pretraining": ["StdPT"]}, "'pretraining' must be an object, is [\"StdPT\"]"),
@@ -65,20 +78,43 @@ def test_a_wrong_study_is_refused_by_file_and_key(tmp_path, changes, told):
     "changes, told",
     [
         ({"finetuning": {"StdFT": {"num_pausess": 3}}}, "--num_pausess"),
-        ({"finetuning": {"StdFT": {"num_pauses": -1}}}, "--num_pauses -1"),
+        ({"finetuning": {"StdFT": {"num_pauses": 1, "pause_schedule": "sampld"}}}, "sampld"),
         ({"finetuning": {"StdFT": {"pause_placement": "appendd"}}}, "appendd"),
         ({"pretrain": {"mx_steps": 1}}, "--mx_steps"),
-        ({"pretrain": {"max_seq_length": "64"}}, "pretraining.StdPT: max_seq_length '64'"),
-        ({"pretrain": {"pause_fraction": 1}}, "pretraining.StdPT: pause_fraction 1"),
         ({"evaluate": {"per_device_eval_batch_size": 0}}, "--per_device_eval_batch_size 0"),
     ],
 )
 def test_a_wrong_setting_of_any_run_is_refused_before_the_first_begins(tmp_path, changes, told):
     path = study_file(tmp_path, baseline=None, **changes)
     with pytest.raises(UserError) as refused:
-        run_all(steps(Study.read(path)), path)
+        check_all(steps(Study.read(path)), path)
     assert str(path) in str(refused.value) and told in str(refused.value)
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("where", ["finetune", "tasks", "finetuning"])
+def test_pauses_and_data_are_scored_as_they_were_trained_wherever_they_are_written(tmp_path, where):
+    """By the entries' own defaults: what a single run and its evaluation would do."""
+    own = {"num_pauses": 3, "pause_placement": "prepend", "max_seq_length": 99, "max_eval_samples": 7}
+    kinds = {"finetune": {"max_steps": 1}, "tasks": {"nsmc": {}}, "finetuning": {"X": {}}}
+    kinds[where] = own if where == "finetune" else {next(iter(kinds[where])): own}
+    todo = steps(Study.read(study_file(tmp_path, baseline=None, seeds=[1], sweep_pauses=[], **kinds)))
+    scoring = [step.words for step in todo if step.entry == "finetune/evaluate.py"]
+    assert len(scoring) == 2
+    for words in scoring:
+        told = dict(zip(words[::2], words[1::2], strict=True))
+        assert told["--sweep_pauses"] == "0,3" and told["--sweep_placement"] == "prepend"
+        assert (told["--max_seq_length"], told["--max_eval_samples"]) == ("99", "7")
+
+
+def test_every_cell_goes_on_from_the_pre_training_of_its_seed(tmp_path):
+    todo = steps(Study.read(study_file(tmp_path)))
+    for step in todo:
+        seed = step.name.split("seed ")[1].split(":")[0]
+        if step.entry == "finetune/train.py":
+            source = step.words[step.words.index("--model_name_or_path") + 1]
+            arm = step.name.split("_")[0]
+            assert source.endswith(f"pretraining/{arm}-seed{seed}/model") and str(step.needs.folder) in source
 
 
 def test_a_study_is_every_pair_on_every_task_with_every_seed_after_its_pre_training(tmp_path):
@@ -106,44 +142,122 @@ def test_both_pre_training_arms_see_the_same_text_in_a_step(tmp_path, length, sh
 
 def test_a_model_that_never_saw_a_pause_is_scored_without(tmp_path):
     study = Study.read(study_file(tmp_path, sweep_pauses=[1, 9]))
-    assert study.numbers("StdPT", "StdFT") == [0]
-    assert study.numbers("PausePT", "StdFT") == study.numbers("StdPT", "PauseFT") == [0, 1, 4, 9]
+    assert study.numbers("StdPT", "StdFT", "nsmc") == [0]
+    paused = [study.numbers("PausePT", "StdFT", "nsmc"), study.numbers("StdPT", "PauseFT", "nsmc")]
+    assert paused == [[0, 1, 4, 9]] * 2
 
 
-def stub(folder: Path, code: str, name: str = "a run") -> Step:
+def stub(folder: Path, code: str, **others) -> Step:
     (folder / "stub.py").write_text(code)
-    return Step(name, str(folder / "stub.py"), [], ["python"], folder / "out", "done")
+    return Step("a run", str(folder / "stub.py"), [], ["python"], folder / "out", "done", **others)
 
 
-def test_what_is_done_is_not_run_again_and_a_failure_says_where_to_read_on(monkeypatch, tmp_path, capsys):
-    count = "import pathlib\nf = pathlib.Path('out/count'); f.write_text(f.read_text() + 'x' if f.exists() else 'x')\n"
+COUNT = "import pathlib\nf = pathlib.Path('out/count'); f.write_text(f.read_text() + 'x' if f.exists() else 'x')\n"
+
+
+def test_what_is_done_is_not_run_again_and_a_failure_says_why_and_where_to_read_on(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Step, "check", lambda self, path: None)
-    failing = stub(tmp_path, count + "print('error: --x 1: too small\\nlast words'); raise SystemExit(2)")
+    failing = stub(tmp_path, COUNT + "print('error: --x 1: too small\\nlast words'); raise SystemExit(2)")
     with pytest.raises(UserError, match=rf"a run: failed, --x 1: too small \(all of it: {tmp_path}/out/done.log\)"):
-        run_all([failing], Path("study.json"))
-    working = stub(tmp_path, count + "pathlib.Path('out/done').touch()")
-    run_all([working], Path("study.json"))
-    run_all([working], Path("study.json"))
-    assert Path("out/count").read_text() == "xx"
+        run_all([failing])
+    killed = stub(tmp_path, COUNT + "import os; print('step 3'); os.kill(os.getpid(), 9)")
+    with pytest.raises(UserError, match="a run: failed, ended by SIGKILL; is the memory too small"):
+        run_all([killed])
+    with pytest.raises(Diverged):
+        run_all([stub(tmp_path, COUNT + "raise SystemExit(4)")])
+    working = stub(tmp_path, COUNT + "pathlib.Path('out/done').touch()")
+    run_all([working])
+    run_all([working])
+    assert Path("out/count").read_text() == "xxxx"
     assert "1 of 1 runs are done" in capsys.readouterr().out
 
 
-def test_a_changed_setting_is_refused_where_a_run_was_begun(tmp_path):
+def test_a_run_that_is_still_there_is_waited_for(monkeypatch, tmp_path):
+    """One whose study was killed holds its folder; here until the lock is asked for."""
+    monkeypatch.chdir(tmp_path)
+    step = stub(tmp_path, COUNT)
+
+    class Lock(nullcontext):
+        def __init__(self, path):
+            assert path == step.folder / ".lock"
+            (step.folder / "done").touch()
+            (step.folder / "done.command").write_text(step.identity)
+            super().__init__()
+
+    step.folder.mkdir()
+    monkeypatch.setattr(pause_study, "FileLock", Lock)
+    run_all([step])
+    assert not Path("out/count").exists()
+
+
+def begin(step: Step, finished: bool = True) -> None:
+    """Leave what a run leaves."""
+    (step.folder / "checkpoints/step-1").mkdir(parents=True, exist_ok=True)
+    (step.folder / f"{step.leaves}.command").write_text(step.identity)
+    if finished:
+        (step.folder / step.leaves).touch()
+
+
+def test_changed_settings_are_refused_with_all_that_came_from_the_old_ones(tmp_path):
+    path = study_file(tmp_path)
+    todo = steps(Study.read(path))
+    pretraining, cell = todo[0], todo[2:4]
+    for step in (pretraining, *cell):
+        begin(step)
+    check_all(todo, path)
+    assert all(step.is_done for step in (pretraining, *cell)) and not todo[1].is_done
+    changed = study_file(tmp_path, pretrain=json.loads(SAMPLE.read_text())["pretrain"] | {"learning_rate": 0.5})
+    with pytest.raises(UserError, match=r"begun with other settings \(--learning_rate 0.002 then, 0.5 now\)") as told:
+        check_all(steps(Study.read(changed)), changed)
+    assert f"delete {pretraining.folder} {cell[0].folder}" in str(told.value)
+    shutil.rmtree(pretraining.folder)  # not enough: the cell came from it
+    with pytest.raises(UserError, match="begun with other settings"):
+        check_all(steps(Study.read(changed)), changed)
+
+
+def test_other_numbers_of_pauses_are_scored_anew_and_nothing_is_trained_again(tmp_path):
+    todo = steps(Study.read(study_file(tmp_path)))
+    cell = next(step for step in todo if "PauseFT" in step.name and step.entry == "finetune/train.py")
+    begin(cell)
+    begin(todo[todo.index(cell) + 1])
+    path = study_file(tmp_path, sweep_pauses=[0, 3])
+    again = steps(Study.read(path))
+    check_all(again, path)
+    assert again[todo.index(cell)].is_done and not again[todo.index(cell) + 1].is_done
+
+
+def test_a_run_that_left_nothing_may_begin_with_other_settings(tmp_path):
     path = study_file(tmp_path)
     first = steps(Study.read(path))[0]
     first.folder.mkdir(parents=True)
-    (first.folder / "model.command").write_text(first.command)
-    first.check(path)
-    changed = study_file(tmp_path, pretrain=json.loads(SAMPLE.read_text())["pretrain"] | {"learning_rate": 0.5})
-    with pytest.raises(UserError, match=r"begun with other settings \('0.002' then, '0.5' now\)"):
-        run_all(steps(Study.read(changed)), changed)
+    (first.folder / "model.command").write_text("python pretrain/train.py --max_steps 1")
+    check_all(steps(Study.read(path)), path)
+
+
+def test_a_folder_that_holds_something_else_is_not_written_to(monkeypatch, tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/report.md").write_text("years of work")
+    monkeypatch.setattr(sys, "argv", ["pause_study.py", str(study_file(tmp_path))])
+    with pytest.raises(UserError, match="holds something else than a study"):
+        pause_study.main()
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["report.md"]
+
+
+@pytest.mark.parametrize("words, told", [([], "name one study file"), (["a.yaml"], "a.yaml: no .json; name one")])
+def test_a_study_file_must_be_named(monkeypatch, words, told):
+    monkeypatch.setattr(sys, "argv", ["pause_study.py", *words])
+    with pytest.raises(UserError, match=told):
+        pause_study.main()
 
 
 def result(arm: str, seed: int, each: list[float], own: int = 0, task: str = "nsmc", **others) -> Result:
     values = {own: statistics.mean(each), **others.get("values", {})}
     costs = dict.fromkeys(values, 1.0)
-    return Result(arm, task, seed, own, "accuracy", values, {own: np.array(each)}, costs, costs, 50.0, [(1, 2.0)], 0.1)
+    groups = others.get("groups", range(len(each)))
+    return Result(
+        arm, task, seed, own, "accuracy", values, {own: np.array(each)}, costs, costs, dict.fromkeys(values, 0),
+        list(groups), [], 50.0, [(1, 2.0)], 0.1,
+    )  # fmt: skip
 
 
 def test_the_score_of_an_arm_is_mean_and_sample_deviation_over_seeds():
@@ -159,6 +273,19 @@ def test_a_difference_is_paired_by_example_and_seed():
     assert row == ["nsmc", "B", "+11.00", "+11.00 to +11.00", "better", "+10.00, +12.00"]
     (row,) = difference_table(found, "B")[1:]
     assert row[2:5] == ["-11.00", "-11.00 to -11.00", "worse"]
+
+
+def test_a_difference_on_which_seeds_disagree_is_not_shown():
+    base = np.zeros(50)
+    found = [result("A", 1, base), result("A", 2, base), result("B", 1, base + 20), result("B", 2, base - 1)]
+    assert difference_table(found, "A")[1][2:5] == ["+9.50", "+9.50 to +9.50", "not shown"]
+
+
+def test_examples_of_a_group_are_drawn_together():
+    """Of two groups of 50 equal values each the mean is one of three values, not the narrow normal interval."""
+    groups = [0] * 50 + [1] * 50
+    found = [result("A", 1, [0] * 100, groups=groups), result("B", 1, [0] * 50 + [10] * 50, groups=groups)]
+    assert difference_table(found, "A")[1][2:5] == ["+5.00", "+0.00 to +10.00", "not shown"]
 
 
 def test_seeds_that_only_one_of_two_arms_has_finished_are_left_out():
@@ -181,21 +308,23 @@ def test_the_bootstrap_interval_is_the_normal_one_for_many_values():
     """By the central limit theorem: mean -+ 1.96 standard errors."""
     values = np.random.default_rng(3).normal(2.0, 5.0, size=4000)
     half = 1.96 * values.std() / math.sqrt(len(values))
-    low, high = bootstrap_interval(values)
+    low, high = bootstrap_interval(values, range(4000))
     assert low == pytest.approx(values.mean() - half, abs=0.05 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.05 * half)
-    assert bootstrap_interval([7.0] * 5) == pytest.approx((7.0, 7.0))
+    assert bootstrap_interval([7.0] * 5, range(5)) == pytest.approx((7.0, 7.0))
 
 
 def test_the_report_is_one_page_that_loads_nothing(tmp_path):
     log = tmp_path / "metrics.jsonl"
-    log.write_text('{"step": 1, "train/loss": 3.0}\n{"step": 2, "train/loss": 2.0}\n{"step": 3, "tra')
+    points = [{"step": k, "train/loss": 4.0 - k, "train/step_time_seconds": 0.5} for k in (1, 2)]
+    log.write_text("".join(json.dumps(point) + "\n" for point in points) + '{"step": 3, "tra')
     found = [result(arm, seed, [0, 100, 100]) for arm in ("<A>", "B") for seed in (1, 2)]
     files = write_report(tmp_path, "Pauses <1>", found, "B", {"StdPT": [log, tmp_path / "none"]}, "{}", "python x")
     assert all(path.stat().st_size for path in files)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "&lt;A&gt;" in page and "<A>" not in page and "<h1>Pauses &lt;1&gt;</h1>" in page
     assert re.findall(r"""(?:src|href)=["']([^:]*):""", page) == ["data"] * 3
+    assert "66.67 ± 0.00" in page and "±" not in score_table(found[:1])[1][4]
     assert "66.67 ± 0.00" in page and "66.67 ± 0.00" in (tmp_path / "report.md").read_text(encoding="utf-8")
     for name in re.findall(r"\]\((.*\.png)\)", (tmp_path / "report.md").read_text(encoding="utf-8")):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

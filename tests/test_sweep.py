@@ -13,7 +13,7 @@ from tests.helpers import ROOT
 
 
 def cell(placement: str, num: int, value: float) -> Cell:
-    return Cell(placement, num, "accuracy", value, 0.1, 20.0 + num, {"accuracy": value}, [value])
+    return Cell(placement, num, "accuracy", value, 0.1, 20.0 + num, 0, 0, {"accuracy": value}, [value])
 
 
 def test_a_sweep_has_no_pauses_once_and_every_other_number_in_every_placement():

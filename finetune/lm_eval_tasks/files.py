@@ -13,12 +13,16 @@ from finetune import paused_lm  # noqa: F401  so that lm_eval knows the model to
 from finetune.data import SAMPLE_DATA
 from finetune.tasks import TASKS
 from finetune.tasks.klue_nli import CLASSES
+from kozero.errors import require
 from kozero.metrics import question_answering
 
 
 def path_of(task: str, told: dict[str, Any]) -> Path:
     """The file of a task: that of --metadata, else the sample data."""
-    return Path(told.get(task) or SAMPLE_DATA / TASKS[task].sample_files[1])
+    path = Path(told.get(task) or SAMPLE_DATA / TASKS[task].sample_files[1])
+    require(path.is_file(), f"--metadata: {task} {str(path)!r}: no such file")
+    print(f"kozero_{task}: {path if task in told else 'the sample data; --metadata names another file'}")
+    return path
 
 
 def nsmc(**told: Any) -> dict[str, Dataset]:

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from kozero.errors import UserError
 
-FORMAT = 3  # counts up when the layout or the meaning of a store changes
+FORMAT = 4  # counts up when the layout or the meaning of a store changes
 ENCODE_ROWS = 2048  # texts handed to the tokenizer at once; larger batches are not faster
 COLUMNS = ("start", "context_end", "prompt_end", "target_end", "span_start", "span_end", "marks_start", "marks_end")
 
@@ -202,16 +202,12 @@ def encode(
 
 
 def marks_of(row: TextRow, offsets: list[tuple[int, int]], tokenizer: Any, marker: Marker) -> list[int]:
-    """Marks of a row's context, whose tokens have `offsets`, and of its prompt, ascending."""
+    """Marks of a row's context, whose tokens have `offsets`, and prompt as one text, ascending."""
     prompt = spaced(row.prompt, bool(row.context))
     found = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    behind = (len(offsets) + place for place in text_marks(prompt, found["offset_mapping"], marker))
-    return sorted({*text_marks(row.context, offsets, marker), *behind})
-
-
-def text_marks(text: str, offsets: list[tuple[int, int]], marker: Marker) -> list[int]:
-    """Marks of one text."""
-    return marker(text, np.asarray(offsets, dtype=np.int64).reshape(-1, 2)).tolist() if text else []
+    behind = [(start + len(row.context), end + len(row.context)) for start, end in found["offset_mapping"]]
+    places = np.asarray([*offsets, *behind], dtype=np.int64).reshape(-1, 2)
+    return marker(row.context + prompt, places).tolist() if len(places) else []
 
 
 def encode_texts(texts: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
