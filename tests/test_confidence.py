@@ -17,7 +17,7 @@ TEXTS = ["헛수고를 한 날이다. 그는 집에 갔다.", "새로운 영화"
 
 
 @pytest.mark.parametrize("capacity", [64, 24])  # in one packed row, and in several
-def test_places_are_before_the_tokens_of_the_lowest_probability(tmp_path, paused_model, capacity):
+def test_places_are_before_the_tokens_of_the_lowest_probability(one_rank, tmp_path, paused_model, capacity):
     model = load(paused_model, None, None, pause_token="<unused0>", with_pauses=False, seed=0)
     rows = [TextRow(text, "관계:", "함의") for text in TEXTS]
     store = open_or_build(tmp_path, "rows", lambda: rows, model.tokenizer)
