@@ -51,13 +51,13 @@ def decode_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}:{number}: {not_utf8(error.object)}") from None
 
 
-def text_files(flag: str, path: Path) -> list[Path]:
-    """The file that a flag names, or all .txt and .dat files of a folder in the order of their names."""
+def text_files(flag: str, path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
+    """The file that a flag names, or all files of a folder with one of the suffixes in the order of their names."""
     require(path.exists(), f"{flag} {path}: no such file or folder")
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
-    require(bool(files), f"{flag} {path}: no {' or '.join(TEXT_SUFFIXES)} file in it")
+    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
+    require(bool(files), f"{flag} {path}: no {' or '.join(suffixes)} file in it")
     return files
 
 

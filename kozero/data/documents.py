@@ -1,0 +1,130 @@
+"""Documents of files as people have them: texts in UTF-8 or CP949, JSON lines, KorQuAD's JSON."""
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from kozero.data.readers import BadRow, Located, read_jsonl, text_field
+from kozero.errors import UserError, require
+from kozero.json_files import read_json_object
+
+SUFFIXES = (".txt", ".dat", ".jsonl", ".json")
+
+
+def documents(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
+    """(where, {"text": ...}) of each document of a file; what cannot be read is counted.
+
+    Args: unit: of texts: "document", up to an empty line, or "line".
+    """
+    if path.suffix == ".jsonl":
+        yield from rows_with_text(path, counts)
+    elif path.suffix == ".json":
+        yield from paragraphs(path)
+    else:
+        yield from texts(path, unit, counts)
+
+
+def texts(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
+    """Documents of a plain text."""
+    lines: list[str] = []
+    first = 1
+    for number, line in enumerate(lenient_lines(path, counts), start=1):
+        if line.strip() and unit == "document":
+            first = first if lines else number
+            lines.append(line)
+        elif line.strip():
+            yield f"{path}:{number}", {"text": line}
+        elif lines:
+            yield f"{path}:{first}", {"text": "\n".join(lines)}
+            lines = []
+    if lines:
+        yield f"{path}:{first}", {"text": "\n".join(lines)}
+
+
+def lenient_lines(path: Path, counts: Counter) -> Iterator[str]:
+    """Lines in UTF-8, or else in CP949, as older Korean files are, or else with U+FFFD for what is neither."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file):
+                try:
+                    text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+                except UnicodeDecodeError:
+                    text = from_cp949(line, counts)
+                yield text.rstrip("\r\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def from_cp949(line: bytes, counts: Counter) -> str:
+    """A line that is no UTF-8."""
+    try:
+        text = line.decode("cp949")
+    except UnicodeDecodeError:
+        counts["lines in no known encoding"] += 1
+        return line.decode("utf-8", errors="replace")
+    counts["lines in CP949"] += 1
+    return text
+
+
+def rows_with_text(path: Path, counts: Counter) -> Iterator[Located]:
+    """JSON lines with a field `text`."""
+    for item in read_jsonl(path):
+        try:
+            if isinstance(item, BadRow):
+                raise item
+            where, row = item
+            yield where, {"text": text_field(where, row, "text")}
+        except BadRow:
+            counts["rows without a text"] += 1
+
+
+def paragraphs(path: Path) -> Iterator[Located]:
+    """The paragraphs of a file in KorQuAD's form."""
+    whole = read_json_object(path)
+    articles = whole.get("data")
+    require(isinstance(articles, list), f"{path}: no list 'data'; .json is read as KorQuAD's, other texts as .jsonl")
+    for number, article in enumerate(articles, start=1):
+        for place, paragraph in enumerate(members(article), start=1):
+            text = paragraph.get("context") if isinstance(paragraph, dict) else None
+            require(isinstance(text, str), f"{path} article {number} paragraph {place}: no text 'context'")
+            yield f"{path} article {number} paragraph {place}", {"text": text}
+
+
+def members(article: object) -> Iterable:
+    """The paragraphs of an article."""
+    found = article.get("paragraphs") if isinstance(article, dict) else None
+    return found if isinstance(found, list) else []
+
+
+class Pool:
+    """Texts in a file, read one after the other or by number: in memory they take 8 bytes each."""
+
+    def __init__(self, path: Path, found: Iterable[tuple[str, str]]) -> None:
+        """Write (where, text) of each to `path`."""
+        places = array("Q")
+        with path.open("wb") as file:
+            for item in found:
+                places.append(file.tell())
+                file.write(json.dumps(item).encode() + b"\n")
+        self.places = np.array(places, dtype=np.int64)
+        self.file = path.open("rb")
+
+    def keep(self, numbers: np.ndarray) -> None:
+        """Forget all but these, ascending."""
+        self.places = self.places[numbers]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> tuple[str, str]:
+        """(where, text)."""
+        self.file.seek(int(self.places[number]))
+        where, text = json.loads(self.file.readline())
+        return where, text
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[number][1] for number in range(len(self)))
