@@ -42,7 +42,7 @@ class DataArguments:
 
     task: str | None = arg(
         None,
-        "what to learn: nsmc (the default), klue_nli, korquad by a GPT-2; mrc, ict by an encoder",
+        "what to learn: nsmc (the default), klue_nli, korquad, essay by a GPT-2; mrc, ict by an encoder",
         choices=[*TASKS, *ENCODER_TASKS],
     )
     train_file: str | None = arg(None, "published training file of the task")

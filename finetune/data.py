@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetune.arguments import DataArguments
 from finetune.tasks import Example, Source, Task
 from kozero import distributed
@@ -124,14 +126,21 @@ class EvaluationSet:
 
     task: Task
     examples: list[Example]
-    store: TokenStore  # choices: len(labels) rows an example; prompts: one row an example
+    store: TokenStore  # choices: len(labels) rows an example; prompts and whole texts: one row an example
+
+    def heads(self, num_tokens: int = 16) -> "EvaluationSet":
+        """The first tokens of whole texts as prompts."""
+        rows = self.store.rows.copy()
+        rows[:, 1] = rows[:, 0]
+        rows[:, 2] = np.minimum(rows[:, 0] + num_tokens, rows[:, 3] - 1)
+        return EvaluationSet(self.task, self.examples, self.store.with_rows(rows))
 
 
 def evaluation_set(
     source: Source, task: Task, arguments: DataArguments, tokenizer: Any, placement: str = "append"
 ) -> EvaluationSet:
     """All examples of a source, or --max_eval_samples of them, evenly spaced, for pauses of a placement."""
-    kind = "choices" if task.labels else "prompts"
+    kind = "choices" if task.labels else "train" if task.whole_texts else "prompts"
     store = cached_store(source, task, kind, 0, tokenizer, arguments.cache_dir, placement)
     examples = list(read(source, task, LeftOut()))
     chosen = evenly(len(examples), arguments.max_eval_samples)

@@ -13,9 +13,9 @@ from finetune.confidence import least_confident
 from finetune.data import EvaluationSet
 from kozero import distributed
 from kozero.data.batches import Prefixes, evaluation_batches
-from kozero.data.rows import Fit, fit
+from kozero.data.rows import Fit, fit, pieces
 from kozero.engines.base import Engine
-from kozero.metrics import classification, question_answering
+from kozero.metrics import classification, perplexity, question_answering
 from kozero.pause import Pauses
 
 
@@ -48,23 +48,15 @@ def score(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, mi
     """
     if data.task.labels:
         return score_choices(engine, data, pauses, capacity, micro)
+    if data.task.whole_texts:
+        return score_texts(engine, data, pauses, capacity, micro)
     return score_answers(engine, data, pauses, capacity, micro, tokenizer)
 
 
 def score_choices(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int) -> Scores:
     """For each example the label whose target has the highest log-likelihood given its prompt."""
     prefixes, fitted = fitted_prefixes(engine, data, pauses, capacity)
-    batches = evaluation_batches(
-        prefixes, fitted, pauses, capacity, micro, distributed.rank(), distributed.world_size()
-    )
-    # Column 0 adds up log-likelihoods, column 1 counts: a row that does not fit is on no rank and keeps a count of 0.
-    total = torch.zeros(len(data.store), 2, dtype=torch.float64)
-    with engine.evaluating() as model:
-        for batch in batches:
-            losses = model(**batch.to(distributed.device()), reduction="none").double().cpu()
-            total.index_add_(0, batch.texts, torch.stack([-losses, torch.ones_like(losses)], dim=1))
-    total = distributed.all_reduce(total.to(distributed.device())).cpu()
-    likelihood = torch.where(total[:, 1] > 0, total[:, 0], -torch.inf).view(len(data.examples), -1)
+    likelihood = likelihoods(engine, prefixes, fitted, pauses, capacity, micro).view(len(data.examples), -1)
     fits = torch.isfinite(likelihood).all(dim=1)
     chosen = torch.where(fits, likelihood.argmax(dim=1), -1).tolist()  # an example that does not fit is wrong
     labels = data.task.labels
@@ -73,6 +65,36 @@ def score_choices(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity:
     right = [float(k == label) for k, label in zip(chosen, wanted, strict=True)]
     named = [labels[k] if k >= 0 else "" for k in chosen]
     return Scores(values, named, right, fitted.num_cut, fitted.num_left_out, read_tokens(fitted, pauses))
+
+
+def likelihoods(
+    engine: Engine, prefixes: Prefixes, fitted: Fit, pauses: Pauses, capacity: int, micro: int
+) -> torch.Tensor:
+    """(N,) log-likelihood of the target of each row, -inf for one that does not fit. Collective."""
+    batches = evaluation_batches(
+        prefixes, fitted, pauses, capacity, micro, distributed.rank(), distributed.world_size()
+    )
+    # Column 0 adds up log-likelihoods, column 1 counts: a row that does not fit is on no rank and keeps a count of 0.
+    total = torch.zeros(len(prefixes.store), 2, dtype=torch.float64)
+    with engine.evaluating() as model:
+        for batch in batches:
+            losses = model(**batch.to(distributed.device()), reduction="none").double().cpu()
+            total.index_add_(0, batch.texts, torch.stack([-losses, torch.ones_like(losses)], dim=1))
+    total = distributed.all_reduce(total.to(distributed.device())).cpu()
+    return torch.where(total[:, 1] > 0, total[:, 0], -torch.inf)
+
+
+def score_texts(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int) -> Scores:
+    """Perplexity of whole texts, each token given those before it in its row of `capacity` tokens."""
+    cut, text = pieces(data.store.rows, capacity)
+    store = data.store.with_rows(cut)
+    fitted, number = fit(store, capacity, 0), len(data.examples)
+    found = -likelihoods(engine, Prefixes(store, fitted.cut), fitted, pauses, capacity, micro).numpy()
+    each = np.bincount(text, weights=found, minlength=number)
+    num_tokens = np.bincount(text, weights=store.lengths[:, 2], minlength=number)
+    characters = [len(example.targets[0]) for example in data.examples]
+    values = perplexity(each.tolist(), num_tokens.tolist(), characters)
+    return Scores(values, [""] * len(characters), (each / num_tokens).tolist(), [], int(fitted.length.sum()))
 
 
 def score_answers(

@@ -29,7 +29,7 @@ from finetune.train_encoder import train_encoder
 from kozero import distributed, plan
 from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments
 from kozero.data.batches import Prefixes, TrainingRows
-from kozero.data.rows import fit
+from kozero.data.rows import fit, pieces
 from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import require, run_main
@@ -88,6 +88,11 @@ def train(
     setting = Setting.of(training, task, model_arguments.model_name_or_path, output_dir)
     train_source, validation_source = training_sources(data_arguments, task)
 
+    require(
+        not (task.whole_texts and pause_arguments.num_pauses),
+        f"--num_pauses {pause_arguments.num_pauses}: --task {task.name} has no prompts to put them in; pauses in whole "
+        "texts are those of pretrain/train.py --pause_fraction",
+    )
     if not (model_arguments.model_name_or_path or model_arguments.config_file):
         model_arguments.config_file = str(TINY)
         distributed.say(f"no --model_name_or_path and no --config_file: random weights of models/{TINY.name}")
@@ -134,7 +139,9 @@ def train(
     )  # fmt: skip
     packed = data_arguments.batching == "packed"
     filled = f"{rows.length.sum() / len(rows) / capacity:.1%} filled" if packed else "at most"
-    trainer = Trainer(engine, rows, training, setting.sizes, evaluate, task.best_score, same)
+    trainer = Trainer(
+        engine, rows, training, setting.sizes, evaluate, task.best_score, same, lower_is_better=task.lower_is_better
+    )
     state = run_to_end(
         setting, trainer, run | {"parameters": counts},
         f"{task.name}: {len(rows):,} rows of {capacity} tokens ({filled})",
@@ -170,6 +177,8 @@ def training_rows(
     """Tokenised, cut and packed rows; tells how many contexts were cut and how many examples do not fit."""
     limit, placement = data.max_train_samples, pause.pause_placement
     store = cached_store(source, task, "train", limit, model.tokenizer, data.cache_dir, placement)
+    if task.whole_texts:
+        store = store.with_rows(pieces(store.rows, capacity)[0])
     pauses = make_pauses(model, pause.num_pauses, placement, training.seed)
     rows = TrainingRows(store, pauses, capacity, data.batching, training.seed)
     if pause.pause_schedule != "fixed":
@@ -188,6 +197,8 @@ def training_rows(
 
 def require_room(data: EvaluationSet, pauses: Pauses, capacity: int) -> None:
     """Something of the validation set must fit, or its score would be known only after training."""
+    if data.task.whole_texts:
+        return
     new_tokens = 0 if data.task.labels else data.task.max_new_tokens
     fitted = fit(data.store, capacity - new_tokens, pauses.num)
     kept = f" beside {pauses.num} pauses" + (f" and {new_tokens} tokens for the answer" if new_tokens else "")
@@ -197,6 +208,8 @@ def require_room(data: EvaluationSet, pauses: Pauses, capacity: int) -> None:
 def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, model: LanguageModel) -> str:
     """What the model writes after the first prompts of the validation set."""
     new_tokens = min(SAMPLE_TOKENS, data.task.max_new_tokens)
+    if data.task.whole_texts:
+        data = data.heads()
     texts, fitted = fitted_prefixes(engine, data, pauses, max(1, capacity - new_tokens), most=8)
     found = {texts.parts(k)[0].tobytes(): k for k in reversed(fitted.used.tolist())}  # choices share a prompt
     numbers = sorted(found.values())[:NUM_SAMPLES]

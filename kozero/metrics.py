@@ -1,5 +1,6 @@
 """Scores: classification by label, KorQuAD's exact match and character F1, and ranks of what was searched for."""
 
+import math
 import string
 from collections import Counter
 from collections.abc import Sequence
@@ -55,6 +56,20 @@ def classification(predictions: Sequence[int], labels: Sequence[int], names: Seq
     scores = {"accuracy": sum(hits.values()) / num, "macro_f1": sum(f1) / len(names)}
     scores["majority"] = max(wanted.values(), default=0) / num
     return scores | {f"predicted_{name}": predicted[k] / num for k, name in enumerate(names)}
+
+
+def perplexity(losses: Sequence[float], num_tokens: Sequence[float], num_characters: Sequence[int]) -> dict[str, float]:
+    """Of all texts together: mean loss of a token (nats), its exponential, and nats a character, which may be compared
+    between tokenizers.
+
+    Args: of each text, summed over its tokens.
+    """
+    loss = sum(losses) / max(1, sum(num_tokens))
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "nats_per_character": sum(losses) / max(1, sum(num_characters)),
+    }
 
 
 def retrieval(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:

@@ -267,8 +267,8 @@ def test_bm25_ranks_as_bm25s_does_on_kiwis_morphemes(kiwi, tmp_path, monkeypatch
     assert found.shape == (4, 3) and found[:3, 0].tolist() == wanted == [0, 1, 2]
     assert forms[0][0] == ["세종", "훈민정음", "만들"]  # particles and endings say little
     monkeypatch.setattr("kiwipiepy.Kiwi", lambda: pytest.fail("analysed twice"))
-    assert morphemes(PASSAGES, tmp_path) == forms[0]
+    assert list(morphemes(PASSAGES, tmp_path)) == forms[0]
     monkeypatch.setattr("kiwipiepy.Kiwi", lambda: kiwi)
     for path in tmp_path.glob("*/morphemes.jsonl"):  # what is cut short is analysed anew
         path.write_bytes(path.read_bytes()[:-9])
-    assert morphemes(PASSAGES, tmp_path) == forms[0]
+    assert list(morphemes(PASSAGES, tmp_path)) == forms[0]

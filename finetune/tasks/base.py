@@ -39,7 +39,9 @@ class Task(ABC):
     num_train_epochs: float = 3.0
     max_new_tokens: int = 64  # generated at most when text is asked for
     labels: tuple[str, ...] = ()  # what a choice can be; empty: answers are generated
-    best_score: str  # the score that decides which checkpoint is the best (higher is better)
+    whole_texts: bool = False  # texts without a prompt, of any length, scored by their likelihood
+    best_score: str  # the score that decides which checkpoint is the best
+    lower_is_better: bool = False
 
     @abstractmethod
     def read_file(self, path: Path) -> Iterator[Located | BadRow]:

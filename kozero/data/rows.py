@@ -46,6 +46,27 @@ def fit(store: TokenStore, capacity: int, num_pauses: int) -> Fit:
     )
 
 
+def pieces(places: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a store of texts without context or prompt, cut so that each holds `capacity` tokens at most, and (P,)
+    the number of the text that each is a piece of.
+
+    Every token but the first of the store is predicted once: the last token of a piece is the prompt of the next one,
+    and the end of a text that of the next text, as documents begin in pre-training.
+
+    Args: places: (N, 8), see TokenStore.
+    """
+    begin, end = np.maximum(places[:, 0] - 1, 0), places[:, 3]
+    number = np.maximum(1, -(-(end - begin - 1) // (capacity - 1)))
+    text = np.repeat(np.arange(len(places)), number)
+    nth = np.arange(len(text)) - np.repeat(np.cumsum(number) - number, number)
+    start = begin[text] + nth * (capacity - 1)
+    found = places[text].copy()
+    found[:, 0], found[:, 1], found[:, 2] = start, start, start + 1
+    found[:, 3] = np.minimum(start + capacity, end[text])
+    found[:, 4:6], found[:, 7] = -1, found[:, 6]
+    return found, text
+
+
 def pack(length: np.ndarray, examples: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
     """Rows of examples whose lengths add up to `capacity` at most: best fit, longest first, in shuffled windows.
 

@@ -6,6 +6,7 @@ the hash of everything that went into it, so a changed file, tokenizer or settin
 in a folder of its own and renamed when it is whole.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -59,6 +60,12 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def with_rows(self, rows: np.ndarray) -> "TokenStore":
+        """The same tokens in other rows."""
+        other = copy.copy(self)
+        other.rows = rows
+        return other
 
     def marks(self, number: int) -> np.ndarray:
         """(K,) places in context and prompt of a row where pauses may stand, ascending."""
