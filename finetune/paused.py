@@ -85,6 +85,12 @@ class PausedGenerator:
 
         Raises: UserError for a text that does not fit, unless it may be cut.
         """
+        return [text for text, _ in self.continue_texts(texts, batch_size, cut, **generation)]
+
+    def continue_texts(
+        self, texts: Sequence[str], batch_size: int = 8, cut: bool = False, **generation: Any
+    ) -> list[tuple[str, bool]]:
+        """What the model writes after each text, and whether it ended it; see `generate`."""
         require(not isinstance(texts, str), "texts: give a list of texts, not one text")
         room = self.lm.config.n_positions - generation.get("max_new_tokens", 0)
         prompts = [self.prompt(text, room if cut else None) for text in texts]
@@ -93,9 +99,13 @@ class PausedGenerator:
         require(longest <= room, told)
         require(all(len(prompt) for prompt in prompts), "a prompt is empty; give at least a word")
         return [
-            text
+            written
             for start in range(0, len(prompts), batch_size)
-            for text in write_batch(
+            for written in write_batch(
                 self.lm, self.tokenizer, prompts[start : start + batch_size], self.lm.device, generation
             )
         ]
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of a text as it is written."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -156,8 +156,8 @@ def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int,
             first = start + distributed.rank() * micro
             numbers = order[first : first + micro].tolist()
             batch = [prompts[n] for n in numbers or order[:1]]
-            texts = write_batch(lm, tokenizer, batch, distributed.device(), generation)
-            mine |= dict(zip(numbers, texts, strict=False))
+            found = write_batch(lm, tokenizer, batch, distributed.device(), generation)
+            mine |= {number: text for number, (text, _) in zip(numbers, found, strict=False)}
     written: dict[int, str] = {}
     for part in distributed.gather(mine):
         written |= part
@@ -166,8 +166,8 @@ def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int,
 
 def write_batch(
     lm: PreTrainedModel, tokenizer: Any, prompts: Sequence[np.ndarray], device: torch.device, generation: dict[str, Any]
-) -> list[str]:
-    """One call of transformers' generate: what follows each prompt, without special tokens."""
+) -> list[tuple[str, bool]]:
+    """One call of transformers' generate: what follows each prompt, without special tokens, and whether it ended."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
     seen = torch.zeros_like(ids)
@@ -181,4 +181,6 @@ def write_batch(
         eos_token_id=tokenizer.eos_token_id,
         **generation,
     )
-    return tokenizer.batch_decode(out[:, longest:].tolist(), skip_special_tokens=True)
+    written = out[:, longest:].tolist()
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [(text, tokenizer.eos_token_id in ids) for text, ids in zip(texts, written, strict=True)]

@@ -13,12 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from finetune import evaluate, generate, train
-from finetune.arguments import (
-    ModelArguments,
-)
 from kozero.config import parse_arguments
 from kozero.errors import UserError
-from kozero.pause import InferencePauseArguments
 from kozero.plan import ModelShape
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
 from scripts.train_tokenizer import TokenizerArguments
@@ -29,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 ARGUMENTS = {
     "finetune/train.py": train.ARGUMENTS,
     "finetune/evaluate.py": evaluate.ARGUMENTS,
-    "finetune/generate.py": (generate.GenerationArguments, ModelArguments, InferencePauseArguments),
+    "finetune/generate.py": generate.ARGUMENTS,
     "pretrain/train.py": (PretrainingArguments, CorpusArguments),
     "pretrain/train_zero_one.py": (ZeroArguments, CorpusArguments),
     "pretrain/train_zero_two.py": (ZeroArguments, CorpusArguments, ShardingArguments),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.arguments import DataArguments, ModelArguments
+from finetune.decoding import DecodingArguments
 from finetune.evaluate import EvaluationArguments
 from finetune.generate import GenerationArguments
 from finetune.train import FreezeArguments
@@ -16,7 +17,8 @@ from kozero.json_files import read_json
 from kozero.pause import PauseArguments
 
 CLASSES = (TrainingArguments, ModelArguments, DataArguments, PauseArguments, FreezeArguments)
-ALL_CLASSES = (*CLASSES, EvaluationArguments, GenerationArguments)
+GENERATION = (GenerationArguments, DecodingArguments)
+ALL_CLASSES = (*CLASSES, EvaluationArguments, *GENERATION)
 
 
 def parse(*argv: str, classes: tuple[type, ...] = CLASSES) -> tuple:
@@ -104,7 +106,9 @@ def test_every_argument_has_help(cls):
     assert without == []
 
 
-@pytest.mark.parametrize("classes", [CLASSES, (EvaluationArguments, *CLASSES[1:4]), (GenerationArguments,)])
+@pytest.mark.parametrize(
+    "classes", [CLASSES, (EvaluationArguments, *CLASSES[1:4]), (GenerationArguments, DecodingArguments)]
+)
 def test_help_prints_every_argument(classes, capsys):
     with pytest.raises(SystemExit) as done:
         parse("--help", classes=classes)

@@ -1,0 +1,194 @@
+"""finetune/generate.py: decoding settings, long texts, files, metrics."""
+
+import io
+import itertools
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from finetune import generate, writing
+from finetune.decoding import DecodingArguments
+from finetune.paused import PausedGenerator
+from finetune.writing import last_sentences, whole_sentences, write_long
+from kozero.errors import UserError
+from kozero.text_metrics import distinct, repetition, self_bleu, variety
+
+
+def call(monkeypatch, model, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--model_name_or_path", model, *map(str, flags)])
+    generate.main()
+
+
+def test_settings_reach_transformers(monkeypatch, tmp_path, paused_model):
+    """Beams against transformers' own call; what is written is in the file with its settings."""
+    out = tmp_path / "out.jsonl"
+    beams = ("--temperature", 0, "--num_beams", 3, "--no_repeat_ngram_size", 2, "--max_new_tokens", 12)
+    call(monkeypatch, paused_model, "--prompt", "긍정", *beams, "--output_file", out)
+    (row,) = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    generator = PausedGenerator.from_pretrained(paused_model)
+    ids = torch.from_numpy(generator.prompt("긍정")[None])
+    wanted = generator.lm.generate(ids, num_beams=3, no_repeat_ngram_size=2, max_new_tokens=12, do_sample=False)
+    assert row["text"] == generator.tokenizer.decode(wanted[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert row["settings"]["num_beams"] == 3 and row["settings"]["pauses"] == {"num": 3, "placement": "append"}
+    found = generator.ids(row["text"])
+    assert len(found) == len({*itertools.pairwise(found)}) + 1
+
+
+def test_prompts_come_from_a_file_or_from_standard_input(monkeypatch, tmp_path, paused_model, capsys):
+    (tmp_path / "prompts.txt").write_text("긍정\n\n부정\n", encoding="utf-8")
+    short = ("--max_new_tokens", 4, "--num_samples", 2, "--seed", 3)
+    call(monkeypatch, paused_model, "--prompts_file", tmp_path / "prompts.txt", *short)
+    from_file = capsys.readouterr().out
+    assert [line.split()[0] for line in from_file.splitlines()] == ["긍정", "긍정", "부정", "부정"]
+
+    class Input:
+        buffer = io.BytesIO("긍정\n\n부정\n".encode())
+
+        @staticmethod
+        def isatty():
+            return False
+
+    monkeypatch.setattr(sys, "stdin", Input)
+    call(monkeypatch, paused_model, *short)
+    assert capsys.readouterr().out == from_file
+
+
+def test_a_stream_is_the_text(monkeypatch, paused_model, capsys):
+    flags = ("--prompt", "긍정", "--max_new_tokens", 8)
+    call(monkeypatch, paused_model, *flags)
+    whole = capsys.readouterr().out
+    call(monkeypatch, paused_model, *flags, "--stream")
+    assert capsys.readouterr().out.split() == whole.split()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_beams", "2"], "--num_beams 2: beams look for"),
+        (["--stream", "--num_samples", "2"], "--stream: shows one text"),
+        (["--stream", "--length", "9"], "--stream and --length"),
+        (["--prompts_file", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--prompt", "가", "--max_new_tokens", "9999"], "--max_new_tokens 9999: the model has 512 positions"),
+        (["--prompt", "가 " * 600], "--prompt: .* tokens; at most"),
+    ],
+)
+def test_a_mistake_is_named(monkeypatch, paused_model, flags, message):
+    with pytest.raises(UserError, match=message):
+        call(monkeypatch, paused_model, *flags)
+
+
+# Long texts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, whole",
+    [
+        ("그는 갔다. 그녀도 갔다! 그리고 비가", "그는 갔다. 그녀도 갔다!"),
+        ("끝이 없는 문장이", "끝이 없는 문장이"),
+        ("“정말?” 그가 물었다.” 그", "“정말?” 그가 물었다.”"),
+        ("3.5점이다", "3.5점이다"),
+        ("끝났다.", "끝났다."),
+    ],
+)
+def test_a_piece_ends_with_its_last_whole_sentence(text, whole):
+    assert whole_sentences(text) == whole
+
+
+def test_the_tail_is_whole_sentences_that_fit(paused_model):
+    generator = PausedGenerator.from_pretrained(paused_model)
+    sentences = ["눈이 왔다.", "길을 쓸었다.", "차를 마셨다."]
+    sizes = [len(generator.ids(sentence)) for sentence in sentences]
+    text = " ".join(sentences)
+    assert last_sentences(generator, text, 100) == text
+    assert last_sentences(generator, text, sizes[1] + sizes[2]) == "길을 쓸었다. 차를 마셨다."
+    assert last_sentences(generator, text, sizes[2]) == "차를 마셨다."
+    assert 1 <= len(generator.ids(last_sentences(generator, text, 2))) <= 2
+
+
+class Scripted:
+    """A generator that says what it is told to, and remembers what it was asked."""
+
+    def __init__(self, generator, said):
+        self.generator, self.said, self.asked = generator, said, []
+        self.ids, self.tokenizer = generator.ids, generator.tokenizer
+
+    def continue_texts(self, texts, batch_size, **generation):
+        self.asked.append(list(texts))
+        return [self.said[len(self.asked) - 1][k] for k in range(len(texts))]
+
+
+def test_pieces_go_on_from_the_last_sentences_until_the_text_is_long_enough(paused_model):
+    said = [
+        [(" 눈이 왔다. 나는 밖으로", False), ("끝.", True)],
+        [("길을 쓸었다. 그때", False)],
+        [("차를 마셨다. 그", False)],
+    ]
+    scripted = Scripted(PausedGenerator.from_pretrained(paused_model), said)
+    num = len(scripted.ids("눈이 왔다. 길을 쓸었다.")) + 1
+    first, second = write_long(scripted, ["아침에 보니", "저녁에"], num, 100, 8)
+    assert first == "눈이 왔다. 길을 쓸었다. 차를 마셨다." and second == "끝."
+    assert scripted.asked == [
+        ["아침에 보니", "저녁에"], ["아침에 보니 눈이 왔다."], ["아침에 보니 눈이 왔다. 길을 쓸었다."],
+    ]  # fmt: skip
+
+
+def test_a_long_text_is_longer_than_the_model_sees(monkeypatch, tmp_path, paused_model):
+    out = tmp_path / "long.jsonl"
+    flags = ("--prompt", "긍정", "--length", 700, "--tail", 40, "--max_new_tokens", 100, "--repetition_penalty", 1.3)
+    monkeypatch.setattr(writing, "whole_sentences", str.strip)  # a random model ends no sentence
+    call(monkeypatch, paused_model, *flags, "--num_samples", 2, "--output_file", out)
+    generator = PausedGenerator.from_pretrained(paused_model)
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 2 and max(len(generator.ids(row["text"])) for row in rows) > 512
+
+
+# Metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_variety_by_hand():
+    texts = ["가 나 가 나", "가 나 다"]
+    assert distinct(texts, 1) == pytest.approx(3 / 7) and distinct(texts, 2) == pytest.approx(3 / 5)
+    assert distinct([""], 1) == 0
+    assert repetition(["가 나 가 나 가 나", "가 나 다 라 마"], 2) == pytest.approx((1 - 2 / 5) / 2)
+    assert repetition(["가"], 4) == 0
+
+
+def test_self_bleu_is_high_where_texts_are_alike():
+    import sacrebleu
+
+    texts = ["오늘은 날이 맑다", "오늘은 날이 흐리다", "기차가 역에 닿았다"]
+    others = [[texts[1], texts[2]], [texts[0], texts[2]], [texts[0], texts[1]]]
+    wanted = [
+        sacrebleu.sentence_bleu(text, rest, tokenize="char", use_effective_order=True).score
+        for text, rest in zip(texts, others, strict=True)
+    ]
+    assert self_bleu(texts) == pytest.approx(sum(wanted) / 3)
+    assert self_bleu(["같은 글이다"] * 3) == pytest.approx(100) and math.isnan(self_bleu(["하나"]))
+
+
+def test_metrics_go_beside_the_texts(monkeypatch, tmp_path, paused_model, capsys):
+    out = tmp_path / "out.jsonl"
+    flags = ("--prompt", "긍정", "--num_samples", 3, "--max_new_tokens", 10, "--metrics", "--output_file", out)
+    call(monkeypatch, paused_model, *flags)
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    found = json.loads((tmp_path / "out.metrics.json").read_text(encoding="utf-8"))["metrics"]
+    told = variety([row["text"] for row in rows])
+    assert {name: found[name] for name in told} == pytest.approx(told)
+    generator, total, count = PausedGenerator.from_pretrained(paused_model), 0.0, 0
+    for row in rows:  # token by token
+        ids = generator.prompt("긍정").tolist()
+        for token in generator.ids(f" {row['text']}"):
+            with torch.no_grad():
+                total -= generator.lm(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token].item()
+            ids.append(token)
+            count += 1
+    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-3)
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_greedy_writing_has_no_settings_of_sampling():
+    assert "top_k" not in DecodingArguments(temperature=0).settings()
+    assert DecodingArguments().settings()["do_sample"] is True
