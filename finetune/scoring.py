@@ -94,7 +94,7 @@ def score_texts(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     num_tokens = np.bincount(text, weights=store.lengths[:, 2], minlength=number)
     characters = [len(example.targets[0]) for example in data.examples]
     values = perplexity(each.tolist(), num_tokens.tolist(), characters)
-    return Scores(values, [""] * len(characters), (each / num_tokens).tolist(), [], int(fitted.length.sum()))
+    return Scores(values, [""] * number, (each / num_tokens).tolist(), 0, 0, int(fitted.length.sum()))
 
 
 def score_answers(
