@@ -44,7 +44,7 @@ class SelectionArguments:
     )
     topics_file: str | None = arg(None, 'JSON of several topics: {"name": ["query", "query"], ...}')
     top_k: int = arg(500, "documents of a topic at most")
-    validation_fraction: float = arg(0.1, "share of a topic's documents that validates")
+    validation_fraction: float = arg(0.1, "share of the documents that validates, at least one of every topic; 0: none")
     output_dir: str = arg("runs/selection", "folder for a folder a topic, report.json and summary.md")
     min_chars: int = arg(20, "shorter documents are left out; characters after cleaning")
     max_chars: int = arg(0, "longer documents are left out; 0: none")
@@ -126,12 +126,16 @@ def select(
     cache = Path(arguments.cache_dir).expanduser()
     numbers, scores = search(queries, pool, arguments.top_k, cache, arguments.terms)
     lap("ranked", len(pool))
-    report = {"counts": dict(cleaner.counts), "documents": len(pool), "documents_per_second": rates, "topics": {}}
-    at = 0
+    chosen, at = {}, 0
     for name, own in wanted.items():
         part = slice(at, at := at + len(own))
-        chosen = fused(numbers[part], scores[part])[: arguments.top_k]
-        report["topics"][name] = {"queries": own} | write_topic(folder / name, pool, chosen, arguments)
+        chosen[name] = fused(numbers[part], scores[part])[: arguments.top_k]
+    fraction = enough([[pool[k][1] for k, _ in found] for found in chosen.values()], arguments.validation_fraction)
+    report = {"counts": dict(cleaner.counts), "documents": len(pool), "documents_per_second": rates}
+    report |= {"validation_fraction": fraction, "topics": {}}
+    for name, found in chosen.items():
+        told = write_topic(folder / name, pool, found, fraction, arguments.seed)
+        report["topics"][name] = {"queries": wanted[name]} | told
     report["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KiB on Linux
     return report
 
@@ -149,13 +153,24 @@ def fused(numbers: np.ndarray, scores: np.ndarray) -> list[tuple[int, float]]:
     return sorted(total.items(), key=lambda item: (-item[1], item[0]))
 
 
+def draw(text: str) -> float:
+    """A number in [0, 1) that is a text's own."""
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
 def validates(text: str, fraction: float) -> bool:
     """On which side a document is: a pure function of its text, so that it is the same one for every topic."""
-    return int.from_bytes(sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+    return draw(text) < fraction
+
+
+def enough(topics: list[list[str]], fraction: float) -> float:
+    """The share that validates: `fraction`, or as much more as every topic of two documents needs to have one."""
+    smallest = [min(map(draw, texts)) for texts in topics if len(texts) > 1]
+    return max([fraction, *(np.nextafter(value, 1.0).item() for value in smallest)]) if fraction else 0.0
 
 
 def write_topic(
-    folder: Path, pool: Pool, chosen: list[tuple[int, float]], arguments: SelectionArguments
+    folder: Path, pool: Pool, chosen: list[tuple[int, float]], fraction: float, seed: int
 ) -> dict[str, Any]:
     """train.jsonl, validation.jsonl and random.jsonl of a topic. Returns what is told of them.
 
@@ -166,14 +181,14 @@ def write_topic(
     sides: dict[str, list[dict]] = {"train": [], "validation": [], "random": []}
     for number, score in chosen:
         where, text = pool[number]
-        side = "validation" if validates(text, arguments.validation_fraction) else "train"
+        side = "validation" if validates(text, fraction) else "train"
         sides[side].append({"text": text, "source": where, "score": round(score, 6)})
     wanted, taken = sum(len(row["text"]) for row in sides["train"]), {number for number, _ in chosen}
-    for number in np.random.default_rng(arguments.seed).permutation(len(pool)).tolist():
+    for number in np.random.default_rng(seed).permutation(len(pool)).tolist():
         if wanted <= 0:
             break
         where, text = pool[number]
-        if number not in taken and not validates(text, arguments.validation_fraction):
+        if number not in taken and not validates(text, fraction):
             sides["random"].append({"text": text, "source": where, "score": 0.0})
             wanted -= len(text)
     told = {}

@@ -17,6 +17,7 @@ from kozero.config import parse_arguments
 from kozero.errors import UserError
 from kozero.plan import ModelShape
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
+from scripts.select_topic import SelectionArguments
 from scripts.train_tokenizer import TokenizerArguments
 from tests.helpers import gpt2_configs
 from tests.ranks import free_port
@@ -30,6 +31,7 @@ ARGUMENTS = {
     "pretrain/train_zero_one.py": (ZeroArguments, CorpusArguments),
     "pretrain/train_zero_two.py": (ZeroArguments, CorpusArguments, ShardingArguments),
     "scripts/train_tokenizer.py": (TokenizerArguments,),
+    "scripts/select_topic.py": (SelectionArguments,),
 }  # fmt: skip
 DS_CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
 SHORT = "--max_steps 2 --max_eval_samples 4 --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
@@ -119,7 +121,10 @@ def test_every_deepspeed_json_trains_through_the_deepspeed_launcher(name, tmp_pa
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), abs=2e-5)
 
 
-OFFLINE = [c for c in commands("README.md") if "finetune/train.py" in c and ("tiny_config" in c or "recipes" in c)]
+OFFLINE = [
+    c for c in commands("README.md")
+    if "finetune/train.py" in c and ("tiny_config" in c or "recipes" in c) and "essay" not in c
+]  # fmt: skip
 
 
 @pytest.mark.slow

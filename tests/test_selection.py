@@ -15,8 +15,9 @@ from kozero.data.documents import Pool, documents
 from kozero.data.duplicates import NUM_HASHES, duplicates, rows_of_a_band, shingles
 from kozero.errors import UserError
 from scripts import select_topic
-from scripts.select_topic import fused, validates
+from scripts.select_topic import enough, fused, validates
 from tests.helpers import SAMPLE_DATA
+from tests.test_commands import commands, shell
 
 # Cleaning --------------------------------------------------------------------------------------------------------
 
@@ -159,6 +160,21 @@ def test_rankings_are_fused_by_reciprocal_ranks():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+def test_readme_commands_from_topic_to_text_run_one_after_the_other(tmp_path):
+    block = [c for c in commands("README.md") if "select_topic" in c or "essay" in c or "runs/writer" in c]
+    assert len(block) == 3
+    for command in block:
+        command = command.replace("runs/", f"{tmp_path}/runs/")
+        command += " --max_steps 2" if "train.py" in command else ""
+        command += " --max_new_tokens 16" if "generate" in command else ""
+        done = shell(command)
+        assert done.returncode == 0, command + done.stdout + done.stderr
+    rows = rows_of(tmp_path / "runs/writer/texts.jsonl")
+    assert len(rows) == 2 and rows[0]["settings"]["repetition_penalty"] == 2.0
+    assert "self_bleu" in (tmp_path / "runs/writer/texts.metrics.json").read_text(encoding="utf-8")
+
+
 # The whole -------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +226,14 @@ def test_the_side_of_a_document_is_a_function_of_its_text():
     share = sum(validates(text, 0.25) for text in texts) / len(texts)
     assert 0.22 < share < 0.28  # 4 standard deviations
     assert all(validates(text, 0.5) for text in texts if validates(text, 0.25)), "more validates what did before"
+
+
+def test_every_topic_has_something_that_validates():
+    topics = [[f"글 {k}" for k in range(start, start + 5)] for start in (0, 10, 20)]
+    fraction = enough([*topics, ["하나"]], 0.01)
+    assert 0.01 < fraction < 1 and all(any(validates(text, fraction) for text in texts) for texts in topics)
+    assert any(sum(validates(text, fraction) for text in texts) == 1 for texts in topics), "no more than it takes"
+    assert enough(topics, 0.99) == 0.99 and enough(topics, 0.0) == 0.0
 
 
 @pytest.mark.parametrize(
