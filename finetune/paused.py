@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from finetune.scoring import write_batch
 from finetune.setup import inference_placement
 from kozero.data.marks import MARKERS, token_marks
-from kozero.errors import require
+from kozero.errors import UserError, first_line, require
 from kozero.pause import PLACEMENTS, Pauses, begins_inside, filler_id
 from models.language_model import load_tokenizer
 
@@ -37,9 +37,12 @@ class PausedGenerator:
 
         Args: num_pauses, placement: those that config.json names by default; device: "cuda" where there is one.
 
-        Raises: UserError for an unknown placement, or pauses of a model that has no pause token.
+        Raises: UserError for a folder without a model, an unknown placement, pauses of a model without a pause token.
         """
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: cannot be loaded as a language model ({first_line(error)})") from None
         settings = getattr(lm.config, "pause", None) or {}
         placement = placement or inference_placement(settings)
         num = settings.get("num_inference_pauses", 0) if num_pauses is None else num_pauses

@@ -65,5 +65,13 @@ def test_a_pause_is_never_written(paused_model):
 def test_a_mistake_is_told(paused_model):
     with pytest.raises(UserError, match="placement middle: one of append"):
         PausedGenerator.from_pretrained(paused_model, placement="middle")
+    with pytest.raises(UserError, match="/nowhere/model: cannot be loaded as a language model"):
+        PausedGenerator.from_pretrained("/nowhere/model")
+    with pytest.raises(UserError, match="num_pauses -1: must be a whole number"):
+        PausedGenerator.from_pretrained(paused_model, num_pauses=-1)
+    with pytest.raises(UserError, match="tokens with its pauses; at most 508 leave room"):
+        PausedGenerator.from_pretrained(paused_model).generate(["영화 " * 600], max_new_tokens=4)
+    with pytest.raises(UserError, match="give a list of texts"):
+        PausedGenerator.from_pretrained(paused_model).generate("영화")
     with pytest.raises(UserError, match="a prompt is empty"):
         PausedGenerator.from_pretrained(paused_model, num_pauses=0).generate([""])

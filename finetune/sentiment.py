@@ -1,0 +1,116 @@
+"""Does a model write what it was asked to? Reviews after 긍정 and 부정, judged by a classifier that was trained apart.
+
+python finetune/sentiment.py --model_name_or_path runs/writer/model --classifier runs/judge/model --num_samples 200
+
+The classifier is a model of --task nsmc, best of another seed: it says after which of the two words a review is more
+likely. Beside its agreement with what was written stands that with real reviews, which is how far it can be trusted.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune.arguments import DataArguments, ModelArguments
+from finetune.data import evaluation_set, sources
+from finetune.decoding import DecodingArguments
+from finetune.paused import PausedGenerator
+from finetune.scoring import score
+from finetune.setup import inference_pauses, load_model, row_capacity
+from finetune.tasks import TASKS, Source
+from finetune.tasks.nsmc import POLARITIES
+from kozero import distributed
+from kozero.config import TrainingArguments, arg, at_least, batch_sizes, parse_arguments
+from kozero.engines import build_engine, prepare_engine
+from kozero.errors import require, run_main
+from kozero.folder import claim_output, write_text
+from kozero.pause import InferencePauseArguments
+from kozero.text_metrics import variety
+
+TASK = TASKS["nsmc"]
+
+
+@dataclass
+class SentimentArguments:
+    """Who writes, who judges."""
+
+    model_name_or_path: str | None = arg(None, "folder of the model that writes, trained with --task nsmc")
+    classifier: str | None = arg(None, "folder of the model that judges, trained apart with --task nsmc")
+    num_samples: int = arg(100, "reviews of each polarity")
+    validation_file: str | None = arg(None, "real reviews in NSMC's form; default: the sample data")
+    max_eval_samples: int = arg(0, "real reviews to judge at most, evenly spaced; 0: all")
+    batch_size: int = arg(16, "reviews that are written or judged at once")
+    output_dir: str = arg("runs/sentiment", "folder for generated.txt in NSMC's form and sentiment.json")
+
+    def __post_init__(self) -> None:
+        require(bool(self.model_name_or_path and self.classifier), "--model_name_or_path and --classifier: give both")
+        at_least(1, self, "num_samples", "batch_size")
+        at_least(0, self, "max_eval_samples")
+
+
+ARGUMENTS = (SentimentArguments, DecodingArguments)
+
+
+def main() -> None:
+    """Write, judge, tell."""
+    arguments, decoding = parse_arguments(*ARGUMENTS, prog="finetune/sentiment.py", description=__doc__)
+    distributed.setup()
+    with claim_output(arguments.output_dir) as folder:
+        generator = PausedGenerator.from_pretrained(arguments.model_name_or_path)
+        distributed.seed_everything(decoding.seed)
+        written = {
+            word: generator.generate([word] * arguments.num_samples, arguments.batch_size, **decoding.settings())
+            for word in POLARITIES
+        }
+        empty = save_reviews(folder / "generated.txt", written)
+        own = DataArguments(task="nsmc", validation_file=str(folder / "generated.txt"))
+        real = DataArguments(
+            task="nsmc", validation_file=arguments.validation_file, max_eval_samples=arguments.max_eval_samples
+        )
+        judged = [judge(arguments.classifier, data, arguments.batch_size) for data in (own, real)]
+        texts = [text for found in written.values() for text in found]
+        found = {
+            "agreement_with_generated": judged[0]["accuracy"],
+            "agreement_with_real": judged[1]["accuracy"],
+            "generated": len(texts),
+            "empty": empty,
+            **{f"generated_{name}": value for name, value in variety(texts).items()},
+        }
+        told = {"scores": found, "generated": judged[0], "real": judged[1], "settings": asdict(decoding)}
+        write_text(folder / "sentiment.json", json.dumps(told, indent=2, ensure_ascii=False))
+        for name, value in found.items():
+            distributed.say(f"{name:>26} {value:.4f}" if isinstance(value, float) else f"{name:>26} {value}")
+        distributed.say(str(folder / "sentiment.json"))
+    distributed.shutdown()
+
+
+def save_reviews(path: Path, written: dict[str, list[str]]) -> int:
+    """Write reviews as NSMC's file, their words in the place of the label. Returns how many were empty, which NSMC's
+    form has no row for."""
+    rows, empty = ["id\tdocument\tlabel"], 0
+    for label, word in enumerate(POLARITIES):
+        for number, text in enumerate(written[word]):
+            review = " ".join(text.split())
+            empty += not review
+            rows += [f"{word}-{number}\t{review}\t{label}"] if review else []
+    require(len(rows) > 1, "the model wrote nothing but ends of texts; raise --temperature, or train it longer")
+    write_text(path, "\n".join(rows) + "\n")
+    return empty
+
+
+def judge(folder: str, data: DataArguments, batch_size: int) -> dict[str, float]:
+    """Scores of a classifier on reviews."""
+    model = load_model(ModelArguments(model_name_or_path=folder), InferencePauseArguments(), with_pauses=False, seed=0)
+    pauses = inference_pauses(model, InferencePauseArguments())
+    capacity = row_capacity(0, TASK.max_seq_length, model.config.n_positions)
+    source: Source = sources(data, TASK)[1]
+    questions = evaluation_set(source, TASK, data, model.tokenizer, pauses.placement)
+    training = TrainingArguments(per_device_train_batch_size=batch_size)
+    settings = prepare_engine(training, batch_sizes(training, distributed.world_size()))
+    engine = build_engine(model.module, training, settings)
+    result = score(engine, questions, pauses, capacity, batch_size, model.tokenizer)
+    engine.close()
+    return result.values
+
+
+if __name__ == "__main__":
+    run_main(main)
