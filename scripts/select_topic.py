@@ -26,6 +26,7 @@ from kozero.errors import require, run_main
 from kozero.folder import writable_folder, write_text
 from kozero.json_files import read_json_object
 
+WORK = ".work-"
 FUSION = 60  # of reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009)
 TOPIC = re.compile(r"\w[\w .+-]*")  # it becomes a folder's name
 
@@ -72,11 +73,12 @@ def main() -> None:
     wanted = topics(arguments)
     files = [file for name in arguments.files for file in text_files("--files", Path(name), SUFFIXES)]
     folder = writable_folder("--output_dir", Path(arguments.output_dir))
-    require(not any(folder.iterdir()), f"--output_dir {folder}: holds something already; choose another folder")
+    others = [path for path in folder.iterdir() if not path.name.startswith(WORK)]  # a killed run leaves its work
+    require(not others, f"--output_dir {folder}: holds something already; choose another folder")
     if arguments.terms == "kiwi" and not has_kiwi():
         print("kiwipiepy is not installed: BM25 counts pairs of syllables")
         arguments.terms = "bigram"
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as work:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=WORK) as work:
         report = select(arguments, wanted, files, folder, Path(work))
     write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
     write_text(folder / "summary.md", summary(report))
@@ -134,8 +136,10 @@ def select(
     report = {"counts": dict(cleaner.counts), "documents": len(pool), "documents_per_second": rates}
     report |= {"validation_fraction": fraction, "topics": {}}
     for name, found in chosen.items():
-        told = write_topic(folder / name, pool, found, fraction, arguments.seed)
+        told = write_topic(work / "topics" / name, pool, found, fraction, arguments.seed)
         report["topics"][name] = {"queries": wanted[name]} | told
+    for name in chosen:  # all of them, or none
+        (work / "topics" / name).rename(folder / name)
     report["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KiB on Linux
     return report
 
@@ -177,7 +181,7 @@ def write_topic(
     random.jsonl has other documents, as many characters as train.jsonl, none of the side that validates: what the same
     amount of text teaches that was not chosen.
     """
-    folder.mkdir()
+    folder.mkdir(parents=True)
     sides: dict[str, list[dict]] = {"train": [], "validation": [], "random": []}
     for number, score in chosen:
         where, text = pool[number]

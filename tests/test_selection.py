@@ -261,6 +261,18 @@ def test_a_folder_that_holds_something_is_not_written_to(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_that_fails_leaves_no_topic_and_what_a_killed_one_left_is_no_hindrance(monkeypatch, tmp_path):
+    (tmp_path / "out/.work-killed").mkdir(parents=True)
+    flags = ("--files", SAMPLE_DATA / "corpus", "--query", "눈", "--terms", "bigram", "--output_dir", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(select_topic, "write_text", lambda path, text: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            select(patch, tmp_path, *flags)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".work-killed"]
+    select(monkeypatch, tmp_path, *flags)
+    assert (tmp_path / "out/눈/train.jsonl").exists()
+
+
 def test_nothing_that_stays_is_told_with_the_reasons(monkeypatch, tmp_path):
     (tmp_path / "a.txt").write_text("short\n")
     with pytest.raises(UserError, match=r"no document stays \(.*left out: below 20 characters 1\)"):
