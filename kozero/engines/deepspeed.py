@@ -31,6 +31,7 @@ from kozero.data.batch import Batch
 from kozero.engines.base import Engine, StepStats, count_targets
 from kozero.errors import UserError
 from kozero.folder import write_text
+from kozero.footprint import ZeroSizes
 from kozero.json_files import check_keys
 from kozero.optim import build_optimizer, parameter_groups, settings_kept
 
@@ -228,6 +229,16 @@ def check_sections(config: dict[str, Any], path: str) -> None:
             section = section.get(name) or {}
         known = set(kind.model_fields) | {f.alias for f in kind.model_fields.values() if f.alias}
         check_keys(section if isinstance(section, dict) else {}, known, f"{path} {place}")
+
+
+def zero_sizes(section: dict[str, Any]) -> ZeroSizes:
+    """What a section `zero_optimization` says of memory, with DeepSpeed's own defaults."""
+    zero = DeepSpeedZeroConfig(**section)
+    buckets = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
+    return ZeroSizes(
+        zero.reduce_bucket_size, buckets, zero.max_live_parameters, zero.prefetch_bucket_size,
+        zero.offload_optimizer is not None, zero.offload_param is not None,
+    )  # fmt: skip
 
 
 def check_config(config: dict[str, Any], path: str) -> None:

@@ -1,0 +1,106 @@
+"""A GPT-2 as it would train, without its memory: what a rank will hold, and the largest micro batch that fits."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from kozero.footprint import Footprint, Setting, ZeroSizes, footprint
+from kozero.freeze import apply_plan, compile_plan, count_parameters, skipped_layers
+from kozero.trace import Traced, trace
+from models.causal_lm import CausalLM
+from models.language_model import checkpoint_activations
+
+HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What decides the memory of a step, whatever the sharding.
+
+    Args:
+        config: sizes, activation function and dropout rates.
+        freeze: as --freeze; has_pause: the run trains with pauses.
+        dtype: "fp32", "bf16" or "fp16".
+        length: tokens of a row; predicted: the share of them that something is predicted at.
+        on_gpu: dropout in one kernel, that of attention inside attention's, as CUDA has them; else as on a CPU.
+    """
+
+    config: GPT2Config
+    freeze: str | None
+    has_pause: bool
+    dtype: str
+    length: int
+    predicted: float = 1.0
+    on_gpu: bool = True
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def module(self, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> CausalLM:
+        """The module on whatever device is current."""
+        lm = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        module = CausalLM(lm, [0] if self.has_pause else [], 0 if self.has_pause else None)
+        plan = compile_plan(self.freeze, self.config.n_layer, self.has_pause)
+        if plan.separate_pause:
+            module.separate_pause_row()
+        apply_plan(plan, module)
+        if self.on_gpu:
+            use_kernels(lm)
+        if checkpointing:
+            checkpoint_activations(lm)
+        return module
+
+    @lru_cache  # noqa: B019  a handful of models a process
+    def counts(self) -> dict[str, int]:
+        """Parameters: see Setting."""
+        with torch.device("meta"):
+            module = self.module()
+        block = sum(p.numel() for p in module.lm.transformer.h[0].parameters())
+        plan = compile_plan(self.freeze, self.config.n_layer, self.has_pause)
+        found = count_parameters(module)
+        below = skipped_layers(plan, self.config.n_layer) * block
+        largest = max(p.numel() for p in module.parameters())
+        return found | {"crossed": found["total"] - below, "largest": largest}
+
+    @lru_cache  # noqa: B019
+    def traced(self, micro: int, cast: bool, share: float, checkpointing: bool) -> Traced:
+        """One micro batch. cast: the weights are in 16 bit, as under DeepSpeed; else autocast computes in it."""
+        half = HALF[self.dtype]
+        rows = (micro, self.length)
+        places = max(1, int(micro * self.length * self.predicted))
+
+        def inputs() -> dict[str, torch.Tensor]:
+            names = {"input_ids": rows, "position_ids": rows, "target_index": places, "target_ids": places}
+            return {name: torch.zeros(size, dtype=torch.long) for name, size in names.items()}
+
+        return trace(
+            lambda: self.module(half if half and cast else torch.float32, checkpointing), inputs,
+            autocast=None if cast else half, gradient_share=share, width=self.config.vocab_size,
+        )  # fmt: skip
+
+    def footprint(
+        self, micro: int, accumulation: int, world_size: int, stage: int, zero: ZeroSizes | None, checkpointing: bool
+    ) -> Footprint:
+        """What a rank holds at its peak. zero: see Setting."""
+        setting = Setting(
+            **self.counts(), stage=stage, world_size=world_size, dtype=self.dtype, accumulation=accumulation, zero=zero
+        )
+        return footprint(setting, self.traced(micro, stage > 0, setting.gradient_share, checkpointing))
+
+
+class KernelDropout(nn.Dropout):
+    """Dropout as one CUDA kernel does it: a mask of one byte an element stays for backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, self.p, self.training)[0]
+
+
+def use_kernels(lm: nn.Module) -> None:
+    """Dropouts as CUDA does them; attention draws its own anew in backward and keeps nothing."""
+    for module in list(lm.modules()):
+        for name, part in module.named_children():
+            if type(part) is nn.Dropout:
+                setattr(module, name, KernelDropout(0.0 if name == "attn_dropout" else part.p))

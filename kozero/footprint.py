@@ -1,0 +1,142 @@
+"""Memory of a rank before there is one: what DeepSpeed 0.19.8 and DDP hold by formula, activations by a trace.
+
+Theirs is more than the paper's formula (kozero.plan): 32-bit weights in fp32 too, gradients that are copied before an
+update, buckets, gathered weights.
+"""
+
+from dataclasses import dataclass
+
+from kozero.trace import Traced
+
+
+@dataclass(frozen=True)
+class ZeroSizes:
+    """What of a DeepSpeed JSON decides memory, in elements; `buckets`: gradients that travel lie in so many."""
+
+    reduce_bucket: int
+    buckets: int
+    max_live: int
+    prefetch: int
+    offload_optimizer: bool
+    offload_param: bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is spread, and what the command line says.
+
+    Numbers of parameters: in all, those that train, those that the backward pass crosses, those of the largest tensor.
+    """
+
+    total: int
+    trainable: int
+    crossed: int
+    largest: int
+    stage: int
+    world_size: int
+    dtype: str
+    accumulation: int
+    zero: ZeroSizes | None = None  # None at stage 0, which is PyTorch's
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight and of a gradient. PyTorch's autocast keeps both in 32 bit, DeepSpeed does not."""
+        return 4 if self.dtype == "fp32" or self.stage == 0 else 2
+
+    @property
+    def own(self) -> float:
+        """Trained parameters whose states are this rank's."""
+        return self.trainable / (self.world_size if self.stage else 1)
+
+    @property
+    def gradient_share(self) -> float:
+        """What stays of a gradient that a backward pass has made, where its place is not there before (see `gradients_before`)."""
+        if self.gradients_before() or (self.zero and self.zero.offload_optimizer):
+            return 0.0
+        return 1 / self.world_size if self.stage == 2 else 1.0
+
+    def gradients_before(self) -> float:
+        """Bytes of gradients that are there when the largest backward pass begins: those of earlier micro batches,
+        DDP's buckets, and the buffer of ZeRO-3."""
+        if self.stage == 3:
+            return self.width * self.own
+        copies = self.accumulation > 1
+        if self.stage == 0 and self.world_size > 1:  # earlier micro batches' gradients lie beside the buckets
+            copies += 1
+        return copies * self.width * (self.own if self.stage == 2 else self.trainable)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank at its peak, by what they are, and those that lie in the memory of the machine instead."""
+
+    device: dict[str, float]
+    host: float
+
+    @property
+    def peak(self) -> float:
+        """All of the device."""
+        return sum(self.device.values())
+
+
+def footprint(setting: Setting, step: Traced) -> Footprint:
+    """The peak of a step: in backward, or in the update that follows when the activations are gone.
+
+    Args: step: of one micro batch, traced with the setting's gradient_share.
+    """
+    zero = setting.zero
+    weights = setting.width * setting.total / (setting.world_size if setting.stage == 3 else 1)
+    states = (12 if setting.stage else 8) * setting.own  # DeepSpeed keeps 32-bit weights of its own, in fp32 too
+    before = setting.gradients_before()
+    # rank 0 keeps frozen weights as they came in, for the export: see kozero.engines.deepspeed
+    host = 4.0 * (setting.total - setting.trainable) if setting.width == 2 else 0.0
+    if zero and zero.offload_param:
+        weights, host = 0.0, host + weights
+    if zero and zero.offload_optimizer:
+        states, before, host = 0.0, 0.0, host + states + offloaded_gradients(setting)
+    backward = {
+        "weights": weights, "optimizer": states, "gradients": before + step.gradients,
+        "activations": step.activations, "logits": step.logits, "buffers": buffers(setting, step.logits),
+    }  # fmt: skip
+    update = {"weights": weights, "optimizer": states, "gradients": update_gradients(setting)}
+    return Footprint(max(backward, update, key=lambda parts: sum(parts.values())), host)
+
+
+def offloaded_gradients(setting: Setting) -> float:
+    """Bytes of the machine's memory for gradients, in 32 bit and as they arrive; at stage 2 for the sums of micro
+    batches and for the largest tensor on its way too."""
+    two = setting.stage == 2
+    arriving = setting.width * (1 + (two and setting.accumulation > 1))
+    return (4 + arriving) * setting.own + two * setting.width * setting.largest
+
+
+def buffers(setting: Setting, logits: float) -> float:
+    """Bytes that DeepSpeed holds in backward: buckets of gradients on their way, and at stage 3 gathered weights.
+
+    Those arrive in one piece, which lies beside their copies until it is dealt out: once the logits are gone.
+    """
+    zero = setting.zero
+    if zero is None:
+        return 0.0
+    if setting.stage < 3:
+        on_its_way = setting.largest if zero.offload_optimizer else 0
+        return setting.width * (zero.reduce_bucket * zero.buckets + on_its_way)
+    if setting.world_size == 1 and not zero.offload_param:
+        return setting.width * zero.reduce_bucket
+    gathered, arriving = min(setting.crossed, zero.max_live), min(setting.crossed, zero.prefetch)
+    kept = setting.largest  # the tied embedding is the last weight of one pass and the first of the next
+    return setting.width * (zero.reduce_bucket + gathered + kept) + max(0.0, setting.width * arriving - logits)
+
+
+def update_gradients(setting: Setting) -> float:
+    """Bytes of gradients in an update. DeepSpeed 0.19.8 copies its share of them into one tensor, in 16 bit into
+    another one in 32 bit besides; at stage 2 sums of several micro batches are copied once more before."""
+    zero = setting.zero
+    if zero is None:
+        return setting.gradients_before() or 4 * setting.trainable
+    if zero.offload_optimizer:
+        return 0.0
+    copies = 2 * setting.width + (4 if setting.width == 2 else 0)
+    if setting.stage == 2 and setting.accumulation > 1:
+        copies = max(copies, 3 * setting.width)
+    return copies * setting.own

@@ -1,0 +1,92 @@
+"""What an engine really holds: the allocator's own account of a few training steps."""
+
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import GPT2Config
+
+from finetune.planned import PlannedModel
+from kozero import distributed
+from kozero.config import BatchSizes, TrainingArguments
+from kozero.data.batch import Batch
+from kozero.engines import build_engine, prepare_engine
+
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training run on a CPU. json: a DeepSpeed JSON, None for none."""
+
+    json: str | None
+    dtype: str = "fp32"
+    accumulation: int = 1
+    micro: int = 8
+    freeze: str | None = None
+    checkpointing: bool = False
+
+    def model(self) -> PlannedModel:
+        """Weights, activations and logits of about the same size."""
+        config = GPT2Config(
+            n_layer=4, n_embd=192, n_head=4, vocab_size=2048, n_positions=64, bos_token_id=1, eos_token_id=1,
+            activation_function="gelu_pytorch_tanh", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.0, pad_token_id=None,
+        )  # fmt: skip
+        return PlannedModel(config, self.freeze, False, self.dtype, length=64, on_gpu=False)
+
+
+def peaks(cases: list[Case], folder: str) -> list[int]:
+    """Bytes that are alive at the peak of a step which is not the first. Runs on every rank."""
+    return [peak(case, Path(folder)) for case in cases]
+
+
+def peak(case: Case, folder: Path) -> int:
+    """One case, from the weights on."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        module = case.model().module(checkpointing=case.checkpointing)
+        told = TrainingArguments(
+            deepspeed_config=case.json,
+            per_device_train_batch_size=case.micro,
+            gradient_accumulation_steps=case.accumulation,
+            bf16=case.dtype == "bf16",
+        )
+        sizes = BatchSizes(case.micro, case.accumulation, distributed.world_size())
+        engine = build_engine(module, told, prepare_engine(told, sizes))
+        for _ in range(STEPS):
+            begin = time.time_ns()
+            engine.train_step([batch(case) for _ in range(case.accumulation)], 1e-4)
+    engine.close()
+    return most(allocations(profiler), begin)
+
+
+def batch(case: Case) -> Batch:
+    """Rows of two texts each, every token predicted."""
+    ids = torch.randint(1, 2048, (case.micro, 64))
+    places = torch.arange(ids.numel())
+    inputs = {
+        "input_ids": ids,
+        "position_ids": torch.arange(32).repeat(case.micro, 2),
+        "target_index": places,
+        "target_ids": ids.flatten(),
+    }
+    return Batch(inputs, (len(places),), len(places))
+
+
+def allocations(profiler: Any) -> list[tuple[int, int]]:
+    """(time in ns, bytes) of everything that was taken or, below 0, given back."""
+    events = profiler.profiler.kineto_results.events()
+    return sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+
+
+def most(found: list[tuple[int, int]], begin: int) -> int:
+    """Most bytes at once after a time."""
+    held = highest = 0
+    for when, size in found:
+        held += size
+        highest = max(highest, held) if when > begin else held
+    return highest
