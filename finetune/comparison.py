@@ -2,7 +2,7 @@
 thread for everyone who asks, and no longer than someone wants to read it."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
 from threading import Event
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from kozero.errors import require
 from kozero.pause import InferencePauseArguments
 from models.language_model import LanguageModel
 
+REFRESH_SECONDS = 0.1  # a page that is told more often than it can draw falls behind, also when it is to stop
 T = TypeVar("T")
 
 
@@ -29,12 +30,11 @@ class Stream(BaseStreamer, StoppingCriteria):
 
     def __init__(self) -> None:
         self.ids: list[int] | None = None  # None until the prompt is there, which comes first
-        self.changed, self.stopped = Event(), Event()
+        self.stopped = Event()
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt, then a token at a time."""
         self.ids = [] if self.ids is None else [*self.ids, *value.tolist()]
-        self.changed.set()
 
     def end(self) -> None:
         """Nothing to do: the thread's own end is waited for."""
@@ -89,13 +89,10 @@ class Comparison:
         """The text so far, again and again. Whoever stops reading stops the writing at the next token."""
         stream = Stream()
         done = self.thread.submit(self.work, writer, prompt, stream)
-        done.add_done_callback(lambda _: stream.changed.set())
         try:
-            while not done.done():
-                stream.changed.wait()
-                stream.changed.clear()
-                # A character whose last bytes are still to come is left out.
-                yield self.model.tokenizer.decode(stream.ids or [], skip_special_tokens=True).strip().rstrip("\ufffd")
+            while not wait([done], REFRESH_SECONDS).done:
+                text = self.model.tokenizer.decode(stream.ids or [], skip_special_tokens=True)
+                yield text.strip().rstrip("\ufffd")  # without a character whose last bytes are still to come
             yield done.result()
         finally:
             stream.stopped.set()

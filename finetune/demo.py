@@ -39,7 +39,7 @@ TWICE = (
 )
 ONCE = "이 모델에는 일시정지 토큰이 없습니다 · This model has no pause token"
 READY = "준비 · ready"
-WRITING, DONE, CANCELLED = "쓰는 중 · writing", "완료 · done", "멈췄습니다 · cancelled"
+WRITING, DONE, STOPPED = "쓰는 중 · writing", "완료 · done", "멈췄습니다 · stopped"
 FONTS = ("Pretendard", "Noto Sans KR", "Apple SD Gothic Neo", "Malgun Gothic", "NanumGothic", "system-ui", "sans-serif")
 
 
@@ -132,7 +132,9 @@ def page(comparison: Comparison, decoding: DecodingArguments, name: str) -> gr.B
             [go.click, prompt.submit], show, inputs, outputs,
             api_name="write", show_progress="minimal", show_progress_on=[message],
         )  # fmt: skip
-        cancel.click(lambda: CANCELLED, None, message, cancels=[writing], queue=False, api_visibility="private")
+        cancel.click(None, cancels=[writing])
+        # Not by the button itself: what was on its way to the page when it was pressed would come after it.
+        writing.failure(lambda: STOPPED, None, message, queue=False, api_visibility="private")
     return blocks
 
 
