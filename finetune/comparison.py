@@ -16,7 +16,6 @@ from finetune.generate import GenerationArguments, Writer
 from finetune.paused import PausedGenerator
 from finetune.setup import inference_pauses
 from kozero import distributed
-from kozero.config import tidy
 from kozero.errors import require
 from kozero.pause import InferencePauseArguments
 from models.language_model import LanguageModel
@@ -110,6 +109,4 @@ def filled(arguments: T, values: Mapping[str, float | None]) -> T:
     for name, value in values.items():
         require(value is not None, f"--{name}: is empty; give a number")
         require(kinds[name] is float or float(value).is_integer(), f"--{name} {value}: must be a whole number")
-    arguments = replace(arguments, **{name: kinds[name](value) for name, value in values.items()})
-    tidy(arguments)
-    return arguments
+    return replace(arguments, **{name: kinds[name](value) for name, value in values.items()})

@@ -34,12 +34,11 @@ ROWS = (  # numbers on the page by the names of their arguments, with a word abo
         "no_repeat_ngram_size": "되풀이하지 않을 토큰 열 · 0: 제한 없음",
     },
 )
-TWICE = (
-    "같은 시드로 두 번 씁니다: 일시정지 없이, 그리고 M개를 넣어 · One seed, two texts: without pauses, with M of them"
-)
+TWICE = "같은 시드로 두 번: 일시정지 없이, 그리고 M개와 함께 · One seed, two texts: without pauses, with M of them"
 ONCE = "이 모델에는 일시정지 토큰이 없습니다 · This model has no pause token"
 READY = "준비 · ready"
 WRITING, DONE, STOPPED = "쓰는 중 · writing", "완료 · done", "멈췄습니다 · stopped"
+NOTHING = "모델이 바로 글을 끝냈습니다 · the model ended the text at once"
 FONTS = ("Pretendard", "Noto Sans KR", "Apple SD Gothic Neo", "Malgun Gothic", "NanumGothic", "system-ui", "sans-serif")
 
 
@@ -78,7 +77,7 @@ def checked_port(host: str, port: int) -> int:
     Raises: UserError when it is taken or the host is none of this machine's.
     """
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as server:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a demo that ended just now
             server.bind(address)
@@ -92,9 +91,10 @@ def launch(blocks: gr.Blocks, host: str, port: int) -> str:
     """Serve a page to those who ask `host` for it, one after the other; nothing else is asked for anything. Returns its
     address."""
     blocks.queue(default_concurrency_limit=1)
+    name = f"[{host.strip('[]')}]" if ":" in host else host  # Gradio wants IPv6 as it stands in an address
     try:
         _, address, _ = blocks.launch(
-            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[],
+            server_name=name, server_port=port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[],
             run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False, show_error=True,
             theme=gr.themes.Default(font=FONTS, font_mono=("monospace",)),
         )  # fmt: skip
@@ -151,7 +151,7 @@ def answers(
         decoding = filled(decoding, {key: value for key, value in numbers.items() if key != PAUSES})
         for plain, paused in comparison.write(prompt.strip(), pauses, decoding):
             yield plain, paused, WRITING
-        yield plain, paused, DONE
+        yield plain, paused, DONE if plain or paused else NOTHING
     except UserError as error:
         yield plain, paused, f"⚠ {error}"
     except RuntimeError as error:  # of PyTorch: memory, or probabilities that are none

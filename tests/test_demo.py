@@ -159,8 +159,9 @@ def test_the_page_begins_with_what_the_command_line_says(paused_model):
         ("긍정", {"max_new_tokens": 9999}, "--max_new_tokens 9999: the model has 512 positions"),
         ("긍정", {"num_inference_pauses": 10**9}, "--max_new_tokens 8: the model has 512 positions, 1000000000 for"),
         ("긍정", {"num_inference_pauses": -2}, "--num_inference_pauses -2: must be -1 or more"),
-        ("긍정", {"temperature": -1}, "--temperature -1.0: must be 0, or 0.01 or more"),
-        ("긍정", {"temperature": float("inf")}, "--temperature inf: must be finite"),
+        ("긍정", {"temperature": -1}, "--temperature -1.0: must be 0, or from 0.01 to 100"),
+        ("긍정", {"repetition_penalty": 1e-300}, "--repetition_penalty 1e-300: must be from 0.01 to 100"),
+        ("긍정", {"temperature": float("inf")}, "--temperature inf: must be 0, or from 0.01 to 100"),
         ("긍정", {"top_k": 2.5}, "--top_k 2.5: must be a whole number"),
         ("긍정", {"top_p": None}, "--top_p: is empty; give a number"),
         ("긍정", {"seed": 1e30}, "--seed 10{3,}.*: must be from 0 to"),
@@ -177,6 +178,11 @@ def test_an_error_of_pytorch_is_one_line_on_the_page(comparison, monkeypatch):
 
     monkeypatch.setattr(generate.Writer, "write", fail)
     assert last(comparison, "긍정", SHORT) == ("", "", "⚠ OutOfMemoryError: out of memory")
+
+
+def test_a_text_that_ends_at_once_is_told(comparison, monkeypatch):
+    monkeypatch.setattr(generate.Writer, "write", lambda *_, **__: [""])
+    assert last(comparison, "긍정", SHORT) == ("", "", demo.NOTHING)
 
 
 def test_numbers_are_of_their_arguments_kind():
@@ -221,6 +227,19 @@ def address(long_comparison):
 
 def numbers_of(decoding, num=-1, **more):
     return list(asked(decoding, num, **more).values())
+
+
+def test_an_address_of_ipv6_is_one(long_comparison):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        port = demo.checked_port("::1", 0)
+    except UserError:
+        pytest.skip("no IPv6 address here")
+    blocks = demo.page(long_comparison, SHORT, "model")
+    address = demo.launch(blocks, "::1", port)
+    assert address == f"http://[::1]:{port}/" and "KoZeRO" in httpx.get(address).text
+    blocks.close(verbose=False)
 
 
 def test_two_at_once_get_what_each_would_get_alone(address, long_comparison):
