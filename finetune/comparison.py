@@ -16,7 +16,7 @@ from finetune.generate import GenerationArguments, Writer
 from finetune.paused import PausedGenerator
 from finetune.setup import inference_pauses
 from kozero import distributed
-from kozero.errors import require
+from kozero.errors import UserError, require
 from kozero.pause import InferencePauseArguments
 from models.language_model import LanguageModel
 
@@ -57,7 +57,15 @@ class Comparison:
     def __post_init__(self) -> None:
         self.lm = self.model.module.lm.to(distributed.device()).eval()
         self.num_pauses = inference_pauses(self.model, self.pause_arguments).num
-        self.can_pause = self.model.pause_id is not None or self.pause_arguments.pause_placement == "filler"
+
+    @property
+    def can_pause(self) -> bool:
+        """Whether the model has a token that pauses."""
+        try:
+            inference_pauses(self.model, replace(self.pause_arguments, num_inference_pauses=1))
+        except UserError:
+            return False
+        return True
 
     def write(
         self, prompt: str, pause_arguments: InferencePauseArguments, decoding: DecodingArguments

@@ -96,7 +96,7 @@ def launch(blocks: gr.Blocks, host: str, port: int) -> str:
         _, address, _ = blocks.launch(
             server_name=name, server_port=port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[],
             run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False, show_error=True,
-            theme=gr.themes.Default(font=FONTS, font_mono=("monospace",)),
+            theme=gr.themes.Default(font=FONTS, font_mono=("monospace",)).set(block_info_text_color="*neutral_500"),
         )  # fmt: skip
     except OSError as error:  # taken since it was looked at
         raise UserError(f"--host {host} --port {port}: {first_line(error)}; choose another") from None
