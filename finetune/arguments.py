@@ -23,6 +23,7 @@ class ModelArguments:
     model_name_or_path: str | None = arg(
         None,
         "hub name (skt/kogpt2-base-v2, skt/ko-gpt-trinity-1.2B-v0.5) or folder of a GPT-2; mrc and ict: of an encoder",
+        aliases=["--model"],
     )
     config_file: str | None = arg(
         None, "JSON of a model with random weights, e.g. models/kogpt2_config.json or models/transformer_config.json"

@@ -25,11 +25,12 @@ class DecodingArguments:
         at_least(0, self, "top_k", "no_repeat_ngram_size")
         check_seed(self.seed)
         require(
-            self.temperature == 0 or self.temperature >= 0.01,
-            f"--temperature {self.temperature}: must be 0, or 0.01 or more",
+            self.temperature == 0 or 0.01 <= self.temperature <= 100,  # beyond, 32 bit leave no probabilities
+            f"--temperature {self.temperature}: must be 0, or from 0.01 to 100",
         )
         require(0 < self.top_p <= 1, f"--top_p {self.top_p}: must be above 0 and at most 1")
-        require(self.repetition_penalty > 0, f"--repetition_penalty {self.repetition_penalty}: must be above 0")
+        penalty = self.repetition_penalty
+        require(0.01 <= penalty <= 100, f"--repetition_penalty {penalty}: must be from 0.01 to 100")
         require(
             self.num_beams == 1 or self.temperature == 0,
             f"--num_beams {self.num_beams}: beams look for the most likely text; give --temperature 0 too",

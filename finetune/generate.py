@@ -100,12 +100,16 @@ class Writer:
         if self.arguments.length:
             self.arguments.tail = min(self.arguments.tail, self.longest)
 
-    def write(self, prompt: str) -> list[str]:
-        """The texts after a prompt."""
+    def check(self, prompt: str) -> None:
+        """Refuse a prompt that is empty, or too long."""
         num_tokens, limit = len(self.generator.ids(prompt)), self.longest
         require(num_tokens > 0, "--prompt: empty; give at least a word")
         require(num_tokens <= limit, f"--prompt: {num_tokens} tokens; at most {limit} leave room for the answer")
-        prompts, settings = [prompt] * self.arguments.num_samples, self.decoding.settings()
+
+    def write(self, prompt: str, **more: Any) -> list[str]:
+        """The texts after a prompt. `more`: arguments of transformers' generate that are no settings, e.g. streamer."""
+        self.check(prompt)
+        prompts, settings = [prompt] * self.arguments.num_samples, self.decoding.settings() | more
         if self.arguments.length:
             length, tail = self.arguments.length, self.arguments.tail
             return write_long(self.generator, prompts, length, tail, self.arguments.batch_size, **settings)

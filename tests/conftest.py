@@ -30,20 +30,6 @@ def one_rank(monkeypatch):
 @pytest.fixture(scope="session")
 def paused_model(tmp_path_factory):
     """An exported model that pauses 3 times."""
-    import torch
+    from tests.helpers import ROOT, export_paused
 
-    from models.language_model import export, load
-    from tests.helpers import ROOT, SAMPLE_DATA
-
-    out = tmp_path_factory.mktemp("paused") / "model"
-    tokenizer = str(SAMPLE_DATA / "tokenizer")
-    model = load(
-        None, str(ROOT / "models/tiny_config.json"), tokenizer, pause_token="<unused0>", with_pauses=True, seed=1
-    )
-    with torch.no_grad():  # a random model that says something else after other prompts
-        for parameter in model.module.parameters():
-            parameter.mul_(4)
-    settings = {"token": "<unused0>", "token_id": model.pause_id, "placement": "append"}
-    settings |= {"num_pauses": 3, "num_inference_pauses": 3}
-    export(out, model, dict(model.module.named_parameters()), settings, "# card")
-    return str(out)
+    return export_paused(tmp_path_factory.mktemp("paused") / "model", ROOT / "models/tiny_config.json")

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from kozero.data.store import TokenStore
-from models.language_model import load_tokenizer
+from models.language_model import export, load, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_DATA = ROOT / "sample_data"
@@ -61,6 +61,18 @@ def toy_gpt2(num_layers: int = 2, vocab_size: int = 64, hidden: int = 32, positi
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return GPT2LMHeadModel(config)
+
+
+def export_paused(folder: Path, config: Path) -> str:
+    """Export a model with random weights and the sample tokenizer that pauses 3 times."""
+    model = load(None, str(config), str(SAMPLE_TOKENIZER), pause_token="<unused0>", with_pauses=True, seed=1)
+    with torch.no_grad():  # it says something else after other prompts
+        for parameter in model.module.parameters():
+            parameter.mul_(4)
+    settings = {"token": "<unused0>", "token_id": model.pause_id, "placement": "append"}
+    settings |= {"num_pauses": 3, "num_inference_pauses": 3}
+    export(folder, model, dict(model.module.named_parameters()), settings, "# card")
+    return str(folder)
 
 
 @cache

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from finetune import evaluate, generate, sentiment, train
+from finetune import demo, evaluate, generate, sentiment, train
 from kozero.config import parse_arguments
 from kozero.errors import UserError
 from kozero.plan import ModelShape
@@ -27,6 +27,7 @@ ARGUMENTS = {
     "finetune/train.py": train.ARGUMENTS,
     "finetune/evaluate.py": evaluate.ARGUMENTS,
     "finetune/generate.py": generate.ARGUMENTS,
+    "finetune/demo.py": demo.ARGUMENTS,
     "finetune/sentiment.py": sentiment.ARGUMENTS,
     "pretrain/train.py": (PretrainingArguments, CorpusArguments),
     "pretrain/train_zero_one.py": (ZeroArguments, CorpusArguments),

@@ -1,0 +1,366 @@
+"""finetune/demo.py: its texts against finetune/generate.py, its messages, who stops it, and the page in a browser."""
+
+import json
+import re
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import httpx
+import psutil
+import pytest
+import torch
+from gradio_client import Client
+
+from finetune import comparison as comparing
+from finetune import demo, generate
+from finetune.arguments import ModelArguments
+from finetune.comparison import Comparison, filled
+from finetune.decoding import DecodingArguments
+from finetune.paused import PausedGenerator
+from finetune.setup import load_model
+from kozero import distributed
+from kozero.errors import UserError
+from kozero.pause import InferencePauseArguments
+from tests.browser import CHROMIUM, Browser
+from tests.helpers import ROOT, export_paused
+
+SECONDS = 60  # that a server may take to start, or a page to answer, on a busy machine
+SHORT = DecodingArguments(max_new_tokens=8)
+LONG = DecodingArguments(max_new_tokens=8000, temperature=0)  # half a minute of a tiny model
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory):
+    """A paused model that writes for long."""
+    folder = tmp_path_factory.mktemp("long")
+    config = json.loads((ROOT / "models/tiny_config.json").read_text()) | {"n_positions": 8192}
+    (folder / "config.json").write_text(json.dumps(config))
+    return export_paused(folder / "model", folder / "config.json")
+
+
+def comparison_of(name: str, arguments: InferencePauseArguments | None = None) -> Comparison:
+    arguments = arguments or InferencePauseArguments()
+    distributed.setup()
+    model = load_model(ModelArguments(model_name_or_path=name), arguments, with_pauses=False, seed=0)
+    distributed.shutdown()
+    return Comparison(model, arguments)
+
+
+@pytest.fixture(scope="module")
+def comparison(paused_model):
+    return comparison_of(paused_model)
+
+
+@pytest.fixture(scope="module")
+def long_comparison(long_model):
+    return comparison_of(long_model)
+
+
+def asked(decoding: DecodingArguments, num: float | None = -1, **more: float | None) -> dict[str, float | None]:
+    """The numbers of the page."""
+    names = [name for row in demo.ROWS for name in row if name != demo.PAUSES]
+    return {demo.PAUSES: num} | {name: getattr(decoding, name) for name in names} | more
+
+
+def last(comparison, prompt, decoding, num=-1):
+    """What the page shows in the end."""
+    *_, found = demo.answers(comparison, SHORT, prompt, asked(decoding, num))
+    return found
+
+
+def is_idle(comparison, seconds=10.0):
+    """Whether its thread is free, or is soon."""
+    return comparison.thread.submit(lambda: True).result(seconds)
+
+
+# The texts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num", [-1, 5])
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        DecodingArguments(max_new_tokens=12, seed=7),
+        DecodingArguments(max_new_tokens=12, seed=7, top_k=0, top_p=0.8, temperature=1.5, repetition_penalty=1.3),
+        DecodingArguments(max_new_tokens=12, temperature=0, no_repeat_ngram_size=2),
+    ],
+    ids=["defaults", "all settings", "greedy"],
+)
+def test_both_texts_are_those_of_generate(comparison, paused_model, monkeypatch, capsys, decoding, num):
+    flags = [f"--{name}={value}" for name, value in asked(decoding).items() if name != demo.PAUSES]
+    wanted = []
+    for number in (0, num):
+        argv = ["generate.py", "--model", paused_model, "--prompt", "긍정", f"--num_inference_pauses={number}", *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        generate.main()
+        wanted.append(capsys.readouterr().out.removeprefix("긍정 ").removesuffix("\n"))
+    for _ in range(2):  # nothing is left of the first time
+        assert last(comparison, " 긍정\n", decoding, num) == (*wanted, demo.DONE)
+    assert wanted[0] != wanted[1] and all(wanted)
+
+
+def test_texts_grow_as_they_are_written(comparison, paused_model, monkeypatch):
+    """And end as those of PausedGenerator.generate."""
+    seen = []
+    put = comparing.Stream.put
+    monkeypatch.setattr(comparing, "REFRESH_SECONDS", 0.001)
+    monkeypatch.setattr(comparing.Stream, "put", lambda self, ids: (put(self, ids), time.sleep(0.02)))  # time to read
+    for plain, paused in comparison.write("긍정", InferencePauseArguments(), replace(SHORT, max_new_tokens=16)):
+        seen.append((plain, paused))
+    for k, number in enumerate((0, 3)):
+        distributed.seed_everything(SHORT.seed)
+        generator = PausedGenerator.from_pretrained(paused_model, num_pauses=number)
+        (wanted,) = generator.generate(["긍정"], **(SHORT.settings() | {"max_new_tokens": 16}))
+        texts = [texts[k] for texts in seen]
+        assert texts[-1] == wanted.strip() and all(wanted.strip().startswith(text) for text in texts)
+        assert len(set(texts)) > 5
+    plain = [plain for plain, paused in seen if paused]
+    assert len(set(plain)) == 1  # the second text begins when the first is there
+
+
+def test_without_pauses_there_is_one_text(comparison):
+    plain, paused, message = last(comparison, "긍정", SHORT, 0)
+    assert plain and not paused and message == demo.DONE
+
+
+def test_a_model_without_a_pause_token_writes_plainly(paused_model):
+    comparison = comparison_of(paused_model)
+    comparison.model.module.pause_id, comparison.model.pause_settings = None, {}
+    plain_model = Comparison(comparison.model, InferencePauseArguments())
+    assert not plain_model.can_pause and plain_model.num_pauses == 0
+    assert last(plain_model, "긍정", SHORT)[1:] == ("", demo.DONE)
+    assert "vocabulary has no pause token; use 0" in last(plain_model, "긍정", SHORT, 3)[2]
+    shown = json.dumps(demo.page(plain_model, SHORT, "model").get_config_file(), ensure_ascii=False)
+    assert demo.ONCE in shown and demo.TWICE not in shown
+
+
+def test_the_page_begins_with_what_the_command_line_says(paused_model):
+    comparison = comparison_of(paused_model, InferencePauseArguments(num_inference_pauses=4))
+    config = demo.page(comparison, replace(SHORT, top_k=11), "model").get_config_file()
+    values = {c["props"].get("label"): c["props"].get("value") for c in config["components"]}
+    assert (values["num_inference_pauses"], values["top_k"], values["max_new_tokens"]) == (4, 11, 8)
+
+
+# Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt, numbers, message",
+    [
+        (" \n", {}, "--prompt: empty; give at least a word"),
+        ("영화 " * 600, {}, "--prompt: .* tokens; at most 501 leave room for the answer"),  # of 512: 3 pauses, 8 new
+        ("긍정", {"max_new_tokens": 0}, "--max_new_tokens 0: must be 1 or more"),
+        ("긍정", {"max_new_tokens": 9999}, "--max_new_tokens 9999: the model has 512 positions"),
+        ("긍정", {"num_inference_pauses": 10**9}, "--max_new_tokens 8: the model has 512 positions, 1000000000 for"),
+        ("긍정", {"num_inference_pauses": -2}, "--num_inference_pauses -2: must be -1 or more"),
+        ("긍정", {"temperature": -1}, "--temperature -1.0: must be 0, or from 0.01 to 100"),
+        ("긍정", {"repetition_penalty": 1e-300}, "--repetition_penalty 1e-300: must be from 0.01 to 100"),
+        ("긍정", {"temperature": float("inf")}, "--temperature inf: must be 0, or from 0.01 to 100"),
+        ("긍정", {"top_k": 2.5}, "--top_k 2.5: must be a whole number"),
+        ("긍정", {"top_p": None}, "--top_p: is empty; give a number"),
+        ("긍정", {"seed": 1e30}, "--seed 10{3,}.*: must be from 0 to"),
+    ],
+)
+def test_a_mistake_is_one_line_on_the_page(comparison, prompt, numbers, message):
+    ((plain, paused, told),) = demo.answers(comparison, SHORT, prompt, asked(SHORT, **numbers))
+    assert re.match(f"⚠ {message}", told) and "\n" not in told and not plain + paused
+
+
+def test_an_error_of_pytorch_is_one_line_on_the_page(comparison, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("out of memory\nwith much to say about it")
+
+    monkeypatch.setattr(generate.Writer, "write", fail)
+    assert last(comparison, "긍정", SHORT) == ("", "", "⚠ OutOfMemoryError: out of memory")
+
+
+def test_a_text_that_ends_at_once_is_told(comparison, monkeypatch):
+    monkeypatch.setattr(generate.Writer, "write", lambda *_, **__: [""])
+    assert last(comparison, "긍정", SHORT) == ("", "", demo.NOTHING)
+
+
+def test_numbers_are_of_their_arguments_kind():
+    decoding = filled(SHORT, {"top_k": 3.0, "temperature": 1})
+    assert (decoding.top_k, type(decoding.top_k), decoding.max_new_tokens) == (3, int, 8)
+
+
+def test_a_port_that_is_taken_or_none_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {taken}: Address already in use; choose another"):
+            demo.checked_port("127.0.0.1", taken)
+    assert demo.checked_port("127.0.0.1", taken) == taken and demo.checked_port("127.0.0.1", 0) > 0
+    with pytest.raises(UserError, match=r"--host nowhere\.invalid --port 0: "):
+        demo.checked_port("nowhere.invalid", 0)
+    with pytest.raises(UserError, match="--port 65536: must be from 0 to 65535"):
+        demo.DemoArguments(port=65536)
+
+
+# Who stops it -----------------------------------------------------------------------------------------------------
+
+
+def test_writing_ends_with_its_reader(long_comparison, monkeypatch):
+    streams = []
+    start = comparing.Stream.__init__
+    monkeypatch.setattr(comparing.Stream, "__init__", lambda self: (start(self), streams.append(self))[0])
+    reading = demo.answers(long_comparison, SHORT, "긍정", asked(LONG))
+    assert [next(reading)[2] for _ in range(3)] == [demo.WRITING] * 3
+    reading.close()
+    assert is_idle(long_comparison)
+    (stream,) = streams  # the second text was never begun
+    assert stream.stopped.is_set() and len(stream.ids) < 4000
+
+
+@pytest.fixture(scope="module")
+def address(long_comparison):
+    """The page of the long model, served by this process."""
+    blocks = demo.page(long_comparison, SHORT, "model")
+    yield demo.launch(blocks, "127.0.0.1", demo.checked_port("127.0.0.1", 0))
+    blocks.close(verbose=False)
+
+
+def numbers_of(decoding, num=-1, **more):
+    return list(asked(decoding, num, **more).values())
+
+
+def test_an_address_of_ipv6_is_one(long_comparison):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        port = demo.checked_port("::1", 0)
+    except UserError:
+        pytest.skip("no IPv6 address here")
+    blocks = demo.page(long_comparison, SHORT, "model")
+    address = demo.launch(blocks, "::1", port)
+    assert address == f"http://[::1]:{port}/" and "KoZeRO" in httpx.get(address).text
+    blocks.close(verbose=False)
+
+
+def test_two_at_once_get_what_each_would_get_alone(address, long_comparison):
+    first, second = (Client(address, verbose=False, analytics_enabled=False) for _ in range(2))
+    asked_for = [replace(SHORT, max_new_tokens=30, seed=seed) for seed in (1, 2)]
+    jobs = [
+        client.submit("긍정", *numbers_of(decoding), api_name="/write")
+        for client, decoding in zip((first, second), asked_for, strict=True)
+    ]
+    found = [job.result(SECONDS) for job in jobs]
+    assert found == [last(long_comparison, "긍정", decoding) for decoding in asked_for] and found[0] != found[1]
+    message = first.predict("긍정", *numbers_of(SHORT, top_k=-1), api_name="/write")[2]
+    assert message == "⚠ --top_k -1: must be 0 or more"
+
+
+def test_a_reader_who_goes_away_stops_the_writing(address, long_comparison):
+    with httpx.Client(base_url=f"{address}gradio_api", timeout=SECONDS) as client:
+        number = next(d["id"] for d in client.get("/../config").json()["dependencies"] if d["api_name"] == "write")
+        data = ["긍정", *numbers_of(LONG)]
+        client.post("/queue/join", json={"data": data, "fn_index": number, "session_hash": "gone"}).raise_for_status()
+        with client.stream("GET", "/queue/data", params={"session_hash": "gone"}) as answer:
+            next(line for line in answer.iter_lines() if "process_generating" in line)
+    assert is_idle(long_comparison)
+
+
+def test_the_page_names_no_other_host(address):
+    """Its head has addresses for those who share links to a page, which a browser does not ask for."""
+    page = re.sub(r"<meta[^>]*>", "", httpx.get(address).text)
+    assert "KoZeRO" in page and set(re.findall(r"https?://([\w.-]+)", page)) <= {"127.0.0.1"}
+
+
+# As a person runs it ----------------------------------------------------------------------------------------------
+
+
+class Server:
+    """finetune/demo.py in a process of its own."""
+
+    def __init__(self, command):
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+        assert select.select([self.process.stdout], [], [], SECONDS)[0], "nothing was said"
+        self.said = self.process.stdout.readline()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+    @property
+    def address(self):
+        return re.match(r"(http://127\.0\.0\.1:\d+/)  \(Ctrl-C ends\)\n", self.said)[1]
+
+    def is_idle(self, seconds=10.0):
+        """Whether the process soon uses little of a processor."""
+        end, process = time.monotonic() + seconds, psutil.Process(self.process.pid)
+        while time.monotonic() < end:
+            before = sum(process.cpu_times()[:2])
+            time.sleep(0.5)
+            if sum(process.cpu_times()[:2]) - before < 0.1:
+                return True
+        return False
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_serves_until_ctrl_c(paused_model):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = shlex.split(re.search(r"^python (finetune/demo\.py .*)$", text, re.MULTILINE)[1], comments=True)
+    command[command.index("runs/run/model")] = paused_model
+    with Server([sys.executable, *command, "--port", "0"]) as server:
+        assert httpx.get(server.address).status_code == 200
+        port = server.address.rstrip("/").rpartition(":")[2]
+        taken = subprocess.run(
+            [sys.executable, *command, "--port", port], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
+        )
+        assert taken.returncode == 2 and taken.stderr.startswith(f"error: --host 127.0.0.1 --port {port}: Address al")
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.communicate(timeout=SECONDS) == ("", "interrupted\n")
+        assert server.process.returncode == 130
+
+
+MESSAGE = "document.querySelector('#message textarea, #message input').value"
+
+
+def shown(browser):
+    return browser.evaluate(
+        "['plain', 'paused'].map(id => document.querySelector(`#${id} textarea`).value)"
+        f".concat({MESSAGE})"
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_in_a_browser(long_model, long_comparison, tmp_path):
+    command = [sys.executable, "finetune/demo.py", "--model", long_model, "--port", "0", "--max_new_tokens", "20"]
+    with Server(command) as server, Browser(tmp_path, SECONDS) as browser:
+        page = browser.open(server.address)
+        browser.fill("#prompt textarea", "긍정")
+        browser.click("#go")
+        browser.wait(f"{MESSAGE} === {demo.DONE!r}")
+        found = shown(browser)
+        assert tuple(found) == last(long_comparison, "긍정", DecodingArguments(max_new_tokens=20)) and all(found)
+
+        browser.fill("#temperature input", "-3")
+        browser.click("#go")
+        browser.wait(f"{MESSAGE}.includes('--temperature -3.0: must be 0')")
+
+        browser.fill("#temperature input", "0")
+        browser.fill("#max_new_tokens input", "8000")
+        browser.click("#go")
+        browser.wait("document.querySelector('#plain textarea').value.length > 300")
+        browser.click("#cancel")
+        browser.wait(f"{MESSAGE} === {demo.STOPPED!r}")
+        assert server.is_idle() and browser.evaluate(MESSAGE) == demo.STOPPED
+
+        browser.click("#go")
+        browser.wait(f"{MESSAGE} === {demo.WRITING!r}")
+        browser.close(page)
+        assert server.is_idle()
+        hosts = {address.split("/")[2] for address in browser.requests if address.startswith("http")}
+        assert hosts == {server.address.split("/")[2]}
