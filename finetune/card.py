@@ -7,7 +7,8 @@ LICENSES = {"skt/kogpt2-base-v2": "cc-by-nc-sa-4.0", "skt/ko-gpt-trinity-1.2B-v0
 
 def model_card(task: str, run: dict, data: tuple[str, str], scores: dict[str, float], step: int, pause: dict) -> str:
     """The card of a language model."""
-    paused = f"{pause['num_pauses']} x `{pause['token']}`, {pause['placement']}" if pause else "none"
+    token = pause.get("token", ".")  # full stops that pause are no token of their own
+    paused = f"{pause['num_pauses']} x `{token}`, {pause['placement']}" if pause else "none"
     use = (
         "A model with pauses wants them in its prompt; `config.json` says which, where and how many under `pause`, and "
         "`PausedGenerator.from_pretrained` of KoZeRO's finetune/paused.py puts them there."

@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def gradient_share(self) -> float:
-        """What stays of a gradient that a backward pass has made, where its place is not there before (see `gradients_before`)."""
+        """What stays of a gradient that backward has made, where it has no place yet (see `gradients_before`)."""
         if self.gradients_before() or (self.zero and self.zero.offload_optimizer):
             return 0.0
         return 1 / self.world_size if self.stage == 2 else 1.0

@@ -117,7 +117,7 @@ class Planner:
         return found.peak <= self.machine.room and found.host * candidate.ranks <= host
 
     def largest(self, candidate: Candidate) -> int:
-        """Rows of the largest micro batch that fits and is not more than an update needs; a power of two, 0 for none."""
+        """Rows of the largest micro batch that fits and that an update can fill; a power of two, 0 for none."""
         most = max(1, self.machine.global_batch // candidate.ranks)
         sizes = [2**k for k in range(most.bit_length())]
         low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not

@@ -80,13 +80,17 @@ def test_a_run_leaves_a_scored_model_its_curves_and_what_it_was_told(monkeypatch
     assert "Pauses: 3 x `<unused0>`" in (out / "model/README.md").read_text()
 
 
-def test_evaluation_of_the_exported_folder_gives_the_score_of_the_run(monkeypatch, config, tmp_path):
+@pytest.mark.parametrize("placement", ["append", "filler"])
+def test_evaluation_of_the_exported_folder_gives_the_score_of_the_run(monkeypatch, config, tmp_path, placement):
     out = tmp_path / "run"
-    run(monkeypatch, config, out, "--num_pauses", 2)
+    run(monkeypatch, config, out, "--num_pauses", 2, "--pause_placement", placement)
     model = ("--model_name_or_path", out / "model", "--cache_dir", tmp_path / "cache")
     call(monkeypatch, evaluate.main, *model, "--max_eval_samples", 6, "--output_file", tmp_path / "e.json")
     found = json.loads((tmp_path / "e.json").read_text())
     assert found["num_pauses"] == 2
+    assert f"Pauses: 2 x `{'.' if placement == 'filler' else '<unused0>'}`, {placement}" in (
+        out / "model/README.md"
+    ).read_text(encoding="utf-8")
     assert found["scores"] == pytest.approx(json.loads((out / "scores.json").read_text())["scores"])
     assert len((tmp_path / "e.predictions.jsonl").read_text().splitlines()) == 6
 
