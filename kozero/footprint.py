@@ -68,10 +68,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one rank at its peak, by what they are, and those that lie in the memory of the machine instead."""
+    """Bytes of one rank at its peak, by what they are; those that lie in the memory of the machine instead; and frozen
+    weights that rank 0 alone keeps there as they came in, for the export."""
 
     device: dict[str, float]
     host: float
+    kept: float
 
     @property
     def peak(self) -> float:
@@ -88,8 +90,8 @@ def footprint(setting: Setting, step: Traced) -> Footprint:
     weights = setting.width * setting.total / (setting.world_size if setting.stage == 3 else 1)
     states = (12 if setting.stage else 8) * setting.own  # DeepSpeed keeps 32-bit weights of its own, in fp32 too
     before = setting.gradients_before()
-    # rank 0 keeps frozen weights as they came in, for the export: see kozero.engines.deepspeed
-    host = 4.0 * (setting.total - setting.trainable) if setting.width == 2 else 0.0
+    kept = 4.0 * (setting.total - setting.trainable) if setting.width == 2 else 0.0
+    host = 0.0
     if zero and zero.offload_param:
         weights, host = 0.0, host + weights
     if zero and zero.offload_optimizer:
@@ -99,7 +101,7 @@ def footprint(setting: Setting, step: Traced) -> Footprint:
         "activations": step.activations, "logits": step.logits, "buffers": buffers(setting, step.logits),
     }  # fmt: skip
     update = {"weights": weights, "optimizer": states, "gradients": update_gradients(setting)}
-    return Footprint(max(backward, update, key=lambda parts: sum(parts.values())), host)
+    return Footprint(max(backward, update, key=lambda parts: sum(parts.values())), host, kept)
 
 
 def offloaded_gradients(setting: Setting) -> float:

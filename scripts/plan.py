@@ -10,7 +10,7 @@ by a pass over tensors without data, the rest by formula.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import GPT2Config
@@ -34,9 +34,12 @@ SHAPES = {  # of the published models, so that a plan needs no download
     "skt/kogpt2-base-v2": "kogpt2_config.json",
     "skt/ko-gpt-trinity-1.2B-v0.5": "ko_gpt_trinity_config.json",
 }
-STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")  # in ds_configs/, fastest first
+SHARDED, OFFLOADED = ("zero0", "zero1", "zero2", "zero3"), ("zero2_offload", "zero3_offload")  # in ds_configs/
+WAYS = [  # the fastest first: traffic costs less than computing twice, and that less than the way to the CPU and back
+    *((name, False) for name in SHARDED), *((name, True) for name in SHARDED),
+    *((name, checkpointing) for name in OFFLOADED for checkpointing in (False, True)),
+]  # fmt: skip
 ENOUGH_TOKENS = 1024  # of a micro batch: with fewer a GPU waits for launches rather than computes
-MOST_ROWS = 4096
 GIB = 2**30
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 
@@ -49,14 +52,13 @@ class PlanArguments:
     device_gib: float = arg(16.0, "memory of a GPU in GiB; with --device cpu: a rank's share of the machine's")
     reserve_gib: float = arg(1.0, "GiB of it that stay free for CUDA's context, libraries and fragments")
     host_gib: float = arg(0.0, "memory of the machine in GiB, where offloaded states lie; 0: whatever it takes")
-    global_batch: int = arg(32, "rows of one optimizer update over all ranks, for the proposal")
+    global_batch: int = arg(0, "rows of one optimizer update over all ranks; 0: as many as the arguments make up")
     predicted: float = arg(1.0, "share of the tokens that are predicted: 1 for essays, that of the answers else")
     device: str = arg("gpu", "what computes", choices=["gpu", "cpu"])
     output_file: str | None = arg(None, "JSON of all that is printed")
 
     def __post_init__(self) -> None:
-        at_least(0, self, "reserve_gib", "host_gib")
-        at_least(1, self, "global_batch")
+        at_least(0, self, "reserve_gib", "host_gib", "global_batch")
         require(self.device_gib > self.reserve_gib, f"--device_gib {self.device_gib}: not above --reserve_gib")
         require(0 < self.predicted <= 1, f"--predicted {self.predicted}: must be above 0 and at most 1")
         numbers = self.ranks.split(",")
@@ -96,10 +98,11 @@ class Candidate:
 
 @dataclass
 class Planner:
-    """Footprints of one model on one machine."""
+    """Footprints of one model on one machine. `global_batch`: rows of an update."""
 
     model: PlannedModel
     machine: PlanArguments
+    global_batch: int
 
     def footprint(self, candidate: Candidate, micro: int, accumulation: int) -> Footprint:
         """Bytes of a rank."""
@@ -108,17 +111,17 @@ class Planner:
 
     def accumulation(self, micro: int, ranks: int) -> int:
         """Micro batches that make up the rows of an update, or a few more."""
-        return math.ceil(self.machine.global_batch / (micro * ranks))
+        return math.ceil(self.global_batch / (micro * ranks))
 
     def fits(self, candidate: Candidate, micro: int, accumulation: int) -> bool:
         """Whether there is room on the device and, all ranks together, in the machine."""
         found = self.footprint(candidate, micro, accumulation)
         host = self.machine.host_gib * GIB or math.inf
-        return found.peak <= self.machine.room and found.host * candidate.ranks <= host
+        return found.peak <= self.machine.room and in_machine(found, candidate) <= host
 
     def largest(self, candidate: Candidate) -> int:
         """Rows of the largest micro batch that fits and that an update can fill; a power of two, 0 for none."""
-        most = max(1, self.machine.global_batch // candidate.ranks)
+        most = max(1, self.global_batch // candidate.ranks)
         sizes = [2**k for k in range(most.bit_length())]
         low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
         while low < high:
@@ -142,7 +145,6 @@ def main() -> None:
     planned = PlannedModel(
         config, freezing.freeze, pauses.needs_token, training.dtype, length, machine.predicted, machine.device == "gpu"
     )
-    planner = Planner(planned, machine)
     counts = planned.counts()
     print(
         f"{config.n_layer} layers of {config.n_embd}: {counts['total']:,} parameters, {counts['trainable']:,} train; "
@@ -150,7 +152,8 @@ def main() -> None:
     )
     told = []
     for ranks in map(int, machine.ranks.split(",")):
-        told += list(plan(planner, training, ranks))
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks
+        told += list(plan(Planner(planned, machine, machine.global_batch or rows), training, ranks))
     if machine.output_file:
         write_text(Path(machine.output_file), json.dumps({"machine": asdict(machine), "rows": told}, indent=2))
 
@@ -173,58 +176,59 @@ def plan(planner: Planner, training: FinetuningArguments, ranks: int) -> Iterato
     print(f"\n{ranks} x {machine.device_gib:g} GiB, {machine.reserve_gib:g} of them kept free. GiB of a rank:\n")
     header = ("setting", "micro", *PARTS, "peak", "host", "by the paper", "largest micro")
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
-    candidates = [Candidate(str(ROOT / f"ds_configs/{name}.json"), ranks, False) for name in STAGES]
-    told = Candidate(training.deepspeed_config or candidates[0].path, ranks, training.gradient_checkpointing)
-    ways = {candidate: None for plain in candidates for candidate in (plain, replace(plain, checkpointing=True))}
-    ways = dict.fromkeys(w for w in ways if (w.name, w.checkpointing) != (told.name, told.checkpointing))
-    best = None
-    for candidate in (told, *ways):
-        largest = planner.largest(candidate)
-        rows = micro if candidate is told else max(1, largest)
-        steps = training.gradient_accumulation_steps if candidate is told else planner.accumulation(rows, ranks)
-        found = planner.footprint(candidate, rows, steps)
-        row = line(planner, candidate, rows, found, largest)
+    ways = [Candidate(str(ROOT / f"ds_configs/{name}.json"), ranks, again) for name, again in WAYS]
+    path = str(Path(training.deepspeed_config or ROOT / "ds_configs/zero0.json").resolve())
+    told = Candidate(path, ranks, training.gradient_checkpointing)
+    fits = planner.fits(told, micro, training.gradient_accumulation_steps)
+    if told not in ways:
+        ways.insert(0, told)
+    largest = {}
+    for way in dict.fromkeys((told, *ways)):
+        largest[way] = planner.largest(way)
+        rows = micro if way == told else max(1, largest[way])
+        steps = training.gradient_accumulation_steps if way == told else planner.accumulation(rows, ranks)
+        row = line(planner, way, rows, planner.footprint(way, rows, steps), largest[way])
         print(f"| {' | '.join(row)} |", flush=True)
-        if candidate is told:
-            told_fits = planner.fits(told, micro, steps)
-        best = better(best, (candidate, largest), planner.model.length)
         yield dict(zip(header, row, strict=True)) | {"ranks": ranks}
-    print("\n" + verdict(planner, told, told_fits, best))
+    print(f"\nas told ({told.name}): {'fits' if fits else 'does not fit'}")
+    print(proposal(planner, best(ways, largest, planner.model.length)))
 
 
 def line(planner: Planner, candidate: Candidate, micro: int, found: Footprint, largest: int) -> list[str]:
     """One row of the table."""
     counts, (stage, _) = planner.model.counts(), candidate.zero()
     states = state_bytes(counts["total"], counts["trainable"], stage, candidate.ranks, planner.model.dtype)
-    sizes = [*(found.device.get(part, 0.0) for part in PARTS), found.peak, found.host, states]
+    sizes = [*(found.device.get(part, 0.0) for part in PARTS), found.peak, in_machine(found, candidate), states]
     return [candidate.name, str(micro), *(f"{size / GIB:.2f}" for size in sizes), str(largest) if largest else "none"]
 
 
-def better(best: tuple[Candidate, int] | None, new: tuple[Candidate, int], length: int) -> tuple[Candidate, int] | None:
-    """The first way whose micro batch keeps a GPU busy, else the one with the largest."""
-    if new[1] == 0:
-        return best
-    if best is None:
-        return new
-    busy = [way[1] * length >= ENOUGH_TOKENS for way in (best, new)]
-    return best if busy[0] or (not busy[1] and best[1] >= new[1]) else new
+def best(ways: list[Candidate], largest: dict[Candidate, int], length: int) -> tuple[Candidate, int] | None:
+    """The first way whose micro batch keeps a GPU busy, else the one with the largest; with its rows."""
+    fitting = [(way, largest[way]) for way in ways if largest[way]]
+    busy = [found for found in fitting if found[1] * length >= ENOUGH_TOKENS]
+    return busy[0] if busy else max(fitting, key=lambda found: found[1], default=None)
 
 
-def verdict(planner: Planner, told: Candidate, told_fits: bool, best: tuple[Candidate, int] | None) -> str:
-    """What to do."""
-    first = f"as told ({told.name}): {'fits' if told_fits else 'does not fit'}"
-    if best is None:
+def in_machine(found: Footprint, candidate: Candidate) -> float:
+    """Bytes of the machine's memory, all ranks on one."""
+    return found.host * candidate.ranks + found.kept
+
+
+def proposal(planner: Planner, chosen: tuple[Candidate, int] | None) -> str:
+    """What to do, as flags."""
+    if chosen is None:
         return (
-            f"{first}; no setting fits. Shorter rows (--max_seq_length), more frozen layers (--freeze wte,wpe,h.0-"
+            "no setting fits: shorter rows (--max_seq_length), more frozen layers (--freeze wte,wpe,h.0-"
             f"{planner.model.config.n_layer * 3 // 4}), 16 bit (--bf16, --fp16) or more GPUs"
         )
-    candidate, micro = best
-    steps = planner.accumulation(micro, candidate.ranks)
-    found = planner.footprint(candidate, micro, steps)
-    flags = f"--deepspeed_config {short(candidate.path)} --per_device_train_batch_size {micro}"
-    flags += f" --gradient_accumulation_steps {steps}" + " --gradient_checkpointing" * candidate.checkpointing
-    beside = f", and {found.host * candidate.ranks / GIB:.1f} GiB of the machine's memory" if found.host else ""
-    return f"{first}\nproposed: {flags}\n          {found.peak / GIB:.1f} GiB of each GPU{beside}"
+    way, micro = chosen
+    steps = planner.accumulation(micro, way.ranks)
+    found = planner.footprint(way, micro, steps)
+    flags = f"--deepspeed_config {short(way.path)} --per_device_train_batch_size {micro}"
+    flags += f" --gradient_accumulation_steps {steps}" + " --gradient_checkpointing" * way.checkpointing
+    host = in_machine(found, way) / GIB
+    beside = f", and {host:.1f} GiB of the machine's memory" if host else ""
+    return f"proposed: {flags}\n          {found.peak / GIB:.1f} GiB of each GPU{beside}"
 
 
 def short(path: str) -> str:
