@@ -89,6 +89,7 @@ def end_silently(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the system sends another one when the starter has gone
         if os.environ["LOCAL_RANK"] != "0":
             time.sleep(GRACE_SECONDS)
         sys.stdout.flush()

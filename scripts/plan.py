@@ -71,6 +71,9 @@ class PlanArguments:
         return (self.device_gib - self.reserve_gib) * GIB
 
 
+ARGUMENTS = (FinetuningArguments, ModelArguments, DataArguments, PauseArguments, FreezeArguments, PlanArguments)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A way to spread a run: its DeepSpeed JSON, the number of ranks, and whether activations are made anew."""
@@ -136,9 +139,8 @@ class Planner:
 def main() -> None:
     """What was told, then every way there is, then the one to take."""
     training, model, data, pauses, freezing, machine = parse_arguments(
-        FinetuningArguments, ModelArguments, DataArguments, PauseArguments, FreezeArguments, PlanArguments,
-        prog="scripts/plan.py", description="Predict the memory of a fine-tuning run and propose a setting.",
-    )  # fmt: skip
+        *ARGUMENTS, prog="scripts/plan.py", description="Predict the memory of a fine-tuning run, propose a setting."
+    )
     require(data.task in TASKS, f"--task {data.task}: plans are for GPT-2 models: {', '.join(TASKS)}")
     config = shape(model)
     length = row_capacity(data.max_seq_length, TASKS[data.task].max_seq_length, config.n_positions)

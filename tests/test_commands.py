@@ -17,6 +17,7 @@ from kozero.config import parse_arguments
 from kozero.errors import UserError
 from kozero.plan import ModelShape
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
+from scripts import plan
 from scripts.select_topic import SelectionArguments
 from scripts.train_tokenizer import TokenizerArguments
 from tests.helpers import gpt2_configs
@@ -34,6 +35,7 @@ ARGUMENTS = {
     "pretrain/train_zero_two.py": (ZeroArguments, CorpusArguments, ShardingArguments),
     "scripts/train_tokenizer.py": (TokenizerArguments,),
     "scripts/select_topic.py": (SelectionArguments,),
+    "scripts/plan.py": plan.ARGUMENTS,
 }  # fmt: skip
 DS_CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
 SHORT = "--max_steps 2 --max_eval_samples 4 --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
@@ -156,6 +158,33 @@ def test_readme_commands_of_pre_training_run_one_after_the_other(tmp_path):
         assert (tmp_path / "runs" / name).exists()
     assert (tmp_path / "runs/reader/predictions.json").exists()
     assert "BM25" in (tmp_path / "runs/vectors/retrieval.md").read_text(encoding="utf-8")
+
+
+TRINITY = sorted((ROOT / "finetune/recipes").glob("trinity_*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", TRINITY, ids=lambda path: path.stem)
+def test_a_recipe_trains_a_narrow_model_of_as_many_layers(recipe, tmp_path):
+    """Its sharding, precision, frozen layers and checkpoints of activations; the weights of 1.2B have no room here."""
+    values = json.loads((ROOT / "models/tiny_config.json").read_text()) | {"n_layer": 24, "n_embd": 32, "n_head": 2}
+    (tmp_path / "model.json").write_text(json.dumps(values | {"n_inner": 64}))
+    told = json.loads(recipe.read_text())
+    del told["model_name_or_path"]
+    short = {"config_file": f"{tmp_path}/model.json", "max_steps": 2, "max_seq_length": 64, "max_eval_samples": 2}
+    (tmp_path / "recipe.json").write_text(json.dumps(told | short | {"cache_dir": f"{tmp_path}/cache"}))
+    done = shell(f"python finetune/train.py {tmp_path}/recipe.json --logging_steps 1 --output_dir {tmp_path}/run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(tmp_path / "run")) == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands("README.md") if "scripts/plan.py" in c])
+def test_readme_commands_of_plans_propose_something(command):
+    done = shell(command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("proposed: --deepspeed_config ds_configs/") == done.stdout.count("| setting |")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from kozero.errors import UserError
 from tests.ranks import run_ranks
 from tests.toys import RATES, SHAPE, arguments, deal, engine_for, steps, toy
 
+pytestmark = pytest.mark.slow
 FREEZE = "h.0,wte"
 SAVED = ("plain", "zero1", "zero2", "zero3")
 SHAPES = {1: (2, 4), 2: (2, 2)}  # micro batch and accumulation by number of ranks: 8 rows either way

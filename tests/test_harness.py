@@ -45,7 +45,7 @@ def ours(monkeypatch, folder, *told: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     "placement, num, tasks",
     [
-        ("append", 3, ["nsmc", "klue_nli", "korquad"]), ("prepend", 2, ["nsmc"]),
+        pytest.param("append", 3, ["nsmc", "klue_nli", "korquad"], marks=pytest.mark.slow), ("prepend", 2, ["nsmc"]),
         ("sentence", 2, ["klue_nli"]), ("append", 0, ["klue_nli"]),
     ],
 )  # fmt: skip

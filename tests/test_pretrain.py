@@ -109,7 +109,7 @@ def test_recomputed_activations_change_nothing(monkeypatch, tmp_path, model):
     assert calls
 
 
-@pytest.mark.parametrize("task", ["mlm_sop", "mlm_ict"])
+@pytest.mark.parametrize("task", ["mlm_sop", pytest.param("mlm_ict", marks=pytest.mark.slow)])
 def test_held_out_scores_do_not_depend_on_the_batch(monkeypatch, tmp_path, task):
     """Each row counts once, beside the same others, however many are trained on at once."""
     last = []
