@@ -3,7 +3,6 @@
 import gc
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from kozero import distributed
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batch import Batch
 from kozero.engines import build_engine, prepare_engine
-
-STEPS = 2
+from kozero.engines.base import Engine
 
 
 @dataclass(frozen=True)
@@ -29,48 +27,74 @@ class Case:
     micro: int = 8
     freeze: str | None = None
     checkpointing: bool = False
+    scale: int = 1  # of width, vocabulary and length; on a GPU its libraries' workspaces have to be small beside it
 
     def model(self) -> PlannedModel:
         """Weights, activations and logits of about the same size."""
         config = GPT2Config(
-            n_layer=4, n_embd=192, n_head=4, vocab_size=2048, n_positions=64, bos_token_id=1, eos_token_id=1,
-            activation_function="gelu_pytorch_tanh", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.0, pad_token_id=None,
+            n_layer=4, n_embd=192 * self.scale, n_head=4, vocab_size=2048 * self.scale, n_positions=self.length,
+            resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh",
+            bos_token_id=1, eos_token_id=1, pad_token_id=None,
         )  # fmt: skip
-        return PlannedModel(config, self.freeze, False, self.dtype, length=64, on_gpu=False)
+        on_gpu = torch.cuda.is_available()
+        return PlannedModel(config, self.freeze, False, self.dtype, length=self.length, on_gpu=on_gpu)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return 64 * self.scale
 
 
-def peaks(cases: list[Case], folder: str) -> list[int]:
+def peaks(cases: list[Case]) -> list[int]:
     """Bytes that are alive at the peak of a step which is not the first. Runs on every rank."""
-    return [peak(case, Path(folder)) for case in cases]
+    return [peak(case) for case in cases]
 
 
-def peak(case: Case, folder: Path) -> int:
+def peak(case: Case) -> int:
     """One case, from the weights on."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        engine = built(case)
+        step(engine, case)
+        torch.cuda.reset_peak_memory_stats()
+        step(engine, case)
+        engine.close()
+        return torch.cuda.max_memory_allocated()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        module = case.model().module(checkpointing=case.checkpointing)
-        told = TrainingArguments(
-            deepspeed_config=case.json,
-            per_device_train_batch_size=case.micro,
-            gradient_accumulation_steps=case.accumulation,
-            bf16=case.dtype == "bf16",
-        )
-        sizes = BatchSizes(case.micro, case.accumulation, distributed.world_size())
-        engine = build_engine(module, told, prepare_engine(told, sizes))
-        for _ in range(STEPS):
-            begin = time.time_ns()
-            engine.train_step([batch(case) for _ in range(case.accumulation)], 1e-4)
+        engine = built(case)
+        step(engine, case)
+        begin = time.time_ns()
+        step(engine, case)
     engine.close()
     return most(allocations(profiler), begin)
 
 
+def built(case: Case) -> Engine:
+    """The engine of a case."""
+    module = case.model().module(checkpointing=case.checkpointing)
+    told = TrainingArguments(
+        deepspeed_config=case.json,
+        per_device_train_batch_size=case.micro,
+        gradient_accumulation_steps=case.accumulation,
+        bf16=case.dtype == "bf16",
+    )
+    sizes = BatchSizes(case.micro, case.accumulation, distributed.world_size())
+    return build_engine(module, told, prepare_engine(told, sizes))
+
+
+def step(engine: Engine, case: Case) -> None:
+    """One update."""
+    engine.train_step([batch(case) for _ in range(case.accumulation)], 1e-4)
+
+
 def batch(case: Case) -> Batch:
     """Rows of two texts each, every token predicted."""
-    ids = torch.randint(1, 2048, (case.micro, 64))
+    ids = torch.randint(1, 2048, (case.micro, case.length))
     places = torch.arange(ids.numel())
     inputs = {
         "input_ids": ids,
-        "position_ids": torch.arange(32).repeat(case.micro, 2),
+        "position_ids": torch.arange(case.length // 2).repeat(case.micro, 2),
         "target_index": places,
         "target_ids": ids.flatten(),
     }
