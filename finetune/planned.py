@@ -1,7 +1,7 @@
 """A GPT-2 as it would train, without its memory: what a rank will hold, and the largest micro batch that fits."""
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from models.language_model import checkpoint_activations
 HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PlannedModel:
     """What decides the memory of a step, whatever the sharding.
 
@@ -35,9 +35,7 @@ class PlannedModel:
     length: int
     predicted: float = 1.0
     on_gpu: bool = True
-
-    def __hash__(self) -> int:
-        return id(self)
+    known: dict[tuple, Traced] = field(default_factory=dict, init=False)  # a trace takes about a second
 
     def module(self, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> CausalLM:
         """The module on whatever device is current."""
@@ -53,7 +51,7 @@ class PlannedModel:
             checkpoint_activations(lm)
         return module
 
-    @lru_cache  # noqa: B019  a handful of models a process
+    @cached_property
     def counts(self) -> dict[str, int]:
         """Parameters: see Setting."""
         with torch.device("meta"):
@@ -65,9 +63,15 @@ class PlannedModel:
         largest = max(p.numel() for p in module.parameters())
         return found | {"crossed": found["total"] - below, "largest": largest}
 
-    @lru_cache  # noqa: B019
     def traced(self, micro: int, cast: bool, share: float, checkpointing: bool) -> Traced:
         """One micro batch. cast: the weights are in 16 bit, as under DeepSpeed; else autocast computes in it."""
+        key = (micro, cast, share, checkpointing)
+        if key not in self.known:
+            self.known[key] = self.trace(*key)
+        return self.known[key]
+
+    def trace(self, micro: int, cast: bool, share: float, checkpointing: bool) -> Traced:
+        """See `traced`."""
         half = HALF[self.dtype]
         rows = (micro, self.length)
         places = max(1, int(micro * self.length * self.predicted))
@@ -86,7 +90,7 @@ class PlannedModel:
     ) -> Footprint:
         """What a rank holds at its peak. zero: see Setting."""
         setting = Setting(
-            **self.counts(), stage=stage, world_size=world_size, dtype=self.dtype, accumulation=accumulation, zero=zero
+            **self.counts, stage=stage, world_size=world_size, dtype=self.dtype, accumulation=accumulation, zero=zero
         )
         return footprint(setting, self.traced(micro, stage > 0, setting.gradient_share, checkpointing))
 

@@ -147,7 +147,7 @@ def main() -> None:
     planned = PlannedModel(
         config, freezing.freeze, pauses.needs_token, training.dtype, length, machine.predicted, machine.device == "gpu"
     )
-    counts = planned.counts()
+    counts = planned.counts
     print(
         f"{config.n_layer} layers of {config.n_embd}: {counts['total']:,} parameters, {counts['trainable']:,} train; "
         f"{training.dtype}, rows of {length:,} tokens"
@@ -198,7 +198,7 @@ def plan(planner: Planner, training: FinetuningArguments, ranks: int) -> Iterato
 
 def line(planner: Planner, candidate: Candidate, micro: int, found: Footprint, largest: int) -> list[str]:
     """One row of the table."""
-    counts, (stage, _) = planner.model.counts(), candidate.zero()
+    counts, (stage, _) = planner.model.counts, candidate.zero()
     states = state_bytes(counts["total"], counts["trainable"], stage, candidate.ranks, planner.model.dtype)
     sizes = [*(found.device.get(part, 0.0) for part in PARTS), found.peak, in_machine(found, candidate), states]
     return [candidate.name, str(micro), *(f"{size / GIB:.2f}" for size in sizes), str(largest) if largest else "none"]

@@ -167,7 +167,7 @@ def test_a_table_for_each_number_of_ranks_and_its_file(monkeypatch, capsys, tmp_
 @pytest.mark.parametrize("stem", [path.stem for path in gpt2_configs()])
 def test_every_shipped_model_can_be_planned(stem):
     model = PlannedModel(read_config(ROOT / f"models/{stem}.json"), None, True, "bf16", 64)
-    assert model.footprint(1, 1, 1, 0, None, False).peak > 16 * model.counts()["total"]
+    assert model.footprint(1, 1, 1, 0, None, False).peak > 16 * model.counts["total"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
