@@ -5,13 +5,17 @@ output_dir/checkpoints/latest         name of the newest
 output_dir/checkpoints/best           name of the one with the best score
 """
 
+import copy
 import json
 import random
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +23,14 @@ from safetensors import SafetensorError
 
 from kozero import distributed
 from kozero.engines.base import Engine
-from kozero.errors import UserError, first_line
+from kozero.errors import SaveFailed, UserError, first_line
+from kozero.files import fingerprint, on_host, sha256, sync_folder, write_file
 from kozero.folder import write_text
 
 # What libraries raise when a file of theirs is not what it should be.
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, SafetensorError, UnpicklingError)
+# The same of what cannot be written: each has its own way to say that a disk is full.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 STATE = "state.json"  # written last: a folder without it is not a checkpoint
 NAME = re.compile(r"step-\d{6,}")
 
@@ -42,47 +49,161 @@ class RunState:
     evaluations_since_best: int = 0
 
 
+def saved_run(folder: Path) -> dict:
+    """What `Checkpoints.save` was told of the run that wrote a whole checkpoint."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))["run"]
+
+
+def too_little_room(folder: Path, checkpoints: list[Path]) -> str | None:
+    """What to say when the disk has less room than the newest of some checkpoints takes, None when there is enough."""
+    needed = sum(file_sizes(checkpoints[-1]).values()) if checkpoints else 0
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return None
+    return (
+        f"{folder}: {free / 2**20:,.0f} MiB are free and the checkpoint before took {needed / 2**20:,.0f}; make room "
+        "and go on with --resume auto"
+    )
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint but its state, by its path in the folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STATE)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def damage(folder: Path) -> str | None:
+    """What keeps a folder from being a whole checkpoint, by the sizes of its files; None when nothing does."""
+    try:
+        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        check_types(RunState(**saved["state"]))
+        saved["run"].get("")
+        expected = {name: file["bytes"] for name, file in saved["files"].items()}
+    except FileNotFoundError:
+        return f"not a whole checkpoint (no {STATE} in it)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE} is damaged ({type(error).__name__}: {error})"
+    found = file_sizes(folder)
+    for name, size in expected.items():
+        if found.get(name) != size:
+            return f"{name} is damaged: {found.get(name, 'no')} bytes, {size} were written"
+    return None
+
+
+def content_damage(folder: Path) -> str | None:
+    """The same by the content of the files. Collective: every rank reads a part of them, at about 1.5 GB/s."""
+    if found := distributed.broadcast(damage(folder)):
+        return found
+    files = json.loads((folder / STATE).read_text(encoding="utf-8"))["files"]
+    mine = sorted(files)[distributed.rank() :: distributed.world_size()]
+    changed = (name for name in mine if sha256(folder / name) != files[name]["sha256"])
+    name = next(filter(None, distributed.gather(next(changed, None))), None)
+    return f"{name} is damaged: its SHA-256 is not that of what was written" if name else None
+
+
+def check_types(state: RunState) -> None:
+    """Raise TypeError for a value that no run writes."""
+    for f in fields(state):
+        value = getattr(state, f.name)
+        numbers = f.name in ("best_score", "best_scores")
+        values = value.values() if f.name == "best_scores" else [] if value is None and numbers else [value]
+        for one in values:
+            if isinstance(one, bool) or not isinstance(one, int | float if numbers else int):
+                raise TypeError(f"{f.name} is {value!r}")
+
+
 class Checkpoints:
-    """The checkpoints of one output folder."""
+    """The checkpoints of one output folder.
 
-    def __init__(self, output_dir: Path, limit: int) -> None:
+    Args: limit: how many are kept, the best one besides; in_background: write while the run goes on, from a copy in
+        the memory of the machine.
+    """
+
+    def __init__(self, output_dir: Path, limit: int, in_background: bool = False) -> None:
         self.folder = output_dir / "checkpoints"
-        self.limit = limit
+        self.limit, self.in_background = limit, in_background
+        self.writer = ThreadPoolExecutor(1, "checkpoints")
+        self.pending: Future[None] | None = None
 
-    def save(self, engine: Engine, state: RunState, run: dict, best: bool) -> Path:
+    def save(self, engine: Engine, state: RunState, run: dict, best: bool) -> None:
         """Write a checkpoint under a temporary name, rename it when it is whole, then let old ones go. Collective.
 
-        `run` describes what must be the same when the run is resumed.
+        Args: run: what must be the same when the run is resumed.
+
+        Raises: SaveFailed on all ranks when one of them cannot write; in the background at the next save, or `finish`.
         """
+        self.finish()
         final = self.folder / f"step-{state.step:06d}"
         staging = final.with_name(final.name + ".incomplete")
+        self.prepare(staging)
+        files = engine.snapshot(staging) | {f"rng-rank{distributed.rank()}.pt": random_state()}
+        if self.in_background:
+            files = on_host(files)
+        text = {"state": asdict(state), "run": copy.deepcopy(run)}
+        self.pending = self.writer.submit(self.write, staging, final, files, text, best)
+        if not self.in_background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+    def prepare(self, staging: Path) -> None:
+        """An empty folder on a disk that has room for as much as the checkpoint before. Collective."""
+        message = None
         if distributed.is_main():
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        distributed.barrier()
+            try:
+                staging.mkdir(parents=True)
+                message = too_little_room(self.folder, self.all())
+            except OSError as error:
+                message = f"{staging}: cannot be made ({error.strerror})"
+            if message:
+                shutil.rmtree(staging, ignore_errors=True)
+        if message := distributed.broadcast(message):
+            raise SaveFailed(message)
+
+    def write(self, staging: Path, final: Path, files: dict[str, Any], text: dict, best: bool) -> None:
+        """This rank's files, then, when all have theirs, the checkpoint as a whole. Collective, in a thread."""
+        written, error = {}, None
         try:
-            engine.save(staging)
-            torch.save(random_state(), staging / f"rng-rank{distributed.rank()}.pt")
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library's way to say that a disk is full
+            written = {name: write_file(staging / name, value) for name, value in files.items()}
+        except WRITE_ERRORS as failure:
+            error = first_line(failure)
+        found = distributed.gather((written, error), distributed.background)
+        error = next((error for _, error in found if error), None)
+        if error is None and distributed.is_main():
+            try:
+                self.publish(staging, final, text, {k: v for one, _ in found for k, v in one.items()}, best)
+            except WRITE_ERRORS as failure:
+                error = first_line(failure)
+        if error := next(filter(None, distributed.gather(error, distributed.background)), None):
             free = shutil.disk_usage(self.folder).free / 2**20
-            shutil.rmtree(staging, ignore_errors=True)  # it takes the room that the user is asked to make
-            raise UserError(
-                f"{staging}: cannot be written ({first_line(error)}; {free:,.0f} MiB were free); make room and go on "
-                "with --resume auto"
-            ) from None
-        distributed.barrier()
-        if distributed.is_main():
-            text = json.dumps({"state": asdict(state), "run": run, "sizes": file_sizes(staging)}, indent=2)
-            write_text(staging / STATE, text)
-            for old in (final, final.with_name(f"{final.name}.set-aside")):
-                shutil.rmtree(old, ignore_errors=True)
-            staging.rename(final)
-            write_text(self.folder / "latest", final.name)
-            if best:
-                write_text(self.folder / "best", final.name)
-            self.prune()
-        distributed.barrier()
-        return final
+            if distributed.is_main():
+                shutil.rmtree(staging, ignore_errors=True)  # it takes the room that the user is asked to make
+            raise SaveFailed(
+                f"{staging}: cannot be written ({error}; {free:,.0f} MiB were free); make room and go on with "
+                "--resume auto"
+            )
+
+    def publish(self, staging: Path, final: Path, text: dict, files: dict[str, dict], best: bool) -> None:
+        """Make a checkpoint of what all ranks have written. On rank 0."""
+        for path in sorted(staging.rglob("*")):  # what a library has written by itself
+            if path.is_file() and (name := path.relative_to(staging).as_posix()) not in files:
+                files[name] = fingerprint(path)
+        write_text(staging / STATE, json.dumps(text | {"files": files}, indent=2))
+        for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
+            sync_folder(folder)
+        for old in (final, final.with_name(f"{final.name}.set-aside")):
+            shutil.rmtree(old, ignore_errors=True)
+        staging.rename(final)
+        sync_folder(self.folder)
+        write_text(self.folder / "latest", final.name)
+        if best:
+            write_text(self.folder / "best", final.name)
+        self.prune()
 
     def load(self, folder: Path, engine: Engine, run: dict) -> RunState:
         """Restore engine and random state from a whole checkpoint and return where its run stood. Collective."""
@@ -112,10 +233,10 @@ class Checkpoints:
         folder = self.folder / name
         return folder if NAME.fullmatch(name) and damage(folder) is None else None
 
-    def newest(self) -> Path | None:
+    def newest(self, faults: Callable[[Path], str | None] = damage) -> Path | None:
         """The newest whole checkpoint, whatever `latest` says; tells which damaged ones it passes over."""
         for path in reversed(self.all()):
-            if (found := damage(path)) is None:
+            if (found := faults(path)) is None:
                 return path
             distributed.say(f"{path}: passed over, {found}")
         return None
@@ -168,51 +289,11 @@ class Checkpoints:
                 )
             return None
         if choice == "auto":
-            return self.newest()
+            return self.newest(content_damage)
         folder = Path(choice)
-        if found := damage(folder):
+        if found := content_damage(folder):
             raise UserError(f"--resume {choice}: {found}; resume from another checkpoint, see {self.folder}")
         return folder
-
-
-def saved_run(folder: Path) -> dict:
-    """What `Checkpoints.save` was told of the run that wrote a whole checkpoint."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))["run"]
-
-
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file of a checkpoint but its state, by its path in the folder."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STATE)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def damage(folder: Path) -> str | None:
-    """What keeps a folder from being a whole checkpoint, None when nothing does."""
-    try:
-        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        check_types(RunState(**saved["state"]))
-        saved["run"].get("")
-        expected = dict(saved["sizes"])
-    except FileNotFoundError:
-        return f"not a whole checkpoint (no {STATE} in it)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{STATE} is damaged ({type(error).__name__}: {error})"
-    found = file_sizes(folder)
-    for name, size in expected.items():
-        if found.get(name) != size:
-            return f"{name} is damaged: {found.get(name, 'no')} bytes, {size} were written"
-    return None
-
-
-def check_types(state: RunState) -> None:
-    """Raise TypeError for a value that no run writes."""
-    for f in fields(state):
-        value = getattr(state, f.name)
-        numbers = f.name in ("best_score", "best_scores")
-        values = value.values() if f.name == "best_scores" else [] if value is None and numbers else [value]
-        for one in values:
-            if isinstance(one, bool) or not isinstance(one, int | float if numbers else int):
-                raise TypeError(f"{f.name} is {value!r}")
 
 
 def step_of(folder: Path) -> int:

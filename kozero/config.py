@@ -63,6 +63,7 @@ class TrainingArguments:
     eval_steps: int = arg(0, "optimizer updates between two evaluations; 0: at every tenth of the run")
     save_steps: int = arg(0, "optimizer updates between two checkpoints; 0: at every evaluation")
     save_total_limit: int = arg(2, "checkpoints to keep; the best one is kept beside them")
+    async_save: bool = arg(False, "write checkpoints while the run goes on, from a copy in the machine's memory")
     early_stopping_patience: int = arg(0, "stop after so many evaluations without a better score; 0: never")
     resume: str | None = arg(None, "go on from a checkpoint: 'auto' (the newest in --output_dir, if any) or its folder")
     timeout_seconds: float = arg(600.0, "seconds that a rank waits for the others before the run ends")

@@ -21,11 +21,13 @@ T = TypeVar("T")
 # dies meanwhile ends the wait at once: its connections close.
 PATIENCE = timedelta(days=7)
 patient: dist.ProcessGroup | None = None
+# Of the threads that write checkpoints while the ranks go on training.
+background: dist.ProcessGroup | None = None
 
 
 def setup(timeout_seconds: float = 600.0) -> None:
     """Join the process group that `torchrun` or `deepspeed` describes in the environment, or make one of one rank."""
-    global patient
+    global patient, background
     if dist.is_initialized():
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -56,15 +58,16 @@ def setup(timeout_seconds: float = 600.0) -> None:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for one process
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    background = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def shutdown() -> None:
     """Leave the process group together: a rank that is gone early takes the others down with it."""
-    global patient
+    global patient, background
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        patient = None
+        patient = background = None
 
 
 def usable_cores() -> int:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 4
+EXIT_NOT_SAVED = 5
 EXIT_INTERRUPTED = 130
 GRACE_SECONDS = 3.0  # the deepspeed launcher looks every second whether a rank has ended
 
@@ -19,6 +20,10 @@ class UserError(Exception):
 
 class Diverged(Exception):
     """Update after update had gradients that are not finite: the run no longer trains."""
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; the one before is whole."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -39,7 +44,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run an entry point; a UserError becomes one line on standard error and exit code 2, Diverged the same with 4.
+    """Run an entry point; a UserError becomes one line on standard error and exit code 2, Diverged the same with 4,
+    SaveFailed with 5.
 
     Ranks usually fail alike. The first of a machine speaks at once, and its launcher then ends the others; they wait
     a little, and are heard only when the first has not failed.
@@ -47,11 +53,12 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     code = 0
     try:
         main()
-    except (UserError, Diverged) as error:
+    except (UserError, Diverged, SaveFailed) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_DIVERGED
+        codes = ((UserError, EXIT_BAD_INPUT), (Diverged, EXIT_DIVERGED), (SaveFailed, EXIT_NOT_SAVED))
+        code = next(code for kind, code in codes if isinstance(error, kind))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED

@@ -106,7 +106,7 @@ class Trainer:
         warn_of_endless_warmup(arguments, self.lr_at, self.total_steps)
         self.every = Intervals.of(arguments, self.total_steps)
         self.output_dir = Path(arguments.output_dir)
-        self.checkpoints = Checkpoints(self.output_dir, arguments.save_total_limit)
+        self.checkpoints = Checkpoints(self.output_dir, arguments.save_total_limit, arguments.async_save)
         self.state = RunState()
 
     def resume(self, folder: Path) -> None:
@@ -131,10 +131,12 @@ class Trainer:
             raise
         finally:
             log.close()
+            self.checkpoints.finish()
         return self.state
 
     def where_interrupted(self) -> str:
         """What is kept of a run that ends here, in a line."""
+        self.checkpoints.finish()
         newest, step = self.checkpoints.newest(), self.state.step
         if newest is None:
             return f"interrupted at step {step}; there is no checkpoint to go on from yet (--save_steps)"

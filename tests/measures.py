@@ -50,6 +50,7 @@ from tests.toys import (
     engine_for,
     random_ids,
     reference,
+    save,
     steps,
     toy,
     training_rows,
@@ -209,11 +210,7 @@ def reloaded(name: str, folder: Path) -> dict:
 
     rows = steps()
     done = train(engine, sizes, rows[:2], "adamw")
-    if distributed.is_main():
-        folder.mkdir()
-    distributed.barrier()
-    engine.save(folder)
-    distributed.barrier()
+    save(engine, folder)
     seen = [logits()]
     done += train(engine, sizes, rows[2:], "adamw", first=2)
     seen.append(logits())

@@ -1,22 +1,32 @@
 """Checkpoints of a run: names, which are kept, what is refused. That a resumed run goes on exactly is in
 test_engines.py."""
 
+import errno
 import json
+import os
 import random
+import shutil
+import subprocess
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from kozero.checkpoint import Checkpoints, RunState, random_state, restore_random_state
+from kozero import checkpoint, distributed
+from kozero.checkpoint import Checkpoints, RunState, content_damage, random_state, restore_random_state
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batches import TrainingRows
 from kozero.engines.base import StepStats
-from kozero.errors import Diverged, UserError
+from kozero.errors import Diverged, SaveFailed, UserError
+from kozero.files import refuse_code, write_file
 from kozero.loop import MAX_LOST, Trainer
 from kozero.pause import Pauses
 from tests.helpers import numbered_store
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -34,11 +44,11 @@ class Steps:
         self.rates.append(lr)
         return StepStats((1.0,), 1.0, self.done - 1 not in self.skipped, 1.0)
 
-    def save(self, folder: Path) -> None:
-        (folder / "steps").write_text(str(self.done))
+    def snapshot(self, folder: Path) -> dict:
+        return {"steps.json": self.done} if distributed.is_main() else {}
 
     def load(self, folder: Path) -> None:
-        self.done = int((folder / "steps").read_text())
+        self.done = int((folder / "steps.json").read_text())
 
 
 @pytest.fixture
@@ -112,7 +122,8 @@ def test_a_folder_without_its_last_file_is_no_checkpoint(checkpoints):
 
 
 DAMAGE = {
-    "a file cut short": ("steps", "", "steps is damaged: 0 bytes, 1 were written"),
+    "a file cut short": ("steps.json", "", "steps.json is damaged: 0 bytes, 1 were written"),
+    "a file with another content": ("steps.json", "7", "steps.json is damaged: its SHA-256 is not that"),
     "a file that is gone": ("rng-rank0.pt", None, "rng-rank0.pt is damaged: no bytes"),
     "a state cut short": ("state.json", '{"state": {"st', "state.json is damaged"),
     "an empty state": ("state.json", "", "state.json is damaged"),
@@ -137,7 +148,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(checkpoints, capsys, case
         checkpoints.to_resume(str(folder))
     assert checkpoints.to_resume("auto").name == "step-000010"
     assert message in capsys.readouterr().out
-    assert checkpoints.named("latest") is None
+    if "SHA" not in message:
+        assert checkpoints.named("latest") is None
 
 
 def test_a_folder_of_damaged_checkpoints_alone_does_not_take_a_new_run(checkpoints):
@@ -149,7 +161,7 @@ def test_a_folder_of_damaged_checkpoints_alone_does_not_take_a_new_run(checkpoin
 
 def test_an_engine_that_fails_while_saving_leaves_the_older_checkpoint(checkpoints, monkeypatch):
     save(checkpoints, 10)
-    monkeypatch.setattr(Steps, "save", lambda self, folder: 1 / 0)
+    monkeypatch.setattr(Steps, "snapshot", lambda self, folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(checkpoints, 20)
     assert checkpoints.newest().name == "step-000010"
@@ -353,3 +365,97 @@ def test_patience_ends_a_run_early_and_outlives_a_resume(tmp_path):
     again = trainer(tmp_path / "first", Steps(), scores[2:], early_stopping_patience=3)
     again.resume(again.checkpoints.to_resume("auto"))
     assert again.fit() == state
+
+
+# What is written, and when -------------------------------------------------------------------------------------------
+
+
+class Weights(Steps):
+    """An engine with a tensor that every step changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.zeros(3)
+
+    def snapshot(self, folder: Path) -> dict:
+        return {"weights.safetensors": {"weight": self.weight}, "more.pt": {"step": self.done, "again": self.weight}}
+
+    def load(self, folder: Path) -> None:
+        self.weight = load_file(folder / "weights.safetensors")["weight"]
+        assert torch.equal(self.weight, torch.load(folder / "more.pt", weights_only=True)["again"])
+
+
+def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path, monkeypatch):
+    """The next step changes the weights before the first file is written."""
+    checkpoints, engine, go = Checkpoints(tmp_path, 2, in_background=True), Weights(), threading.Event()
+    monkeypatch.setattr(checkpoint, "write_file", lambda *told: go.wait() and write_file(*told))
+    checkpoints.save(engine, RunState(step=10), RUN, False)
+    assert checkpoints.newest() is None
+    engine.weight += 1
+    go.set()
+    checkpoints.finish()
+    checkpoints.load(checkpoints.newest(), engine, RUN)
+    assert engine.weight.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_run_that_saves_in_the_background_ends_with_all_its_checkpoints(tmp_path):
+    run = trainer(tmp_path, Weights(), [0.1, 0.4, 0.3, 0.2, 0.2, 0.1], async_save=True)
+    run.fit()
+    assert names(run.checkpoints) == ["best", "latest", "step-000002", "step-000005", "step-000006"]
+
+
+def full_disk(folder: str) -> list[str]:
+    """A checkpoint that both ranks write, then one that rank 1 has no room for."""
+    checkpoints = Checkpoints(Path(folder), 2)
+    save(checkpoints, 10)
+    if distributed.rank() == 1:
+        checkpoint.write_file = no_room
+    with pytest.raises(SaveFailed) as caught:
+        save(checkpoints, 20)
+    distributed.barrier()
+    return [str(caught.value), *names(checkpoints), str(content_damage(checkpoints.newest()))]
+
+
+def no_room(path: Path, value: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_one_rank_without_room_ends_the_save_of_all_and_leaves_the_checkpoint_before(tmp_path):
+    first, second = run_ranks(full_disk, str(tmp_path))
+    assert first == second and "step-000020.incomplete: cannot be written (OSError: [Errno 28]" in first[0]
+    assert first[1:] == ["latest", "step-000010", "None"]
+
+
+def test_room_is_looked_at_before_anything_is_written(checkpoints, monkeypatch):
+    save(checkpoints, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5))
+    with pytest.raises(SaveFailed, match="0 MiB are free and the checkpoint before took"):
+        save(checkpoints, 20)
+    assert names(checkpoints) == ["latest", "step-000010"]
+
+
+class Evil:
+    """Makes a file when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_file_that_would_run_code_is_refused_and_does_nothing(tmp_path):
+    marker, file = tmp_path / "marker", tmp_path / "weights.pt"
+    torch.save({"weights": torch.ones(2), "optimizer": Evil(marker)}, file)
+    with pytest.raises(UserError, match=r"weights.pt: would run code when it is read \(posix.mkdir\)"):
+        refuse_code([file])
+    assert not marker.exists()
+    torch.load(file, weights_only=False)
+    assert marker.exists()  # it would have
+
+
+def test_a_hash_is_that_of_another_program(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    told = write_file(file, {"weight": torch.arange(5.0)})
+    assert told["sha256"] == subprocess.check_output(["sha256sum", file], text=True).split()[0]
+    assert told["bytes"] == file.stat().st_size

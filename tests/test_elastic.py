@@ -7,7 +7,7 @@ import pytest
 from kozero import distributed
 from kozero.errors import UserError
 from tests.ranks import run_ranks
-from tests.toys import RATES, SHAPE, arguments, deal, engine_for, steps, toy
+from tests.toys import RATES, SHAPE, arguments, deal, engine_for, save, steps, toy
 
 pytestmark = pytest.mark.slow
 FREEZE = "h.0,wte"
@@ -37,10 +37,7 @@ def run_and_save(folder: Path) -> dict[str, list[float]]:
     for name in SAVED:
         engine, sizes = started(name)
         losses(engine, sizes, 0, 2)
-        if distributed.is_main():
-            (folder / name).mkdir()
-        distributed.barrier()
-        engine.save(folder / name)
+        save(engine, folder / name)
         found[name] = losses(engine, sizes, 2, 4)
     return found
 

@@ -1,6 +1,7 @@
 """A toy language model, its training rows, and the engines that train it: what the tests of engines share."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batches import Batch, Text, TrainingRows, collate
 from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
 from kozero.engines.base import Engine
+from kozero.files import write_file
 from kozero.freeze import apply_plan, compile_plan
 from kozero.pause import IGNORE, Pauses
 from models.causal_lm import CausalLM
@@ -154,6 +156,16 @@ def reference(
                 table[others] = before[others]
         losses.append(loss.item())
     return losses, norms, {name: p.detach().clone() for name, p in lm.named_parameters()}
+
+
+def save(engine: Engine, folder: Path) -> None:
+    """The files of a snapshot; those of all ranks are there when it returns."""
+    if distributed.is_main():
+        folder.mkdir(exist_ok=True)
+    distributed.barrier()
+    for name, value in engine.snapshot(folder).items():
+        write_file(folder / name, value)
+    distributed.barrier()
 
 
 class Spelling:

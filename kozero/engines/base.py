@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,12 +55,14 @@ class Engine(ABC):
         """The module to call for evaluation: no dropout, no gradients, the run's precision."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write what `load` needs to go on exactly. The folder exists on rank 0."""
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        """What `load` needs to go on exactly: tensors and plain values, by name of the file in `folder` that this rank
+        writes them to (see kozero.files.write_file). The tensors are those of the engine, which a next step changes.
+        The folder is there for a library that insists on writing something itself."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote, on the same number of ranks."""
+        """Go on from the files of a snapshot, on the same number of ranks."""
 
     @abstractmethod
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:

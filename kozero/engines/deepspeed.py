@@ -30,7 +30,7 @@ from kozero.config import TrainingArguments
 from kozero.data.batch import Batch
 from kozero.engines.base import Engine, StepStats, count_targets
 from kozero.errors import UserError
-from kozero.folder import write_text
+from kozero.files import refuse_code
 from kozero.footprint import ZeroSizes
 from kozero.json_files import check_keys
 from kozero.optim import build_optimizer, parameter_groups, settings_kept
@@ -40,6 +40,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -48,6 +49,14 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 # Names in a checkpoint: DeepSpeed's own folder, its form for other ranks and stages, and how the first is cut up.
 TAG, UNIVERSAL, LAYOUT = "deepspeed", "universal", "layout.json"
+# What DeepSpeed's files call when they are read, beside what tensors need.
+CALLED = frozenset(
+    f"deepspeed.{name}"
+    for name in (
+        "runtime.fp16.loss_scaler.LossScaler", "runtime.fp16.loss_scaler.DynamicLossScaler",
+        "runtime.zero.config.ZeroStageEnum", "utils.tensor_fragment.fragment_address",
+    )
+)  # fmt: skip
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about settings that we make on purpose
 warnings.filterwarnings("ignore", message=r".*is deprecated\. Please use", category=FutureWarning)  # its collectives
 
@@ -70,6 +79,7 @@ class DeepSpeedEngine(Engine):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=complete(config))
         except (ImportError, AssertionError, ValueError, TypeError, KeyError) as error:  # of settings, not of memory
             raise UserError(f"{arguments.deepspeed_config}: DeepSpeed refuses it: {one_line(error)}") from None
+        self.engine.checkpoint_engine = Files()
         self.module = self.engine.module
         self.stage = self.engine.zero_optimization_stage()
         self.lockstep = self.stage == 3
@@ -105,11 +115,13 @@ class DeepSpeedEngine(Engine):
             yield self.engine
         self.engine.train()
 
-    def save(self, folder: Path) -> None:
-        """DeepSpeed's own checkpoint; every rank writes its shard."""
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        """DeepSpeed's own checkpoint; every rank has its shard. (Its recovery scripts and what lies on NVMe DeepSpeed
+        writes at once.)"""
+        files = self.engine.checkpoint_engine.files = {}
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        if distributed.is_main():
-            write_text(folder / LAYOUT, json.dumps(self.layout()))
+        layout = {LAYOUT: self.layout()} if distributed.is_main() else {}
+        return layout | {str(Path(path).relative_to(folder)): state for path, state in files.items()}
 
     def layout(self) -> dict[str, int]:
         """What decides how a checkpoint is cut up."""
@@ -123,6 +135,8 @@ class DeepSpeedEngine(Engine):
         saved = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
         if (saved["zero_stage"] == 3) != (self.stage == 3):
             raise UserError(f"{folder}: saved at ZeRO-{saved['zero_stage']}, which ZeRO-{self.stage} cannot go on from")
+        refuse_code((folder / TAG).rglob("*.pt"), CALLED)
+        refuse_code((folder / UNIVERSAL).rglob("*.pt"), CALLED)
         as_it_is = saved == self.layout()
         tag = TAG if as_it_is else universal(folder)
         self.engine._config.load_universal_checkpoint = not as_it_is
@@ -153,6 +167,18 @@ class DeepSpeedEngine(Engine):
             with deepspeed.zero.GatheredParameters([parameter]):
                 return parameter.data.clone()
         return parameter.data
+
+
+class Files(TorchCheckpointEngine):
+    """Takes what DeepSpeed would write, so that the run can write it when and how it wants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, Any] = {}
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Remember; `snapshot` hands it on."""
+        self.files[path] = state_dict
 
 
 def universal(folder: Path) -> str:

@@ -121,14 +121,14 @@ class FairscaleFSDPEngine(TorchEngine):
         """Shards: vectors, padded at the end to the same size on all ranks."""
         return {name: parameter.detach() for name, parameter in self.parameters_by_name.items()}
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self, folder: Path) -> dict[str, Any]:
         """Every rank writes its shards."""
         state = {
             "weights": self.weights(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.loss_scale.state_dict(),
         }
-        torch.save(state, rank_file(folder))
+        return {rank_file(): state}
 
     def load(self, folder: Path) -> None:
         """The shards of this rank."""

@@ -78,7 +78,7 @@ class FSDPEngine(TorchEngine):
         for unit in units:
             unit.reshard()
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self, folder: Path) -> dict[str, Any]:
         """Every rank writes its shards."""
         optimizer = self.optimizer.state_dict()
         moments = {number: local_parts(values) for number, values in optimizer["state"].items()}
@@ -87,7 +87,7 @@ class FSDPEngine(TorchEngine):
             "optimizer": optimizer | {"state": moments},
             "scaler": self.loss_scale.state_dict(),
         }
-        torch.save(state, rank_file(folder))
+        return {rank_file(): state}
 
     def load(self, folder: Path) -> None:
         """The shards of this rank."""

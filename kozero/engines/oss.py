@@ -16,6 +16,7 @@ Traps of fairscale 0.4.13 on torch 2, found in its source:
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from fairscale.nn.data_parallel import ShardedDataParallel
@@ -23,7 +24,7 @@ from fairscale.optim import OSS
 
 from kozero import distributed
 from kozero.config import TrainingArguments
-from kozero.engines.plain import PlainEngine
+from kozero.engines.plain import WEIGHTS, PlainEngine
 from kozero.engines.torch_engine import rank_file, read_rank_file
 from kozero.optim import build_optimizer, settings_kept
 
@@ -52,12 +53,10 @@ class OSSEngine(PlainEngine):
         """Through the wrapper, whose buckets must keep their gradients."""
         self.wrapped.zero_grad()
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self, folder: Path) -> dict[str, Any]:
         """Rank 0 writes the weights, every rank its optimizer states."""
-        if distributed.is_main():
-            self.save_weights(folder)
         state = {"optimizer": self.optimizer.optim.state_dict(), "scaler": self.loss_scale.state_dict()}
-        torch.save(state, rank_file(folder))
+        return ({WEIGHTS: self.weights()} if distributed.is_main() else {}) | {rank_file(): state}
 
     def load(self, folder: Path) -> None:
         """The weights of rank 0 and the optimizer states of this rank."""

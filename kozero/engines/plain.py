@@ -2,9 +2,10 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +15,8 @@ from kozero.engines.base import cpu_copy
 from kozero.engines.torch_engine import TorchEngine
 from kozero.errors import UserError
 from kozero.optim import build_optimizer, parameter_groups, settings_kept
+
+WEIGHTS = "weights.safetensors"  # parameters by name, tied ones once
 
 
 class PlainEngine(TorchEngine):
@@ -38,12 +41,12 @@ class PlainEngine(TorchEngine):
         """Gradients travel once, with the last micro batch."""
         return nullcontext() if last or self.wrapped is self.module else self.wrapped.no_sync()
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self, folder: Path) -> dict[str, Any]:
         """Rank 0 writes weights and optimizer; they are the same everywhere."""
-        if distributed.is_main():
-            self.save_weights(folder)
-            state = {"optimizer": self.optimizer.state_dict(), "scaler": self.loss_scale.state_dict()}
-            torch.save(state, folder / "optimizer.pt")
+        if not distributed.is_main():
+            return {}
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.loss_scale.state_dict()}
+        return {WEIGHTS: self.weights(), "optimizer.pt": state}
 
     def load(self, folder: Path) -> None:
         """Every rank reads the files of rank 0, however many they are."""
@@ -55,13 +58,9 @@ class PlainEngine(TorchEngine):
             self.optimizer.load_state_dict(state["optimizer"])
         self.loss_scale.load_state_dict(state["scaler"])
 
-    def save_weights(self, folder: Path) -> None:
-        """Parameters by name, tied ones once."""
-        save_file({name: w.contiguous() for name, w in self.weights().items()}, folder / "weights.safetensors")
-
     def load_weights(self, folder: Path) -> None:
-        """What `save_weights` wrote, into the parameters that are there."""
-        saved = load_file(folder / "weights.safetensors")
+        """Weights by name, into the parameters that are there."""
+        saved = load_file(folder / WEIGHTS)
         for name, weight in self.weights().items():
             weight.copy_(saved[name])
 

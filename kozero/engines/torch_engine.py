@@ -153,9 +153,9 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.cat(parts))
 
 
-def rank_file(folder: Path) -> Path:
+def rank_file() -> str:
     """What this rank alone writes and reads."""
-    return folder / f"rank{distributed.rank()}.pt"
+    return f"rank{distributed.rank()}.pt"
 
 
 def read_rank_file(folder: Path, device: torch.device) -> dict[str, Any]:
@@ -167,4 +167,4 @@ def read_rank_file(folder: Path, device: torch.device) -> dict[str, Any]:
     if num != distributed.world_size():
         wrote = f"saved on {num} ranks" if num else "saved by another engine"
         raise UserError(f"{folder}: {wrote}; this engine goes on from its own, on as many ranks as before")
-    return torch.load(rank_file(folder), map_location=device, weights_only=True)
+    return torch.load(folder / rank_file(), map_location=device, weights_only=True)
