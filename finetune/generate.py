@@ -23,7 +23,7 @@ from kozero import distributed
 from kozero.config import arg, at_least, parse_arguments
 from kozero.data.readers import decode_lines
 from kozero.errors import UserError, require, run_main
-from kozero.folder import writable_folder, write_text
+from kozero.folder import new_file, write_text
 from kozero.json_files import not_utf8
 from kozero.pause import InferencePauseArguments
 from kozero.text_metrics import variety
@@ -64,7 +64,7 @@ def main() -> None:
     )
     distributed.setup()
     if arguments.output_file:
-        writable_folder("--output_file", Path(arguments.output_file).parent)
+        new_file("--output_file", Path(arguments.output_file))
     prompts = prompts_of(arguments)
     model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=decoding.seed)
     pauses = inference_pauses(model, pause_arguments)
