@@ -33,7 +33,6 @@ from tests.test_commands import commands, shell
         ("본문\n공유하기\nhttps://example.org/a\n기자@example.org\n더 보기", "본문"),
         ("저작권을 말하는 글이다. www 이야기", "저작권을 말하는 글이다. www 이야기"),
         ("깨진 \ufffd 글자", "깨진 \ufffd 글자"),
-        (
         (" ".join(["저작권자를 다루는 문단이다."] * 9), " ".join(["저작권자를 다루는 문단이다."] * 9)),
         ("한 줄\x0c다음 줄\u2028셋째 줄\x85넷째", "한 줄\n다음 줄\n셋째 줄\n넷째"),
         ("반쪽 \ud800글자", "반쪽 글자"),
@@ -79,8 +78,11 @@ def test_documents_of_all_kinds_of_files(tmp_path):
     assert [where for where, _ in read["a.txt"]] == [f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:5"]
     assert texts["b.jsonl"] == ["다섯", "여섯"] and texts["c.json"] == ["일곱", "여덟"]
     assert counts == {
-        "lines in CP949": 1, "lines in no known encoding": 1, "rows without a text": 2, "articles without paragraphs": 1,
-    }  # fmt: skip
+        "lines in CP949": 1,
+        "lines in no known encoding": 1,
+        "rows without a text": 2,
+        "articles without paragraphs": 1,
+    }
     lines = [row["text"] for _, row in documents(tmp_path / "a.txt", "line", Counter())]
     assert lines[:3] == ["하나", "둘", "셋"]
 
