@@ -60,7 +60,7 @@ class DataArguments:
     max_eval_samples: int = arg(0, "evaluate on this many examples at most, evenly spaced; 0: all")
     max_seq_length: int = arg(
         0,
-        "tokens of a row; 0: the task's default (256, korquad and essay 512, mrc and ict 384), at most the model's positions",
+        "tokens of a row; 0: the task's default (256, korquad and essay 512, mrc and ict 384); at most the positions",
     )
     batching: str = arg(
         "packed",
