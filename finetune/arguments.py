@@ -59,7 +59,8 @@ class DataArguments:
     max_train_samples: int = arg(0, "train on this many examples at most; 0: all")
     max_eval_samples: int = arg(0, "evaluate on this many examples at most, evenly spaced; 0: all")
     max_seq_length: int = arg(
-        0, "tokens of a row; 0: the task's default (256, korquad 512, mrc and ict 384), at most the model's positions"
+        0,
+        "tokens of a row; 0: the task's default (256, korquad and essay 512, mrc and ict 384); at most the positions",
     )
     batching: str = arg(
         "packed",

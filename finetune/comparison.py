@@ -108,7 +108,8 @@ class Comparison:
     def work(self, writer: Writer, prompt: str, stream: Stream) -> str:
         """Write a text, as finetune/generate.py does."""
         distributed.seed_everything(writer.decoding.seed)
-        return writer.write(prompt, streamer=stream, stopping_criteria=StoppingCriteriaList([stream]))[0]
+        (found,) = writer.write([prompt], streamer=stream, stopping_criteria=StoppingCriteriaList([stream]))
+        return found.text
 
 
 def filled(arguments: T, values: Mapping[str, float | None]) -> T:

@@ -14,7 +14,7 @@ from finetune.data import evaluation_set, sources
 from finetune.encoder import load
 from finetune.questions import question_set
 from finetune.scoring import Scores, score
-from finetune.setup import inference_pauses, load_model, make_pauses, row_capacity
+from finetune.setup import inference_pauses, load_model, make_pauses, no_pauses, row_capacity
 from finetune.sweep import save_sweep, settings_of, sweep, warnings
 from finetune.tasks import ENCODER_TASKS, TASKS, Example
 from finetune.train_encoder import ENCODER_TRAINING, encoder_capacity, write_files
@@ -23,7 +23,7 @@ from kozero.config import TrainingArguments, arg, at_least, batch_sizes, check_t
 from kozero.data.framing import Framing
 from kozero.engines import EngineSettings, build_engine, prepare_engine
 from kozero.errors import require, run_main
-from kozero.folder import writable_folder, write_text
+from kozero.folder import new_file, write_text
 from kozero.pause import InferencePauseArguments
 
 
@@ -82,8 +82,7 @@ def main() -> None:
     )
     distributed.setup(arguments.timeout_seconds)
     if arguments.output_file:
-        writable_folder("--output_file", Path(arguments.output_file).parent)
-        require(not Path(arguments.output_file).is_dir(), f"--output_file {arguments.output_file}: is a folder")
+        new_file("--output_file", Path(arguments.output_file))
     if data_arguments.task in TASKS:
         run = sweep_language_model if arguments.sweep_pauses else score_language_model
         run(arguments, model_arguments, data_arguments, pause_arguments)
@@ -102,8 +101,9 @@ def score_language_model(
     """A GPT-2."""
     settings = arguments.engine_settings()
     task = TASKS[data.task]
+    no_pauses(task, "--num_inference_pauses", pause.num_inference_pauses)
     model = load_model(model_arguments, pause, with_pauses=False, seed=0)
-    pauses = inference_pauses(model, pause)
+    pauses = make_pauses(model, 0, "append") if task.whole_texts else inference_pauses(model, pause)
     capacity = row_capacity(data.max_seq_length, task.max_seq_length, model.config.n_positions)
     source = sources(data, task)[1]
     questions = evaluation_set(source, task, data, model.tokenizer, pauses.placement)
@@ -132,6 +132,7 @@ def sweep_language_model(
     )
     settings = arguments.engine_settings()
     task, cells = TASKS[data.task], settings_of(arguments.sweep_pauses, arguments.sweep_placement)
+    no_pauses(task, "--sweep_pauses", max(num for _, num in cells))
     name = model_arguments.model_name_or_path or str(model_arguments.config_file)
     path = Path(arguments.output_file or f"sweep-{task.name}.json")
     require(path.suffix == ".json", f"--output_file {path}: must end in .json; the CSV and the plot go beside it")

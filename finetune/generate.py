@@ -7,9 +7,10 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from transformers import TextStreamer
@@ -18,12 +19,12 @@ from finetune.arguments import ModelArguments
 from finetune.decoding import DecodingArguments
 from finetune.paused import PausedGenerator
 from finetune.setup import inference_pauses, load_model
-from finetune.writing import write_long
+from finetune.writing import Written, write_long
 from kozero import distributed
 from kozero.config import arg, at_least, parse_arguments
 from kozero.data.readers import decode_lines
 from kozero.errors import UserError, require, run_main
-from kozero.folder import writable_folder, write_text
+from kozero.folder import new_file, write_text
 from kozero.json_files import not_utf8
 from kozero.pause import InferencePauseArguments
 from kozero.text_metrics import variety
@@ -40,7 +41,7 @@ class GenerationArguments:
     tail: int = arg(128, "tokens of the text so far that the next piece of a long one reads at most, whole sentences")
     batch_size: int = arg(8, "texts that are written at once")
     stream: bool = arg(False, "show words as they are written; one text at a time")
-    output_file: str | None = arg(None, "JSON lines of prompt, text and settings")
+    output_file: str | None = arg(None, "JSON lines of prompt, text and settings, each as soon as it is written")
     metrics: bool = arg(False, "tell how varied the texts are, and their perplexity under the model")
 
     def __post_init__(self) -> None:
@@ -51,6 +52,8 @@ class GenerationArguments:
 
 
 ARGUMENTS = (GenerationArguments, DecodingArguments, ModelArguments, InferencePauseArguments)
+REPEATING = ("num_samples", "length", "tail", "batch_size")  # without them no text can be written again
+Prompt = tuple[str, str]  # where it stands, and the text
 
 
 def main() -> None:
@@ -58,30 +61,32 @@ def main() -> None:
     arguments, decoding, model_arguments, pause_arguments = parse_arguments(
         *ARGUMENTS, prog="finetune/generate.py", description="Write text with a model."
     )
-    require(
-        not (arguments.stream and (decoding.num_beams > 1 or arguments.num_samples > 1)),
-        "--stream: shows one text as it is written; leave out --num_beams and --num_samples",
-    )
+    check_together(arguments, decoding)
     distributed.setup()
     if arguments.output_file:
-        writable_folder("--output_file", Path(arguments.output_file).parent)
+        new_file("--output_file", Path(arguments.output_file))
     prompts = prompts_of(arguments)
     model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=decoding.seed)
     pauses = inference_pauses(model, pause_arguments)
     generator = PausedGenerator(model.module.lm.to(distributed.device()).eval(), model.tokenizer, pauses)
     writer = Writer(generator, arguments, decoding, model.config.n_positions)
     distributed.seed_everything(decoding.seed)
-    written = []
-    for prompt in prompts:
-        texts = writer.write(prompt)
-        written += [(prompt, text) for text in texts]
-        if not arguments.stream:
-            for text in texts:
-                distributed.say(f"{prompt} {text}")
-    told = {"model": model_arguments.model_name_or_path, "pauses": {"num": pauses.num, "placement": pauses.placement}}
-    settings = told | asdict(decoding) | {"length": arguments.length, "tail": arguments.tail}
-    finish(arguments, written, settings, generator)
+    told = asdict(model_arguments) | {"pauses": {"num": pauses.num, "placement": pauses.placement}}
+    told |= asdict(decoding) | {name: getattr(arguments, name) for name in REPEATING}
+    write_all(writer, prompts, told)
     distributed.shutdown()
+
+
+def check_together(arguments: GenerationArguments, decoding: DecodingArguments) -> None:
+    """What two groups of flags say together."""
+    require(
+        not (arguments.stream and (decoding.num_beams > 1 or arguments.num_samples > 1)),
+        "--stream: shows one text as it is written; leave out --num_beams and --num_samples",
+    )
+    require(
+        arguments.num_samples == 1 or decoding.temperature > 0,
+        f"--num_samples {arguments.num_samples}: without chance (--temperature 0) all are the same; leave it out",
+    )
 
 
 @dataclass
@@ -100,80 +105,127 @@ class Writer:
         if self.arguments.length:
             self.arguments.tail = min(self.arguments.tail, self.longest)
 
-    def check(self, prompt: str) -> None:
+    def check(self, prompt: str, where: str = "--prompt") -> None:
         """Refuse a prompt that is empty, or too long."""
         num_tokens, limit = len(self.generator.ids(prompt)), self.longest
-        require(num_tokens > 0, "--prompt: empty; give at least a word")
-        require(num_tokens <= limit, f"--prompt: {num_tokens} tokens; at most {limit} leave room for the answer")
+        require(num_tokens > 0, f"{where}: empty; give at least a word")
+        require(num_tokens <= limit, f"{where}: {num_tokens} tokens; at most {limit} leave room for the answer")
 
-    def write(self, prompt: str, **more: Any) -> list[str]:
-        """The texts after a prompt. `more`: arguments of transformers' generate that are no settings, e.g. streamer."""
-        self.check(prompt)
-        prompts, settings = [prompt] * self.arguments.num_samples, self.decoding.settings() | more
-        if self.arguments.length:
-            length, tail = self.arguments.length, self.arguments.tail
-            return write_long(self.generator, prompts, length, tail, self.arguments.batch_size, **settings)
-        if self.arguments.stream:
-            print(prompt, end=" ", flush=True)
-            settings["streamer"] = TextStreamer(self.generator.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        return [text.strip() for text in self.generator.generate(prompts, self.arguments.batch_size, **settings)]
+    def write(self, prompts: Sequence[str], **more: Any) -> Iterator[Written]:
+        """A text after each prompt, --batch_size of them at once. `more`: arguments of transformers' generate that are
+        no settings, e.g. streamer."""
+        arguments, settings = self.arguments, self.decoding.settings() | more
+        for start in range(0, len(prompts), arguments.batch_size):
+            part = prompts[start : start + arguments.batch_size]
+            if arguments.length:
+                yield from write_long(self.generator, part, arguments.length, arguments.tail, len(part), **settings)
+            else:
+                pieces = self.generator.continue_texts(part, len(part), **settings)
+                yield from (
+                    Written(prompt, piece.text.strip(), [piece]) for prompt, piece in zip(part, pieces, strict=True)
+                )
 
 
-def finish(
-    arguments: GenerationArguments, written: list[tuple[str, str]], settings: dict[str, Any], generator: PausedGenerator
-) -> None:
-    """The file and the metrics that were asked for."""
-    if arguments.output_file and distributed.is_main():
-        rows = ({"prompt": prompt, "text": text, "settings": settings} for prompt, text in written)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(Path(arguments.output_file), lines)
+def write_all(writer: Writer, prompts: Iterable[Prompt], settings: dict[str, Any]) -> None:
+    """Write, show, keep, measure. Of prompts that come one by one each is answered before the next is asked for."""
+    arguments = writer.arguments
+    known = prompts if isinstance(prompts, list) else None
+    for where, prompt in known or ():
+        writer.check(prompt, where)
+    groups = [[prompt for _, prompt in known]] if known else one_by_one(writer, prompts)
+    written: list[Written] = []
+    with open_or_none(arguments.output_file) as file:
+        for group in groups:
+            asked = [prompt for prompt in group for _ in range(arguments.num_samples)]
+            for found in writer.write(asked, **shown(writer, group)):
+                written.append(found)
+                if not arguments.stream:
+                    distributed.say(found.whole)
+                if file:
+                    row = {"prompt": found.prompt, "text": found.text, "settings": settings}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
     if arguments.metrics:
-        found = variety([text for _, text in written]) | {"perplexity": perplexity(generator, written)}
-        for name, value in found.items():
-            distributed.say(f"{name:>16} {value:.4f}")
-        if arguments.output_file and distributed.is_main():
-            path = Path(arguments.output_file).with_suffix(".metrics.json")
-            write_text(path, json.dumps({"metrics": found, "settings": settings}, indent=2, ensure_ascii=False))
+        tell_metrics(writer, written, settings)
 
 
-@torch.no_grad()
-def perplexity(generator: PausedGenerator, written: Sequence[tuple[str, str]]) -> float:
-    """Of all texts given their prompts with pauses, by the model that wrote them; of a long text what it sees last."""
-    total, count = 0.0, 0
-    for prompt, text in written:
-        ids = [*generator.prompt(prompt).tolist(), *generator.ids(f" {text}")]
-        first = len(ids) - len(generator.ids(f" {text}"))
-        cut = max(0, len(ids) - generator.lm.config.n_positions)
-        part = torch.tensor([ids[cut:]], device=generator.lm.device)
-        losses = torch.nn.functional.cross_entropy(
-            generator.lm(part).logits[0, :-1].float(), part[0, 1:], reduction="none"
-        )
-        told = losses[max(0, first - cut - 1) :]
-        total, count = total + told.double().sum().item(), count + len(told)
-    return math.exp(min(total / max(1, count), 700.0))
+def open_or_none(path: str | None) -> AbstractContextManager[TextIO | None]:
+    """A new text file on rank 0."""
+    return Path(path).open("w", encoding="utf-8") if path and distributed.is_main() else nullcontext()
 
 
-def prompts_of(arguments: GenerationArguments) -> Iterable[str]:
+def one_by_one(writer: Writer, prompts: Iterable[Prompt]) -> Iterator[list[str]]:
+    """Prompts that are answered as they come. Where a person types, a mistake is told and the next one asked for."""
+    for where, prompt in prompts:
+        try:
+            writer.check(prompt, where)
+        except UserError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        yield [prompt]
+
+
+def shown(writer: Writer, prompts: Sequence[str]) -> dict[str, Any]:
+    """What shows a text while it is written, if it is to be shown."""
+    if not writer.arguments.stream:
+        return {}
+    writer.arguments.batch_size = 1
+    return {"streamer": Shown(writer.generator, prompts)}
+
+
+class Shown(TextStreamer):
+    """Prints each prompt and what follows it."""
+
+    def __init__(self, generator: PausedGenerator, prompts: Sequence[str]) -> None:
+        super().__init__(generator.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.prompts = iter(prompts)
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then a token at a time."""
+        if self.next_tokens_are_prompt:
+            print(next(self.prompts), end=" ", flush=True)
+        super().put(value)
+
+
+def tell_metrics(writer: Writer, written: Sequence[Written], settings: dict[str, Any]) -> None:
+    """How varied the texts are and how likely the model finds what it wrote, the end of a text too."""
+    losses = torch.cat([writer.generator.losses(piece) for found in written for piece in found.pieces if piece.ids])
+    found: dict[str, float] = variety([one.text for one in written])
+    found["perplexity"] = math.exp(min(losses.double().mean().item(), 700.0))
+    found["empty"] = sum(not one.text for one in written)
+    for name, value in found.items():
+        distributed.say(f"{name:>16} {value:.4f}" if isinstance(value, float) else f"{name:>16} {value}")
+    if writer.arguments.output_file and distributed.is_main():
+        path = Path(writer.arguments.output_file).with_suffix(".metrics.json")
+        write_text(path, json.dumps({"metrics": found, "settings": settings}, indent=2, ensure_ascii=False))
+
+
+def prompts_of(arguments: GenerationArguments) -> Iterable[Prompt]:
     """The prompts, those of standard input as they come."""
     if arguments.prompt is not None:
-        return [arguments.prompt]
+        return [("--prompt", arguments.prompt)]
     if arguments.prompts_file:
-        found = [line.strip() for _, line in decode_lines(Path(arguments.prompts_file)) if line.strip()]
-        require(bool(found), f"--prompts_file {arguments.prompts_file}: no prompt in it")
+        path = arguments.prompts_file
+        lines = decode_lines(Path(path))
+        found = [(f"{path}:{number}", line.strip()) for number, line in lines if line.strip()]
+        require(bool(found), f"--prompts_file {path}: no prompt in it")
         return found
     return lines_of(sys.stdin.buffer)
 
 
-def lines_of(lines: Iterable[bytes]) -> Iterator[str]:
+def lines_of(lines: Iterable[bytes]) -> Iterator[Prompt]:
     """Lines of standard input that are not empty; a person is asked for each."""
     ask()
     for number, line in enumerate(lines, start=1):
+        where = f"standard input, line {number}"
         try:
             prompt = line.decode("utf-8").strip()
         except UnicodeDecodeError:
-            raise UserError(f"standard input, line {number}: {not_utf8(line)}") from None
+            raise UserError(f"{where}: {not_utf8(line)}") from None
         if prompt:
-            yield prompt
+            yield where, prompt
         ask()
 
 

@@ -21,6 +21,21 @@ from models.language_model import load_tokenizer
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a text.
+
+    gap: what stands between the two: nothing where it goes on within a word. prompt: (T,) ids that the model read;
+    ids: those that it wrote, with the end of the text if it ended it.
+    """
+
+    text: str
+    gap: str
+    prompt: np.ndarray
+    ids: list[int]
+    has_ended: bool
+
+
+@dataclass(frozen=True)
 class PausedGenerator:
     """`generate` of a causal language model, with pauses in every prompt. What the model would say at a pause is
     ignored, but for the last one, and no pause is ever written (the exported generation_config suppresses it)."""
@@ -88,12 +103,12 @@ class PausedGenerator:
 
         Raises: UserError for a text that does not fit, unless it may be cut.
         """
-        return [text for text, _ in self.continue_texts(texts, batch_size, cut, **generation)]
+        return [found.text for found in self.continue_texts(texts, batch_size, cut, **generation)]
 
     def continue_texts(
         self, texts: Sequence[str], batch_size: int = 8, cut: bool = False, **generation: Any
-    ) -> list[tuple[str, bool]]:
-        """What the model writes after each text, and whether it ended it; see `generate`."""
+    ) -> list["Continuation"]:
+        """What the model writes after each text; see `generate`."""
         require(not isinstance(texts, str), "texts: give a list of texts, not one text")
         room = self.lm.config.n_positions - generation.get("max_new_tokens", 0)
         prompts = [self.prompt(text, room if cut else None) for text in texts]
@@ -101,13 +116,29 @@ class PausedGenerator:
         told = f"a prompt has {longest} tokens with its pauses; at most {room} leave room for max_new_tokens"
         require(longest <= room, told)
         require(all(len(prompt) for prompt in prompts), "a prompt is empty; give at least a word")
-        return [
-            written
+        written = [
+            ids
             for start in range(0, len(prompts), batch_size)
-            for written in write_batch(
+            for ids in write_batch(
                 self.lm, self.tokenizer, prompts[start : start + batch_size], self.lm.device, generation
             )
         ]
+        return [self.continuation(*found) for found in zip(texts, prompts, written, strict=True)]
+
+    def continuation(self, text: str, prompt: np.ndarray, ids: list[int]) -> "Continuation":
+        """What was written after a text; whether it goes on within a word shows only beside the text."""
+        before = self.tokenizer.decode(self.ids(text), skip_special_tokens=True)
+        both = self.tokenizer.decode([*self.ids(text), *ids], skip_special_tokens=True)
+        gap = both[len(before) : len(before) + 1]
+        written = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Continuation(written, gap if gap.isspace() else "", prompt, ids, self.tokenizer.eos_token_id in ids)
+
+    @torch.no_grad()
+    def losses(self, found: "Continuation") -> torch.Tensor:
+        """(N,) nats of each id that was written, given what the model read."""
+        ids = torch.tensor([[*found.prompt.tolist(), *found.ids]], device=self.lm.device)
+        logits = self.lm(ids).logits[0, len(found.prompt) - 1 : -1].float()
+        return torch.nn.functional.cross_entropy(logits, ids[0, len(found.prompt) :], reduction="none")
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text as it is written."""

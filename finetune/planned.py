@@ -1,6 +1,6 @@
 """A GPT-2 as it would train, without its memory: what a rank will hold, and the largest micro batch that fits."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -35,6 +35,7 @@ class PlannedModel:
     length: int
     predicted: float = 1.0
     on_gpu: bool = True
+    moments: int = 8  # see kozero.footprint.Setting
     known: dict[tuple, Traced] = field(default_factory=dict, init=False)  # a trace takes about a second
 
     def module(self, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> CausalLM:
@@ -63,6 +64,12 @@ class PlannedModel:
         largest = max(p.numel() for p in module.parameters())
         return found | {"crossed": found["total"] - below, "largest": largest}
 
+    @cached_property
+    def num_tensors(self) -> int:
+        """Parameters as tensors."""
+        with torch.device("meta"):
+            return sum(1 for p in self.module().parameters() if p.requires_grad)
+
     def traced(self, micro: int, cast: bool, share: float, checkpointing: bool) -> Traced:
         """One micro batch. cast: the weights are in 16 bit, as under DeepSpeed; else autocast computes in it."""
         key = (micro, cast, share, checkpointing)
@@ -89,8 +96,16 @@ class PlannedModel:
         self, micro: int, accumulation: int, world_size: int, stage: int, zero: ZeroSizes | None, checkpointing: bool
     ) -> Footprint:
         """What a rank holds at its peak. zero: see Setting."""
+        if zero and not self.on_gpu:
+            zero = replace(zero, pinned=False)
         setting = Setting(
-            **self.counts, stage=stage, world_size=world_size, dtype=self.dtype, accumulation=accumulation, zero=zero
+            **self.counts,
+            stage=stage,
+            world_size=world_size,
+            dtype=self.dtype,
+            accumulation=accumulation,
+            zero=zero,
+            moments=self.moments,
         )
         return footprint(setting, self.traced(micro, stage > 0, setting.gradient_share, checkpointing))
 

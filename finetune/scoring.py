@@ -156,8 +156,10 @@ def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int,
             first = start + distributed.rank() * micro
             numbers = order[first : first + micro].tolist()
             batch = [prompts[n] for n in numbers or order[:1]]
-            found = write_batch(lm, tokenizer, batch, distributed.device(), generation)
-            mine |= {number: text for number, (text, _) in zip(numbers, found, strict=False)}
+            found = tokenizer.batch_decode(
+                write_batch(lm, tokenizer, batch, distributed.device(), generation), skip_special_tokens=True
+            )
+            mine |= dict(zip(numbers, found, strict=False))
     written: dict[int, str] = {}
     for part in distributed.gather(mine):
         written |= part
@@ -166,8 +168,8 @@ def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int,
 
 def write_batch(
     lm: PreTrainedModel, tokenizer: Any, prompts: Sequence[np.ndarray], device: torch.device, generation: dict[str, Any]
-) -> list[tuple[str, bool]]:
-    """One call of transformers' generate: what follows each prompt, without special tokens, and whether it ended."""
+) -> list[list[int]]:
+    """One call of transformers' generate: the ids that follow each prompt, up to the end of the text."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
     seen = torch.zeros_like(ids)
@@ -181,6 +183,9 @@ def write_batch(
         eos_token_id=tokenizer.eos_token_id,
         **generation,
     )
-    written = out[:, longest:].tolist()
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    return [(text, tokenizer.eos_token_id in ids) for text, ids in zip(texts, written, strict=True)]
+    return [until(ids, tokenizer.eos_token_id) for ids in out[:, longest:].tolist()]
+
+
+def until(ids: list[int], end: int) -> list[int]:
+    """Ids up to the first `end`, it too."""
+    return ids[: ids.index(end) + 1] if end in ids else ids

@@ -11,20 +11,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune.arguments import DataArguments, ModelArguments
-from finetune.data import evaluation_set, sources
+from finetune.data import EvaluationSet, evaluation_set, sources
 from finetune.decoding import DecodingArguments
 from finetune.paused import PausedGenerator
 from finetune.scoring import score
 from finetune.setup import inference_pauses, load_model, row_capacity
-from finetune.tasks import TASKS, Source
+from finetune.tasks import TASKS
 from finetune.tasks.nsmc import POLARITIES
 from kozero import distributed
 from kozero.config import TrainingArguments, arg, at_least, batch_sizes, parse_arguments
 from kozero.engines import build_engine, prepare_engine
+from kozero.engines.base import Engine
 from kozero.errors import require, run_main
 from kozero.folder import claim_output, write_text
-from kozero.pause import InferencePauseArguments
+from kozero.pause import InferencePauseArguments, Pauses
 from kozero.text_metrics import variety
+from models.language_model import LanguageModel, load_config
 
 TASK = TASKS["nsmc"]
 
@@ -42,7 +44,10 @@ class SentimentArguments:
     output_dir: str = arg("runs/sentiment", "folder for generated.txt in NSMC's form and sentiment.json")
 
     def __post_init__(self) -> None:
-        require(bool(self.model_name_or_path and self.classifier), "--model_name_or_path and --classifier: give both")
+        writer, judge = self.model_name_or_path, self.classifier
+        require(bool(writer and judge), "--model_name_or_path and --classifier: give both")
+        same = Path(writer).exists() and Path(judge).exists() and Path(writer).samefile(judge)
+        require(not same, f"--classifier {judge}: is the model that writes; name one that was trained apart")
         at_least(1, self, "num_samples", "batch_size")
         at_least(0, self, "max_eval_samples")
 
@@ -53,20 +58,19 @@ ARGUMENTS = (SentimentArguments, DecodingArguments)
 def main() -> None:
     """Write, judge, tell."""
     arguments, decoding = parse_arguments(*ARGUMENTS, prog="finetune/sentiment.py", description=__doc__)
+    require(
+        arguments.num_samples == 1 or decoding.temperature > 0,
+        f"--temperature 0: writes the same review {arguments.num_samples} times; give a temperature above 0",
+    )
     distributed.setup()
+    load_config(arguments.classifier, "--classifier")
     with claim_output(arguments.output_dir) as folder:
-        generator = PausedGenerator.from_pretrained(arguments.model_name_or_path)
-        distributed.seed_everything(decoding.seed)
-        written = {
-            word: generator.generate([word] * arguments.num_samples, arguments.batch_size, **decoding.settings())
-            for word in POLARITIES
-        }
+        judge = Judge.of(arguments.classifier, arguments.batch_size)
+        real = judge.questions(arguments.validation_file, arguments.max_eval_samples)
+        written = write(arguments, decoding)
         empty = save_reviews(folder / "generated.txt", written)
-        own = DataArguments(task="nsmc", validation_file=str(folder / "generated.txt"))
-        real = DataArguments(
-            task="nsmc", validation_file=arguments.validation_file, max_eval_samples=arguments.max_eval_samples
-        )
-        judged = [judge(arguments.classifier, data, arguments.batch_size) for data in (own, real)]
+        judged = [judge.score(judge.questions(str(folder / "generated.txt"))), judge.score(real)]
+        judge.engine.close()
         texts = [text for found in written.values() for text in found]
         found = {
             "agreement_with_generated": judged[0]["accuracy"],
@@ -75,12 +79,57 @@ def main() -> None:
             "empty": empty,
             **{f"generated_{name}": value for name, value in variety(texts).items()},
         }
-        told = {"scores": found, "generated": judged[0], "real": judged[1], "settings": asdict(decoding)}
+        told = {"scores": found, "generated": judged[0], "real": judged[1]}
+        told |= {"settings": asdict(arguments) | asdict(decoding)}
         write_text(folder / "sentiment.json", json.dumps(told, indent=2, ensure_ascii=False))
         for name, value in found.items():
             distributed.say(f"{name:>26} {value:.4f}" if isinstance(value, float) else f"{name:>26} {value}")
         distributed.say(str(folder / "sentiment.json"))
     distributed.shutdown()
+
+
+def write(arguments: SentimentArguments, decoding: DecodingArguments) -> dict[str, list[str]]:
+    """Reviews by the word that asks for their polarity."""
+    pauses = InferencePauseArguments()
+    model = load_model(ModelArguments(arguments.model_name_or_path), pauses, with_pauses=False, seed=0)
+    lm = model.module.lm.to(distributed.device()).eval()
+    generator = PausedGenerator(lm, model.tokenizer, inference_pauses(model, pauses))
+    distributed.seed_everything(decoding.seed)
+    return {
+        word: generator.generate([word] * arguments.num_samples, arguments.batch_size, **decoding.settings())
+        for word in POLARITIES
+    }
+
+
+@dataclass
+class Judge:
+    """A classifier: a model of --task nsmc, which says after which word a review is more likely."""
+
+    engine: Engine
+    model: LanguageModel
+    pauses: Pauses
+    batch_size: int
+
+    @classmethod
+    def of(cls, folder: str, batch_size: int) -> "Judge":
+        """The model of a folder, with the pauses that it was trained with."""
+        pauses = InferencePauseArguments()
+        model = load_model(ModelArguments(model_name_or_path=folder), pauses, with_pauses=False, seed=0)
+        training = TrainingArguments(per_device_train_batch_size=batch_size)
+        settings = prepare_engine(training, batch_sizes(training, distributed.world_size()))
+        engine = build_engine(model.module, training, settings)
+        return cls(engine, model, inference_pauses(model, pauses), batch_size)
+
+    def questions(self, file: str | None, most: int = 0) -> EvaluationSet:
+        """The reviews of a file in NSMC's form, or of the sample data."""
+        data = DataArguments(task="nsmc", validation_file=file, max_eval_samples=most)
+        source = sources(data, TASK)[1]
+        return evaluation_set(source, TASK, data, self.model.tokenizer, self.pauses.placement)
+
+    def score(self, questions: EvaluationSet) -> dict[str, float]:
+        """Accuracy, macro F1, and what it says how often."""
+        capacity = row_capacity(0, TASK.max_seq_length, self.model.config.n_positions)
+        return score(self.engine, questions, self.pauses, capacity, self.batch_size, self.model.tokenizer).values
 
 
 def save_reviews(path: Path, written: dict[str, list[str]]) -> int:
@@ -95,21 +144,6 @@ def save_reviews(path: Path, written: dict[str, list[str]]) -> int:
     require(len(rows) > 1, "the model wrote nothing but ends of texts; raise --temperature, or train it longer")
     write_text(path, "\n".join(rows) + "\n")
     return empty
-
-
-def judge(folder: str, data: DataArguments, batch_size: int) -> dict[str, float]:
-    """Scores of a classifier on reviews."""
-    model = load_model(ModelArguments(model_name_or_path=folder), InferencePauseArguments(), with_pauses=False, seed=0)
-    pauses = inference_pauses(model, InferencePauseArguments())
-    capacity = row_capacity(0, TASK.max_seq_length, model.config.n_positions)
-    source: Source = sources(data, TASK)[1]
-    questions = evaluation_set(source, TASK, data, model.tokenizer, pauses.placement)
-    training = TrainingArguments(per_device_train_batch_size=batch_size)
-    settings = prepare_engine(training, batch_sizes(training, distributed.world_size()))
-    engine = build_engine(model.module, training, settings)
-    result = score(engine, questions, pauses, capacity, batch_size, model.tokenizer)
-    engine.close()
-    return result.values
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import models.encoders  # noqa: F401  makes an encoder known to AutoConfig, so that one in a wrong place is named
 from finetune.arguments import ModelArguments
 from finetune.data import SAMPLE_TOKENIZER
+from finetune.tasks import Task
 from kozero import distributed
 from kozero.errors import require
 from kozero.pause import InferencePauseArguments, Pauses, begins_inside, filler_id
@@ -45,6 +46,15 @@ def inference_pauses(model: LanguageModel, arguments: InferencePauseArguments) -
     num, settings = arguments.num_inference_pauses, model.pause_settings
     num = settings.get("num_inference_pauses", 0) if num < 0 else num
     return make_pauses(model, num, arguments.pause_placement or inference_placement(settings))
+
+
+def no_pauses(task: Task, flag: str, num: int) -> None:
+    """Refuse pauses where there is no prompt to put them in."""
+    require(
+        num <= 0 or not task.whole_texts,
+        f"{flag} {num}: --task {task.name} has no prompts to put them in; pauses in whole texts are those of "
+        "pretrain/train.py --pause_fraction",
+    )
 
 
 def inference_placement(settings: dict) -> str:

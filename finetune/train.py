@@ -23,7 +23,7 @@ from finetune.data import EvaluationSet, cached_store, evaluation_set, training_
 from finetune.passages import encode_passages
 from finetune.run import DATA, LENGTH, Setting, finish, resume_key, run_to_end, tell_next
 from finetune.scoring import fitted_prefixes, score, write
-from finetune.setup import load_model, make_pauses, row_capacity
+from finetune.setup import load_model, make_pauses, no_pauses, row_capacity
 from finetune.tasks import TASKS, Source, Task
 from finetune.train_encoder import train_encoder
 from kozero import distributed, plan
@@ -88,11 +88,8 @@ def train(
     setting = Setting.of(training, task, model_arguments.model_name_or_path, output_dir)
     train_source, validation_source = training_sources(data_arguments, task)
 
-    require(
-        not (task.whole_texts and pause_arguments.num_pauses),
-        f"--num_pauses {pause_arguments.num_pauses}: --task {task.name} has no prompts to put them in; pauses in whole "
-        "texts are those of pretrain/train.py --pause_fraction",
-    )
+    no_pauses(task, "--num_pauses", pause_arguments.num_pauses)
+    no_pauses(task, "--num_inference_pauses", pause_arguments.at_inference)
     if not (model_arguments.model_name_or_path or model_arguments.config_file):
         model_arguments.config_file = str(TINY)
         distributed.say(f"no --model_name_or_path and no --config_file: random weights of models/{TINY.name}")

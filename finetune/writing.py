@@ -5,32 +5,60 @@ reads whole sentences alone."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.paused import PausedGenerator
+from finetune.paused import Continuation, PausedGenerator
 
 SENTENCE_END = re.compile(r"[.!?…。]+[\"'”’」』)\]]*(?=\s|$)")
 
 
+@dataclass
+class Written:
+    """A prompt, what follows it, and the pieces that it was written in."""
+
+    prompt: str
+    text: str = ""
+    pieces: list[Continuation] = field(default_factory=list)
+
+    @property
+    def whole(self) -> str:
+        """Prompt and text as one."""
+        return f"{self.prompt}{self.gap}{self.text}".strip()
+
+    @property
+    def gap(self) -> str:
+        """What stands between them."""
+        return self.pieces[0].gap if self.pieces else ""
+
+    def add(self, piece: Continuation, text: str) -> None:
+        """Go on with the part of a piece that is kept."""
+        gap = piece.gap if self.pieces else ""
+        self.pieces.append(piece)
+        self.text = f"{self.text}{gap}{text.strip()}" if text.strip() else self.text
+
+
 def write_long(
     generator: PausedGenerator, prompts: Sequence[str], length: int, tail: int, batch_size: int, **generation: Any
-) -> list[str]:
+) -> list[Written]:
     """What follows each prompt: about `length` tokens, or fewer where the model ends the text.
 
     Args: tail: tokens of the text that the next piece reads at most; generation: see PausedGenerator.generate;
         max_new_tokens is that of a piece.
     """
-    texts, missing = ["" for _ in prompts], dict.fromkeys(range(len(prompts)), length)
+    found, missing = [Written(prompt) for prompt in prompts], dict.fromkeys(range(len(prompts)), length)
+    longest = generation.pop("max_new_tokens")
     while missing:
-        asked = [last_sentences(generator, f"{prompts[k]} {texts[k]}".strip(), tail) for k in missing]
-        pieces = generator.continue_texts(asked, batch_size, **generation)
-        for k, (piece, has_ended) in zip(list(missing), pieces, strict=True):
-            whole = piece if has_ended else whole_sentences(piece)
-            texts[k] = f"{texts[k]} {whole}".strip()
-            missing[k] -= len(generator.ids(whole))
-            if has_ended or not whole or missing[k] <= 0:
+        asked = [last_sentences(generator, found[k].whole, tail) for k in missing]
+        most = min(longest, max(missing.values()))
+        pieces = generator.continue_texts(asked, batch_size, max_new_tokens=most, **generation)
+        for k, piece in zip(list(missing), pieces, strict=True):
+            kept = piece.text if piece.has_ended else whole_sentences(piece.text)
+            found[k].add(piece, kept)
+            missing[k] -= len(generator.ids(kept))
+            if piece.has_ended or not kept.strip() or missing[k] <= 0:
                 del missing[k]
-    return texts
+    return found
 
 
 def whole_sentences(text: str) -> str:

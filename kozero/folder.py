@@ -56,6 +56,17 @@ def writable_folder(flag: str, folder: Path) -> Path:
     return folder
 
 
+def new_file(flag: str, path: Path) -> Path:
+    """A file that could be written; `flag` named it.
+
+    Raises: UserError, before anything long begins.
+    """
+    writable_folder(flag, path.parent)
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file in it")
+    return path
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one move, so that a reader sees the old text or the new."""
     temporary = path.with_name(path.name + ".new")

@@ -4,6 +4,7 @@ Theirs is more than the paper's formula (kozero.plan): 32-bit weights in fp32 to
 update, buckets, gathered weights.
 """
 
+import math
 from dataclasses import dataclass
 
 from kozero.trace import Traced
@@ -19,6 +20,7 @@ class ZeroSizes:
     prefetch: int
     offload_optimizer: bool
     offload_param: bool
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Setting:
     dtype: str
     accumulation: int
     zero: ZeroSizes | None = None  # None at stage 0, which is PyTorch's
+    moments: int = 8  # bytes of an optimizer's states a trained parameter: AdamW's two in 32 bit, 0 of SGD
 
     @property
     def width(self) -> int:
@@ -69,11 +72,12 @@ class Setting:
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of one rank at its peak, by what they are; those that lie in the memory of the machine instead; and frozen
-    weights that rank 0 alone keeps there as they came in, for the export."""
+    weights that rank 0 alone keeps there as they came in, for the export. loading: what is there before training."""
 
     device: dict[str, float]
     host: float
     kept: float
+    loading: float
 
     @property
     def peak(self) -> float:
@@ -88,28 +92,36 @@ def footprint(setting: Setting, step: Traced) -> Footprint:
     """
     zero = setting.zero
     weights = setting.width * setting.total / (setting.world_size if setting.stage == 3 else 1)
-    states = (12 if setting.stage else 8) * setting.own  # DeepSpeed keeps 32-bit weights of its own, in fp32 too
+    # DeepSpeed keeps 32-bit weights of its own, in fp32 too.
+    states = (setting.moments + (4 if setting.stage else 0)) * setting.own
     before = setting.gradients_before()
     kept = 4.0 * (setting.total - setting.trainable) if setting.width == 2 else 0.0
     host = 0.0
     if zero and zero.offload_param:
         weights, host = 0.0, host + weights
     if zero and zero.offload_optimizer:
-        states, before, host = 0.0, 0.0, host + states + offloaded_gradients(setting)
+        states, before, host = 0.0, 0.0, host + offloaded(setting)
     backward = {
         "weights": weights, "optimizer": states, "gradients": before + step.gradients,
         "activations": step.activations, "logits": step.logits, "buffers": buffers(setting, step.logits),
     }  # fmt: skip
     update = {"weights": weights, "optimizer": states, "gradients": update_gradients(setting)}
-    return Footprint(max(backward, update, key=lambda parts: sum(parts.values())), host, kept)
+    largest = max(backward, update, key=lambda parts: sum(parts.values()))
+    return Footprint(largest, host, kept, loading=4.0 * setting.total)
 
 
-def offloaded_gradients(setting: Setting) -> float:
-    """Bytes of the machine's memory for gradients, in 32 bit and as they arrive; at stage 2 for the sums of micro
-    batches and for the largest tensor on its way too."""
-    two = setting.stage == 2
-    arriving = setting.width * (1 + (two and setting.accumulation > 1))
-    return (4 + arriving) * setting.own + two * setting.width * setting.largest
+def offloaded(setting: Setting) -> float:
+    """Bytes of the machine's memory for 32-bit weights, moments and gradients, and for gradients and weights on their
+    way; at stage 2 also for the sums of micro batches and the largest tensor. PyTorch rounds what is pinned up to a
+    power of two (CachingHostAllocator.h); moments are not."""
+
+    def taken(size: float) -> float:
+        return 2.0 ** math.ceil(math.log2(size)) if setting.zero.pinned and size else size
+
+    two, own, width = setting.stage == 2, setting.own, setting.width
+    sums = two and setting.accumulation > 1
+    largest = taken(width * setting.largest) if two else 0.0
+    return 2 * taken(4 * own) + setting.moments * own + taken(width * own) * (1 + sums) + largest
 
 
 def buffers(setting: Setting, logits: float) -> float:

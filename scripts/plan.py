@@ -9,39 +9,34 @@ by a pass over tensors without data, the rest by formula.
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import GPT2Config
 
 from finetune.arguments import DataArguments, FinetuningArguments, ModelArguments
 from finetune.planned import PlannedModel
-from finetune.setup import row_capacity
+from finetune.setup import no_pauses, row_capacity
 from finetune.tasks import TASKS
+from finetune.train import ARGUMENTS as TRAINING
 from finetune.train import FreezeArguments
-from kozero.config import arg, at_least, parse_arguments
+from finetune.ways import ROOT, Choice, Planner, Way, way, ways
+from kozero.config import arg, at_least, batch_sizes, parse_arguments
 from kozero.errors import require, run_main
-from kozero.folder import write_text
-from kozero.footprint import Footprint, ZeroSizes
-from kozero.json_files import read_json_object
+from kozero.folder import new_file, write_text
 from kozero.pause import PauseArguments
 from kozero.plan import state_bytes
-from models.language_model import DROPOUTS, load_config, read_config
+from models.language_model import DROPOUTS, load_config, read_config, require_tied
 
-ROOT = Path(__file__).parent.parent
 SHAPES = {  # of the published models, so that a plan needs no download
     "skt/kogpt2-base-v2": "kogpt2_config.json",
     "skt/ko-gpt-trinity-1.2B-v0.5": "ko_gpt_trinity_config.json",
 }
-SHARDED, OFFLOADED = ("zero0", "zero1", "zero2", "zero3"), ("zero2_offload", "zero3_offload")  # in ds_configs/
-WAYS = [  # the fastest first: traffic costs less than computing twice, and that less than the way to the CPU and back
-    *((name, False) for name in SHARDED), *((name, True) for name in SHARDED),
-    *((name, checkpointing) for name in OFFLOADED for checkpointing in (False, True)),
-]  # fmt: skip
-ENOUGH_TOKENS = 1024  # of a micro batch: with fewer a GPU waits for launches rather than computes
 GIB = 2**30
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+HEADER = ("setting", "micro", "accumulation", *PARTS, "peak", "host", "by the paper", "fits")
+MOST = 2**20  # rows of a micro batch or an update
 
 
 @dataclass
@@ -55,187 +50,145 @@ class PlanArguments:
     global_batch: int = arg(0, "rows of one optimizer update over all ranks; 0: as many as the arguments make up")
     predicted: float = arg(1.0, "share of the tokens that are predicted: 1 for essays, that of the answers else")
     device: str = arg("gpu", "what computes", choices=["gpu", "cpu"])
-    output_file: str | None = arg(None, "JSON of all that is printed")
+    output_file: str | None = arg(None, "JSON of the tables and proposals, sizes in bytes")
 
     def __post_init__(self) -> None:
         at_least(0, self, "reserve_gib", "host_gib", "global_batch")
         require(self.device_gib > self.reserve_gib, f"--device_gib {self.device_gib}: not above --reserve_gib")
         require(0 < self.predicted <= 1, f"--predicted {self.predicted}: must be above 0 and at most 1")
-        numbers = self.ranks.split(",")
-        right = all(number.strip().isdecimal() and 0 < int(number) <= 65536 for number in numbers)
-        require(right, f"--ranks {self.ranks}: must be whole numbers above 0 with commas between them")
-
-    @property
-    def room(self) -> float:
-        """Bytes that a run may take."""
-        return (self.device_gib - self.reserve_gib) * GIB
+        require(self.global_batch <= MOST, f"--global_batch {self.global_batch}: must be {MOST:,} at most")
+        numbers = [number.strip() for number in self.ranks.split(",")]
+        right = all(number.isdecimal() and len(number) < 6 and int(number) > 0 for number in numbers)
+        require(right, f"--ranks {self.ranks[:40]}: must be whole numbers from 1 to 99999 with commas between them")
 
 
-ARGUMENTS = (FinetuningArguments, ModelArguments, DataArguments, PauseArguments, FreezeArguments, PlanArguments)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to spread a run: its DeepSpeed JSON, the number of ranks, and whether activations are made anew."""
-
-    path: str
-    ranks: int
-    checkpointing: bool
-
-    @property
-    def name(self) -> str:
-        """For a table."""
-        return Path(self.path).stem + (" + checkpointing" if self.checkpointing else "")
-
-    def zero(self) -> tuple[int, ZeroSizes | None]:
-        """Stage and sizes of its JSON."""
-        section = read_json_object(self.path).get("zero_optimization", {})
-        stage = section.get("stage", 0)
-        if stage == 0:
-            return 0, None
-        from kozero.engines.deepspeed import check_sections, zero_sizes
-
-        check_sections({"zero_optimization": section}, self.path)
-        return stage, zero_sizes({name: value for name, value in section.items() if value != "auto"})
-
-
-@dataclass
-class Planner:
-    """Footprints of one model on one machine. `global_batch`: rows of an update."""
-
-    model: PlannedModel
-    machine: PlanArguments
-    global_batch: int
-
-    def footprint(self, candidate: Candidate, micro: int, accumulation: int) -> Footprint:
-        """Bytes of a rank."""
-        stage, zero = candidate.zero()
-        return self.model.footprint(micro, accumulation, candidate.ranks, stage, zero, candidate.checkpointing)
-
-    def accumulation(self, micro: int, ranks: int) -> int:
-        """Micro batches that make up the rows of an update, or a few more."""
-        return math.ceil(self.global_batch / (micro * ranks))
-
-    def fits(self, candidate: Candidate, micro: int, accumulation: int) -> bool:
-        """Whether there is room on the device and, all ranks together, in the machine."""
-        found = self.footprint(candidate, micro, accumulation)
-        host = self.machine.host_gib * GIB or math.inf
-        return found.peak <= self.machine.room and in_machine(found, candidate) <= host
-
-    def largest(self, candidate: Candidate) -> int:
-        """Rows of the largest micro batch that fits and that an update can fill; a power of two, 0 for none."""
-        most = max(1, self.global_batch // candidate.ranks)
-        sizes = [2**k for k in range(most.bit_length())]
-        low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
-        while low < high:
-            middle = (low + high) // 2
-            if self.fits(candidate, sizes[middle], self.accumulation(sizes[middle], candidate.ranks)):
-                low = middle + 1
-            else:
-                high = middle
-        return sizes[low - 1] if low else 0
+ARGUMENTS = (*TRAINING, PlanArguments)
 
 
 def main() -> None:
-    """What was told, then every way there is, then the one to take."""
-    training, model, data, pauses, freezing, machine = parse_arguments(
+    """For each number of ranks what was told, then every way there is, then the one to take."""
+    training, model, data, _, pauses, freezing, machine = parse_arguments(
         *ARGUMENTS, prog="scripts/plan.py", description="Predict the memory of a fine-tuning run, propose a setting."
     )
+    if machine.output_file:
+        new_file("--output_file", Path(machine.output_file))
+    planned = model_of(training, model, data, pauses, freezing, machine)
+    told = [plan(planned, training, machine, int(ranks)) for ranks in machine.ranks.split(",")]
+    if machine.output_file:
+        write_text(Path(machine.output_file), json.dumps({"machine": asdict(machine), "plans": told}, indent=2))
+
+
+def model_of(
+    training: FinetuningArguments,
+    model: ModelArguments,
+    data: DataArguments,
+    pauses: PauseArguments,
+    freezing: FreezeArguments,
+    machine: PlanArguments,
+) -> PlannedModel:
+    """The model that the arguments of a run describe."""
     require(data.task in TASKS, f"--task {data.task}: plans are for GPT-2 models: {', '.join(TASKS)}")
+    task, rows = TASKS[data.task], training.per_device_train_batch_size
+    no_pauses(task, "--num_pauses", pauses.num_pauses)
+    require(rows <= MOST, f"--per_device_train_batch_size {rows}: must be {MOST:,} at most")
     config = shape(model)
-    length = row_capacity(data.max_seq_length, TASKS[data.task].max_seq_length, config.n_positions)
+    length = row_capacity(data.max_seq_length, task.max_seq_length, config.n_positions)
     planned = PlannedModel(
-        config, freezing.freeze, pauses.needs_token, training.dtype, length, machine.predicted, machine.device == "gpu"
-    )
+        config, freezing.freeze, pauses.needs_token, training.dtype, length, machine.predicted,
+        machine.device == "gpu", 8 if training.optim == "adamw" else 0,
+    )  # fmt: skip
     counts = planned.counts
     print(
         f"{config.n_layer} layers of {config.n_embd}: {counts['total']:,} parameters, {counts['trainable']:,} train; "
         f"{training.dtype}, rows of {length:,} tokens"
     )
-    told = []
-    for ranks in map(int, machine.ranks.split(",")):
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks
-        told += list(plan(Planner(planned, machine, machine.global_batch or rows), training, ranks))
-    if machine.output_file:
-        write_text(Path(machine.output_file), json.dumps({"machine": asdict(machine), "rows": told}, indent=2))
+    return planned
 
 
 def shape(arguments: ModelArguments) -> GPT2Config:
     """Sizes of the model; those of the published ones are shipped."""
-    file = arguments.config_file
-    if not file and arguments.model_name_or_path in SHAPES:
-        file = str(ROOT / "models" / SHAPES[arguments.model_name_or_path])
-    require(bool(file or arguments.model_name_or_path), "give --model_name_or_path or --config_file")
-    config = read_config(Path(file)) if file else load_config(arguments.model_name_or_path)
+    name, file = arguments.model_name_or_path, arguments.config_file
+    require(bool(name) != bool(file), "give either --model_name_or_path or --config_file")
+    file = file or (str(ROOT / "models" / SHAPES[name]) if name in SHAPES else None)
+    config = read_config(Path(file)) if file else load_config(name)
+    require_tied(config, file or name)
     if arguments.dropout is not None:
         config.update(dict.fromkeys(DROPOUTS, arguments.dropout))
     return config
 
 
-def plan(planner: Planner, training: FinetuningArguments, ranks: int) -> Iterator[dict]:
-    """Print a table for a number of ranks; its rows for a file."""
-    machine, micro = planner.machine, training.per_device_train_batch_size
-    print(f"\n{ranks} x {machine.device_gib:g} GiB, {machine.reserve_gib:g} of them kept free. GiB of a rank:\n")
-    header = ("setting", "micro", *PARTS, "peak", "host", "by the paper", "largest micro")
-    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
-    ways = [Candidate(str(ROOT / f"ds_configs/{name}.json"), ranks, again) for name, again in WAYS]
-    path = str(Path(training.deepspeed_config or ROOT / "ds_configs/zero0.json").resolve())
-    told = Candidate(path, ranks, training.gradient_checkpointing)
-    fits = planner.fits(told, micro, training.gradient_accumulation_steps)
-    if told not in ways:
-        ways.insert(0, told)
-    largest = {}
-    for way in dict.fromkeys((told, *ways)):
-        largest[way] = planner.largest(way)
-        rows = micro if way == told else max(1, largest[way])
-        steps = training.gradient_accumulation_steps if way == told else planner.accumulation(rows, ranks)
-        row = line(planner, way, rows, planner.footprint(way, rows, steps), largest[way])
-        print(f"| {' | '.join(row)} |", flush=True)
-        yield dict(zip(header, row, strict=True)) | {"ranks": ranks}
-    print(f"\nas told ({told.name}): {'fits' if fits else 'does not fit'}")
-    print(proposal(planner, best(ways, largest, planner.model.length)))
+def plan(model: PlannedModel, training: FinetuningArguments, machine: PlanArguments, ranks: int) -> dict[str, Any]:
+    """Print a table for a number of ranks, and the proposal."""
+    sizes = batch_sizes(training, ranks)
+    planner = Planner(
+        model, (machine.device_gib - machine.reserve_gib) * GIB, machine.host_gib * GIB or math.inf,
+        machine.global_batch or sizes.global_batch,
+    )  # fmt: skip
+    print(f"\n{ranks} x {machine.device_gib:g} GiB, {machine.reserve_gib:g} of them kept free; updates of "
+          f"{planner.global_batch} rows. GiB of a rank, host: of the machine\n")  # fmt: skip
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}", flush=True)
+    path = training.deepspeed_config or ROOT / "ds_configs/zero0.json"
+    own = way(path, training.gradient_checkpointing, replace(training), sizes)
+    told = planner.choice(own, sizes.micro, sizes.accumulation)
+    rows = [show(planner, told)]
+    fitting = [told] if planner.fits(told) else []
+    for one in ways(ranks, replace(training, deepspeed_config=None), sizes):
+        found = planner.largest(one)
+        fitting += [found] if found else []
+        rows.append(show(planner, found or planner.choice(one, 1)))
+    best = min(fitting, key=planner.seconds, default=None)
+    verdict = conclusion(planner, told, best)
+    print("\n" + verdict)
+    return {"ranks": ranks, "rows": rows, "conclusion": verdict}
 
 
-def line(planner: Planner, candidate: Candidate, micro: int, found: Footprint, largest: int) -> list[str]:
-    """One row of the table."""
-    counts, (stage, _) = planner.model.counts, candidate.zero()
-    states = state_bytes(counts["total"], counts["trainable"], stage, candidate.ranks, planner.model.dtype)
-    sizes = [*(found.device.get(part, 0.0) for part in PARTS), found.peak, in_machine(found, candidate), states]
-    return [candidate.name, str(micro), *(f"{size / GIB:.2f}" for size in sizes), str(largest) if largest else "none"]
+def show(planner: Planner, choice: Choice) -> dict[str, Any]:
+    """Print one row of the table; it with sizes in bytes."""
+    counts, way, found = planner.model.counts, choice.way, choice.footprint
+    paper = state_bytes(counts["total"], counts["trainable"], way.stage, way.ranks, planner.model.dtype)
+    sizes = [*(found.device.get(part, 0.0) for part in PARTS), found.peak, choice.host, paper]
+    fits = planner.fits(choice)
+    cells = [way.name, str(choice.micro), str(choice.accumulation), *(f"{size / GIB:.2f}" for size in sizes)]
+    print(f"| {' | '.join([*cells, 'yes' if fits else 'no'])} |", flush=True)
+    return dict(zip(HEADER, [way.name, choice.micro, choice.accumulation, *sizes, fits], strict=True))
 
 
-def best(ways: list[Candidate], largest: dict[Candidate, int], length: int) -> tuple[Candidate, int] | None:
-    """The first way whose micro batch keeps a GPU busy, else the one with the largest; with its rows."""
-    fitting = [(way, largest[way]) for way in ways if largest[way]]
-    busy = [found for found in fitting if found[1] * length >= ENOUGH_TOKENS]
-    return busy[0] if busy else max(fitting, key=lambda found: found[1], default=None)
-
-
-def in_machine(found: Footprint, candidate: Candidate) -> float:
-    """Bytes of the machine's memory, all ranks on one."""
-    return found.host * candidate.ranks + found.kept
-
-
-def proposal(planner: Planner, chosen: tuple[Candidate, int] | None) -> str:
+def conclusion(planner: Planner, told: Choice, best: Choice | None) -> str:
     """What to do, as flags."""
-    if chosen is None:
-        return (
-            "no setting fits: shorter rows (--max_seq_length), more frozen layers (--freeze wte,wpe,h.0-"
-            f"{planner.model.config.n_layer * 3 // 4}), 16 bit (--bf16, --fp16) or more GPUs"
-        )
-    way, micro = chosen
-    steps = planner.accumulation(micro, way.ranks)
-    found = planner.footprint(way, micro, steps)
-    flags = f"--deepspeed_config {short(way.path)} --per_device_train_batch_size {micro}"
-    flags += f" --gradient_accumulation_steps {steps}" + " --gradient_checkpointing" * way.checkpointing
-    host = in_machine(found, way) / GIB
-    beside = f", and {host:.1f} GiB of the machine's memory" if host else ""
-    return f"proposed: {flags}\n          {found.peak / GIB:.1f} GiB of each GPU{beside}"
+    first = f"as told ({told.way.name}, {told.micro} x {told.accumulation} rows): "
+    lacks = [] if planner.fits(told) else ["the GPU"] * (told.footprint.peak > planner.room)
+    lacks += ["the machine"] * (told.host > planner.host)
+    first += f"does not fit into {' and '.join(lacks)}" if lacks else "fits"
+    if best is None:
+        return f"{first}\nno setting fits: {remedies(planner)}"
+    if best is told or (not lacks and planner.seconds(told) <= 1.1 * planner.seconds(best)):
+        return f"{first}, and nothing is much better"
+    flags = f"--deepspeed_config {short(best.way)} --per_device_train_batch_size {best.micro}"
+    flags += (
+        f" --gradient_accumulation_steps {best.accumulation}" + " --gradient_checkpointing" * best.way.checkpointing
+    )
+    rows = best.micro * best.accumulation * best.way.ranks
+    return (
+        f"{first}\nproposed: {flags}\n          {best.footprint.peak / GIB:.1f} GiB of each GPU, "
+        f"{best.host / GIB:.1f} GiB of the machine's memory, {rows} rows an update"
+    )
 
 
-def short(path: str) -> str:
+def remedies(planner: Planner) -> str:
+    """What can be changed where nothing fits."""
+    model, most = planner.model, planner.model.config.n_layer - 1
+    frozen = model.counts["trainable"] < model.counts["total"]
+    ways = ["shorter rows (--max_seq_length)", "more GPUs (--ranks)"]
+    ways += ["16 bit (--bf16, --fp16)"] * (model.dtype == "fp32")
+    ways.append(f"{'more ' * frozen}frozen layers (--freeze, e.g. wte,wpe,h.0-{max(0, most * 3 // 4)})")
+    ways += ["more memory of the machine (--host_gib)"] * (planner.host < math.inf)
+    return ", ".join(ways)
+
+
+def short(way: Way) -> str:
     """A shipped file by its name in the project."""
-    return str(Path(path).relative_to(ROOT)) if Path(path).is_relative_to(ROOT) else path
+    path = Path(way.path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else way.path
 
 
 if __name__ == "__main__":

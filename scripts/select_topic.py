@@ -1,14 +1,16 @@
 """From a folder of Korean texts to training data on some topics: clean, drop duplicates, take what BM25 ranks highest
 for the topic's queries, split by document.
 
-python scripts/select_topic.py --files corpus/ --query "여행의 설렘" "낯선 도시" --output_dir runs/travel
+python scripts/select_topic.py --files corpus/ --topic 여행 --query "여행의 설렘" "낯선 도시" --output_dir runs/travel
 """
 
 import json
 import re
 import resource
+import shlex
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from finetune.bm25 import has_kiwi, search
-from kozero.config import arg, at_least, check_seed, parse_arguments
+from kozero.config import arg, at_least, check_seed, has_lone_surrogate, parse_arguments
 from kozero.data.cleaning import Cleaner
 from kozero.data.documents import SUFFIXES, Pool, documents
 from kozero.data.duplicates import duplicates
@@ -28,7 +30,7 @@ from kozero.json_files import read_json_object
 
 WORK = ".work-"
 FUSION = 60  # of reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009)
-TOPIC = re.compile(r"\w[\w .+-]*")  # it becomes a folder's name
+TOPIC = re.compile(r"\w[\w +-]{0,59}")  # it becomes a folder's name, of at most 180 bytes
 
 
 @dataclass
@@ -40,9 +42,8 @@ class SelectionArguments:
         metadata={"help": "texts, or folders of them: .txt and .dat, .jsonl with a field text, .json as KorQuAD's"},
     )
     unit: str = arg("document", "of .txt and .dat: up to a blank line, or one line", choices=["document", "line"])
-    query: list[str] = field(
-        default_factory=list, metadata={"help": "queries of one topic, named by the first; their rankings are fused"}
-    )
+    query: list[str] = field(default_factory=list, metadata={"help": "queries of one topic; their rankings are fused"})
+    topic: str = arg("topic", "name of the topic of --query, and of its folder")
     topics_file: str | None = arg(None, 'JSON of several topics: {"name": ["query", "query"], ...}')
     top_k: int = arg(500, "documents of a topic at most")
     validation_fraction: float = arg(0.1, "share of the documents that validates, at least one of every topic; 0: none")
@@ -83,9 +84,17 @@ def main() -> None:
     write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
     write_text(folder / "summary.md", summary(report))
     print(folder / "summary.md")
-    first = folder / next(iter(wanted))
-    print(f"next: python finetune/train.py --task essay --train_file {first}/train.jsonl "
-          f"--validation_file {first}/validation.jsonl")  # fmt: skip
+    print(next_command(folder, report["topics"]))
+
+
+def next_command(folder: Path, told: dict[str, dict]) -> str:
+    """What to do with the first topic that has something to learn from."""
+    name = next(name for name, topic in told.items() if topic["train"]["documents"])
+    files = {"train_file": folder / name / "train.jsonl"}
+    if told[name]["validation"]["documents"]:
+        files["validation_file"] = folder / name / "validation.jsonl"
+    flags = " ".join(f"--{flag} {shlex.quote(str(path))}" for flag, path in files.items())
+    return f"next: python finetune/train.py --task essay {flags}"
 
 
 def topics(arguments: SelectionArguments) -> dict[str, list[str]]:
@@ -94,13 +103,19 @@ def topics(arguments: SelectionArguments) -> dict[str, list[str]]:
     Raises: UserError for a name that cannot be a folder's, and for a topic without queries.
     """
     where = arguments.topics_file or "--query"
-    found = read_json_object(arguments.topics_file) if arguments.topics_file else {arguments.query[0]: arguments.query}
+    found = read_json_object(arguments.topics_file) if arguments.topics_file else {arguments.topic: arguments.query}
     require(bool(found), f"{where}: no topic")
     for name, queries in found.items():
-        require(TOPIC.fullmatch(name) is not None, f"{where}: topic {name!r} names a folder; use letters and digits")
-        right = isinstance(queries, list) and queries and all(isinstance(q, str) and q.strip() for q in queries)
+        fits = TOPIC.fullmatch(name) is not None
+        require(fits, f"{where}: topic {name!r} names a folder; use at most 60 letters and digits")
+        right = isinstance(queries, list) and queries and all(map(is_query, queries))
         require(bool(right), f'{where}: topic {name!r}: must be a list of queries, e.g. ["여행의 설렘"]')
     return found
+
+
+def is_query(value: Any) -> bool:
+    """Whether a value of the JSON can be searched for."""
+    return isinstance(value, str) and bool(value.strip()) and not has_lone_surrogate(value)
 
 
 def select(
@@ -118,7 +133,8 @@ def select(
 
     found = (item for file in files for item in documents(file, arguments.unit, cleaner.counts))
     pool = Pool(work / "documents.jsonl", cleaner.texts(found))
-    require(len(pool) > 0, f"--files {' '.join(arguments.files)}: no document stays ({counted(cleaner.counts)})")
+    why = counted(cleaner.counts) or "there is none"
+    require(len(pool) > 0, f"--files {' '.join(arguments.files)}: no document stays ({why})")
     lap("cleaned", cleaner.counts["documents read"])
     earlier = duplicates(pool, arguments.similarity, work)
     cleaner.counts["left out: near duplicates"] = int((earlier >= 0).sum())
@@ -132,11 +148,15 @@ def select(
     for name, own in wanted.items():
         part = slice(at, at := at + len(own))
         chosen[name] = fused(numbers[part], scores[part])[: arguments.top_k]
-    fraction = enough([[pool[k][1] for k, _ in found] for found in chosen.values()], arguments.validation_fraction)
+        if not chosen[name]:
+            print(f"topic {name}: no document has a word of its queries")
+    require(any(chosen.values()), "no document has a word of any query; write other queries, or --terms bigram")
+    chosen_texts = [[pool[k][1] for k, _ in found] for found in chosen.values()]
+    validating = Sides(arguments.validation_fraction, arguments.validation_fraction and chosen_texts)
     report = {"counts": dict(cleaner.counts), "documents": len(pool), "documents_per_second": rates}
-    report |= {"validation_fraction": fraction, "topics": {}}
+    report |= {"validation_fraction": arguments.validation_fraction, "topics": {}}
     for name, found in chosen.items():
-        told = write_topic(work / "topics" / name, pool, found, fraction, arguments.seed)
+        told = write_topic(work / "topics" / name, pool, found, validating, arguments.seed)
         report["topics"][name] = {"queries": wanted[name]} | told
     for name in chosen:  # all of them, or none
         (work / "topics" / name).rename(folder / name)
@@ -162,19 +182,25 @@ def draw(text: str) -> float:
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def validates(text: str, fraction: float) -> bool:
-    """On which side a document is: a pure function of its text, so that it is the same one for every topic."""
-    return draw(text) < fraction
+class Sides:
+    """On which side a document is: that of its text, so that it is the same one for every topic.
 
+    Args: fraction: share that validates. topics: the texts of each; a topic of several documents of which none would
+        validate gives the one that is nearest to it.
+    """
 
-def enough(topics: list[list[str]], fraction: float) -> float:
-    """The share that validates: `fraction`, or as much more as every topic of two documents needs to have one."""
-    smallest = [min(map(draw, texts)) for texts in topics if len(texts) > 1]
-    return max([fraction, *(np.nextafter(value, 1.0).item() for value in smallest)]) if fraction else 0.0
+    def __init__(self, fraction: float, topics: Sequence[Sequence[str]]) -> None:
+        self.fraction = fraction
+        few = [texts for texts in topics or () if len(texts) > 1 and min(map(draw, texts)) >= fraction]
+        self.given = {min(texts, key=draw) for texts in few}
+
+    def validates(self, text: str) -> bool:
+        """Whether it validates."""
+        return draw(text) < self.fraction or text in self.given
 
 
 def write_topic(
-    folder: Path, pool: Pool, chosen: list[tuple[int, float]], fraction: float, seed: int
+    folder: Path, pool: Pool, chosen: list[tuple[int, float]], sides_of: Sides, seed: int
 ) -> dict[str, Any]:
     """train.jsonl, validation.jsonl and random.jsonl of a topic. Returns what is told of them.
 
@@ -185,14 +211,14 @@ def write_topic(
     sides: dict[str, list[dict]] = {"train": [], "validation": [], "random": []}
     for number, score in chosen:
         where, text = pool[number]
-        side = "validation" if validates(text, fraction) else "train"
+        side = "validation" if sides_of.validates(text) else "train"
         sides[side].append({"text": text, "source": where, "score": round(score, 6)})
     wanted, taken = sum(len(row["text"]) for row in sides["train"]), {number for number, _ in chosen}
     for number in np.random.default_rng(seed).permutation(len(pool)).tolist():
         if wanted <= 0:
             break
         where, text = pool[number]
-        if number not in taken and not validates(text, fraction):
+        if number not in taken and not sides_of.validates(text):
             sides["random"].append({"text": text, "source": where, "score": 0.0})
             wanted -= len(text)
     told = {}

@@ -78,6 +78,7 @@ def built(case: Case) -> Engine:
         per_device_train_batch_size=case.micro,
         gradient_accumulation_steps=case.accumulation,
         bf16=case.dtype == "bf16",
+        fp16=case.dtype == "fp16",
     )
     sizes = BatchSizes(case.micro, case.accumulation, distributed.world_size())
     return build_engine(module, told, prepare_engine(told, sizes))

@@ -24,6 +24,7 @@ from finetune.comparison import Comparison, filled
 from finetune.decoding import DecodingArguments
 from finetune.paused import PausedGenerator
 from finetune.setup import load_model
+from finetune.writing import Written
 from kozero import distributed
 from kozero.errors import UserError
 from kozero.pause import InferencePauseArguments
@@ -99,7 +100,7 @@ def test_both_texts_are_those_of_generate(comparison, paused_model, monkeypatch,
         argv = ["generate.py", "--model", paused_model, "--prompt", "긍정", f"--num_inference_pauses={number}", *flags]
         monkeypatch.setattr(sys, "argv", argv)
         generate.main()
-        wanted.append(capsys.readouterr().out.removeprefix("긍정 ").removesuffix("\n"))
+        wanted.append(capsys.readouterr().out.removeprefix("긍정").strip())
     for _ in range(2):  # nothing is left of the first time
         assert last(comparison, " 긍정\n", decoding, num) == (*wanted, demo.DONE)
     assert wanted[0] != wanted[1] and all(wanted)
@@ -181,7 +182,7 @@ def test_an_error_of_pytorch_is_one_line_on_the_page(comparison, monkeypatch):
 
 
 def test_a_text_that_ends_at_once_is_told(comparison, monkeypatch):
-    monkeypatch.setattr(generate.Writer, "write", lambda *_, **__: [""])
+    monkeypatch.setattr(generate.Writer, "write", lambda *_, **__: [Written("")])
     assert last(comparison, "긍정", SHORT) == ("", "", demo.NOTHING)
 
 

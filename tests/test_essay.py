@@ -110,3 +110,33 @@ def test_a_mistake_is_named(monkeypatch, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         train.main()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "entry, flags, message",
+    [
+        (evaluate, ["--num_inference_pauses", "5"], "--num_inference_pauses 5: --task essay has no prompts"),
+        (evaluate, ["--sweep_pauses", "0,3"], "--sweep_pauses 3: --task essay has no prompts"),
+        (train, ["--num_inference_pauses", "4"], "--num_inference_pauses 4: --task essay has no prompts"),
+        (train, ["--num_pauses", "4"], "--num_pauses 4: --task essay has no prompts"),
+    ],
+)
+def test_whole_texts_take_no_pauses(monkeypatch, tmp_path, paused_model, entry, flags, message):
+    argv = ["x.py", "--task", "essay", "--model_name_or_path", paused_model, *flags]
+    argv += ["--output_dir", str(tmp_path / "run")] if entry is train else []
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(UserError, match=message):
+        entry.main()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_pauses_is_scored_on_whole_texts_without(monkeypatch, tmp_path, paused_model):
+    """As it is where none is asked for."""
+    found = []
+    for flags in ([], ["--num_inference_pauses", "0"]):
+        argv = ["evaluate.py", "--task", "essay", "--model_name_or_path", paused_model, "--max_eval_samples", "3"]
+        argv += ["--output_file", str(tmp_path / "s.json"), "--cache_dir", str(tmp_path), *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        evaluate.main()
+        found.append(json.loads((tmp_path / "s.json").read_text())["scores"])
+    assert found[0] == found[1]

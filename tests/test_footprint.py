@@ -1,16 +1,20 @@
 """Predicted memory beside what the allocator counts in real runs of every engine, and the plans that come of it."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from finetune import ways
 from finetune.planned import PlannedModel
 from kozero.engines.deepspeed import zero_sizes
 from kozero.errors import UserError
+from kozero.footprint import Setting, footprint
 from kozero.json_files import read_json_object
+from kozero.trace import Traced
 from models.language_model import read_config
 from scripts import plan
 from tests.helpers import ROOT, gpt2_configs
@@ -19,11 +23,11 @@ from tests.ranks import run_ranks
 
 JSONS = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 SMALL = {"reduce_bucket_size": 200_000, "stage3_param_persistence_threshold": 1000}  # in the proportion of the model
-RECIPES = {  # file: GiB of a GPU (15 of a T4's 16 can be used) and their number
-    "trinity_t4": (15, 1),
-    "trinity_2xt4": (15, 2),
-    "trinity_24gb": (24, 1),
-    "trinity_8xa100": (80, 8),
+RECIPES = {  # file: GiB of a GPU (15 of a T4's 16 can be used), their number, and what the READMEs say of it
+    "trinity_t4": (15, 1, 12.1),
+    "trinity_2xt4": (15, 2, 11.2),
+    "trinity_24gb": (24, 1, 20.6),
+    "trinity_8xa100": (80, 8, 21.0),
 }
 
 
@@ -47,6 +51,8 @@ def cases(folder, world_size) -> list[Case]:
         Case(files["zero2_offload"], "bf16", **frozen),
         Case(files["zero2"], "bf16", checkpointing=True),
         Case(files["zero2"], "fp32", micro=1),
+        Case(files["zero2"], "fp16", accumulation=2),
+        Case(files["zero3"], "bf16", checkpointing=True),
     ]
 
 
@@ -54,8 +60,8 @@ def predicted(case: Case, world_size: int) -> float:
     """Of rank 0; on a CPU device and machine are the same memory."""
     stage, zero = 0, None
     if case.json:
-        section = read_json_object(case.json)["zero_optimization"]
-        stage, zero = section["stage"], zero_sizes(section)
+        config = read_json_object(case.json)
+        stage, zero = config["zero_optimization"]["stage"], zero_sizes(config, case.json)
     found = case.model().footprint(case.micro, case.accumulation, world_size, stage, zero, case.checkpointing)
     return found.peak if torch.cuda.is_available() else found.peak + found.host + found.kept
 
@@ -132,36 +138,56 @@ def call(monkeypatch, capsys, *flags) -> str:
 TINY = ("--config_file", ROOT / "models/tiny_config.json", "--max_seq_length", 64)
 
 
-def test_what_is_proposed_fits_and_twice_as_much_does_not(monkeypatch, capsys):
-    """The proposal, planned again as told; on so small a device the micro batch is not bounded by the update."""
-    monkeypatch.setattr(plan, "WAYS", plan.WAYS[:2])
-    machine = ("--device_gib", 0.05, "--reserve_gib", 0, "--global_batch", 4096, "--bf16")
-    out = call(monkeypatch, capsys, *TINY, *machine)
+def only(monkeypatch, *names: str) -> None:
+    """Leave the other shipped JSONs out."""
+    monkeypatch.setattr(ways, "SHIPPED", names)
+
+
+def test_what_is_proposed_fits_and_a_larger_micro_batch_does_not(monkeypatch, capsys):
+    """The proposal, planned again as told; the micro batch is not bounded by the update."""
+    only(monkeypatch, "zero0", "zero1")
+    machine = ("--device_gib", 0.05, "--reserve_gib", 0, "--bf16")
+    out = call(monkeypatch, capsys, *TINY, *machine, "--per_device_train_batch_size", 4096)
+    assert "does not fit into the GPU" in out
     proposed = out.split("proposed: ")[1].splitlines()[0].split()
-    assert "fits" in call(monkeypatch, capsys, *TINY, *machine, *proposed).split("as told")[1].splitlines()[0]
+    again = call(monkeypatch, capsys, *TINY, *machine, *proposed)
+    assert "rows): fits" in again and "4096 rows an update" in out
     place = proposed.index("--per_device_train_batch_size") + 1
     proposed[place] = str(2 * int(proposed[place]))
-    assert "does not fit" in call(monkeypatch, capsys, *TINY, *machine, *proposed)
+    assert "does not fit" in call(monkeypatch, capsys, *TINY, *machine, *proposed).split("as told")[1].splitlines()[0]
+
+
+def test_a_larger_micro_batch_may_take_less_and_is_found():
+    """Under DDP gradients of earlier micro batches lie beside the buckets, and one micro batch has no earlier one."""
+    model = PlannedModel(read_config(ROOT / "models/kogpt2_config.json"), None, False, "fp32", length=8)
+    planner = ways.Planner(model, room=0.0, host=math.inf, global_batch=8)
+    two = ways.Way("zero0.json", ranks=2, checkpointing=False, stage=0, zero=None)
+    small, large = (planner.choice(two, micro).footprint.peak for micro in (2, 4))
+    assert small > large
+    planner.room = (small + large) / 2
+    assert planner.largest(two).micro == 4
+    planner.room = large - 1
+    assert planner.largest(two) is None
 
 
 def test_nothing_fits_and_what_then(monkeypatch, capsys):
-    out = call(monkeypatch, capsys, *TINY, "--device_gib", 0.001, "--reserve_gib", 0)
-    assert "no setting fits" in out and "--max_seq_length" in out and "--freeze" in out
+    out = call(monkeypatch, capsys, *TINY, "--device_gib", 0.001, "--reserve_gib", 0, "--host_gib", 0.001)
+    assert "does not fit into the GPU and the machine" in out and "no setting fits" in out
+    assert all(name in out for name in ("--max_seq_length", "--freeze", "--bf16", "--host_gib"))
 
 
 def test_a_table_for_each_number_of_ranks_and_its_file(monkeypatch, capsys, tmp_path):
-    """Under ZeRO-3 a rank of two has half of the states that one has."""
-    monkeypatch.setattr(plan, "WAYS", [("zero0", False), ("zero3", False), ("zero3", True)])
-    file = tmp_path / "plan.json"
+    """Under ZeRO-3 a rank of two has half of the states that one has; on one rank it shards nothing."""
+    only(monkeypatch, "zero0", "zero3")
+    file = tmp_path / "new" / "plan.json"
     model = ("--config_file", ROOT / "models/kogpt2_config.json", "--max_seq_length", 64, "--bf16")
     out = call(monkeypatch, capsys, *model, "--ranks", "1, 2", "--output_file", file)
-    rows = json.loads(file.read_text())["rows"]
-    assert out.count("| setting |") == 2
-    assert [(row["ranks"], row["setting"]) for row in rows] == [
-        (ranks, name) for ranks in (1, 2) for name in ("zero0", "zero3", "zero3 + checkpointing")
-    ]
-    one, two = (float(row["by the paper"]) for row in rows if row["setting"] == "zero3")
-    assert (one, two) == pytest.approx((16 * 125_164_032 / 2**30, 8 * 125_164_032 / 2**30), abs=0.006)
+    one, two = json.loads(file.read_text())["plans"]
+    assert out.count("| setting |") == 2 and (one["ranks"], two["ranks"]) == (1, 2)
+    names = ["zero0", "zero0", "zero0 + checkpointing", "zero3", "zero3 + checkpointing"]
+    assert [[row["setting"] for row in told["rows"]] for told in (one, two)] == [names[:3], names]
+    paper = [two["rows"][k]["by the paper"] for k in (0, 3)]
+    assert paper == pytest.approx([16 * 125_164_032, 8 * 125_164_032])
 
 
 @pytest.mark.parametrize("stem", [path.stem for path in gpt2_configs()])
@@ -171,12 +197,16 @@ def test_every_shipped_model_can_be_planned(stem):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_fits_its_machine(monkeypatch, capsys, name):
-    monkeypatch.setattr(plan, "WAYS", [])
-    gib, ranks = RECIPES[name]
-    recipe = ROOT / f"finetune/recipes/{name}.json"
-    out = call(monkeypatch, capsys, recipe, "--device_gib", gib, "--ranks", ranks)
-    assert "as told" in out and "does not fit" not in out
+def test_a_recipe_fits_its_machine_as_the_readmes_say_and_nothing_is_much_better(monkeypatch, capsys, name):
+    gib, ranks, said = RECIPES[name]
+    only(monkeypatch, "zero0", "zero1")  # every way is tried in test_commands.py
+    out = call(monkeypatch, capsys, ROOT / f"finetune/recipes/{name}.json", "--device_gib", gib, "--ranks", ranks)
+    assert "fits, and nothing is much better" in out
+    peak = next(line for line in out.splitlines() if line.startswith("| zero")).split("|")[10]
+    assert float(peak) == pytest.approx(said, abs=0.05)
+    for readme in ("README.md", "README.ko.md"):
+        (line,) = [line for line in (ROOT / readme).read_text().splitlines() if f"`{name}.json`" in line]
+        assert line.endswith(f"| {said} |")
 
 
 def test_the_published_models_need_no_download():
@@ -195,6 +225,11 @@ def test_the_published_models_need_no_download():
         (("--device_gib", "1"), "--device_gib 1.0: not above --reserve_gib"),
         (("--predicted", "0"), "--predicted 0.0"),
         (("--task", "mrc"), "--task mrc: plans are for GPT-2"),
+        (("--task", "essay", "--num_pauses", "3"), "--num_pauses 3: --task essay has no prompts"),
+        (("--model_name_or_path", "skt/kogpt2-base-v2"), "give either"),
+        (("--per_device_train_batch_size", 10**9), "must be 1,048,576 at most"),
+        (("--ranks", "1" * 999), "--ranks 1111"),
+        (("--output_file", str(ROOT)), "is a folder"),
         (("--max_seq_length", "4096"), "--max_seq_length 4096"),
         (("--freeze", "h.9"), "--freeze h.9"),
         (("--deepspeed_config", "none.json"), "none.json"),
@@ -203,3 +238,38 @@ def test_the_published_models_need_no_download():
 def test_mistakes_are_named(monkeypatch, capsys, flags, message):
     with pytest.raises(UserError, match=message):
         call(monkeypatch, capsys, *TINY, *flags)
+
+
+BAD_JSONS = {
+    "a section that is a number": ({"zero_optimization": 3}, "'zero_optimization' must be an object"),
+    "a stage as text": ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage '2'"),
+    "a size as text": ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, "DeepSpeed refuses it"),
+    "an unknown key": ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
+    "another batch": ({"train_micro_batch_size_per_gpu": 99, "zero_optimization": {"stage": 1}}, "disagree"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_JSONS)
+def test_a_json_that_training_refuses_is_refused(monkeypatch, capsys, tmp_path, case):
+    content, message = BAD_JSONS[case]
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        call(monkeypatch, capsys, *TINY, "--deepspeed_config", tmp_path / "ds.json")
+
+
+def test_offload_to_nowhere_is_none():
+    section = {"stage": 2, "offload_optimizer": {"device": "none"}, "contiguous_gradients": False}
+    assert not zero_sizes({"zero_optimization": section}, "x").offload_optimizer
+    section["offload_optimizer"]["device"] = "cpu"
+    found = zero_sizes({"zero_optimization": section}, "x")
+    assert found.offload_optimizer and found.buckets == 1
+
+
+def test_pinned_memory_is_rounded_up_to_powers_of_two():
+    """ZeRO-2 with offload on one rank, 5 trained parameters in bf16: 20 bytes of weights and of gradients become 32
+    each, 10 of 16-bit weights 16, 6 of the largest tensor 8; 40 of moments stay 40."""
+    zero = zero_sizes(
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}}, "x"
+    )
+    setting = Setting(5, 5, 5, 3, stage=2, world_size=1, dtype="bf16", accumulation=1, zero=zero)
+    assert footprint(setting, Traced(0, 0, 0)).host == 32 + 32 + 16 + 8 + 40

@@ -6,12 +6,13 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from finetune import generate, writing
+from finetune import generate, paused, writing
 from finetune.decoding import DecodingArguments
-from finetune.paused import PausedGenerator
+from finetune.paused import Continuation, PausedGenerator
 from finetune.writing import last_sentences, whole_sentences, write_long
 from kozero.errors import UserError
 from kozero.text_metrics import distinct, repetition, self_bleu, variety
@@ -39,10 +40,10 @@ def test_settings_reach_transformers(monkeypatch, tmp_path, paused_model):
 
 def test_prompts_come_from_a_file_or_from_standard_input(monkeypatch, tmp_path, paused_model, capsys):
     (tmp_path / "prompts.txt").write_text("긍정\n\n부정\n", encoding="utf-8")
-    short = ("--max_new_tokens", 4, "--num_samples", 2, "--seed", 3)
+    short = ("--max_new_tokens", 4, "--temperature", 0)
     call(monkeypatch, paused_model, "--prompts_file", tmp_path / "prompts.txt", *short)
     from_file = capsys.readouterr().out
-    assert [line.split()[0] for line in from_file.splitlines()] == ["긍정", "긍정", "부정", "부정"]
+    assert [line[:2] for line in from_file.splitlines()] == ["긍정", "부정"]
 
     class Input:
         buffer = io.BytesIO("긍정\n\n부정\n".encode())
@@ -71,6 +72,8 @@ def test_a_stream_is_the_text(monkeypatch, paused_model, capsys):
         (["--stream", "--num_samples", "2"], "--stream: shows one text"),
         (["--stream", "--length", "9"], "--stream and --length"),
         (["--prompts_file", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--temperature", "0", "--num_samples", "3"], "--num_samples 3: without chance"),
+        (["--prompt", "가", "--output_file", "/tmp"], "--output_file /tmp: is a folder"),
         (["--prompt", "가", "--max_new_tokens", "9999"], "--max_new_tokens 9999: the model has 512 positions"),
         (["--prompt", "가 " * 600], "--prompt: .* tokens; at most"),
     ],
@@ -117,7 +120,8 @@ class Scripted:
 
     def continue_texts(self, texts, batch_size, **generation):
         self.asked.append(list(texts))
-        return [self.said[len(self.asked) - 1][k] for k in range(len(texts))]
+        said = self.said[len(self.asked) - 1][: len(texts)]
+        return [Continuation(text, *(gap or [" "]), None, [], has_ended) for text, has_ended, *gap in said]
 
 
 def test_pieces_go_on_from_the_last_sentences_until_the_text_is_long_enough(paused_model):
@@ -128,11 +132,32 @@ def test_pieces_go_on_from_the_last_sentences_until_the_text_is_long_enough(paus
     ]
     scripted = Scripted(PausedGenerator.from_pretrained(paused_model), said)
     num = len(scripted.ids("눈이 왔다. 길을 쓸었다.")) + 1
-    first, second = write_long(scripted, ["아침에 보니", "저녁에"], num, 100, 8)
-    assert first == "눈이 왔다. 길을 쓸었다. 차를 마셨다." and second == "끝."
+    first, second = write_long(scripted, ["아침에 보니", "저녁에"], num, 100, 8, max_new_tokens=20)
+    assert first.text == "눈이 왔다. 길을 쓸었다. 차를 마셨다." and second.text == "끝."
     assert scripted.asked == [
         ["아침에 보니", "저녁에"], ["아침에 보니 눈이 왔다."], ["아침에 보니 눈이 왔다. 길을 쓸었다."],
     ]  # fmt: skip
+
+
+def test_a_piece_that_goes_on_within_a_word_leaves_no_space_in_it(paused_model):
+    said = [[("눈이 내", False)], [("렸고 길은 하얗", False, "")], [("게 됐다.", True, "")]]
+    scripted = Scripted(PausedGenerator.from_pretrained(paused_model), said)
+    (found,) = write_long(scripted, ["아침에"], 1000, 100, 8, max_new_tokens=20)
+    assert found.whole == "아침에 눈이 내렸고 길은 하얗게 됐다."
+    assert scripted.asked[1:] == [["아침에 눈이 내"], ["아침에 눈이 내렸고 길은 하얗"]]
+
+
+def test_what_stands_between_a_text_and_what_follows_is_told(paused_model):
+    """Against the same words in one text."""
+    generator = PausedGenerator.from_pretrained(paused_model, num_pauses=0)
+    whole, gaps = "눈이 내렸고 길은 미끄러웠다", []
+    ids = generator.ids(whole)
+    for cut in range(1, len(ids)):
+        before = generator.tokenizer.decode(ids[:cut])
+        found = generator.continuation(before, np.array(ids[:cut]), ids[cut:])
+        gaps.append(found.gap)
+        assert f"{before}{found.gap}{found.text.strip()}" == whole
+    assert set(gaps) == {"", " "}
 
 
 def test_a_long_text_is_longer_than_the_model_sees(monkeypatch, tmp_path, paused_model):
@@ -166,27 +191,67 @@ def test_self_bleu_is_high_where_texts_are_alike():
         for text, rest in zip(texts, others, strict=True)
     ]
     assert self_bleu(texts) == pytest.approx(sum(wanted) / 3)
-    assert self_bleu(["같은 글이다"] * 3) == pytest.approx(100) and math.isnan(self_bleu(["하나"]))
+    assert self_bleu(["같은 글이다"] * 3) == pytest.approx(100) and "self_bleu" not in variety(["하나"])
 
 
 def test_metrics_go_beside_the_texts(monkeypatch, tmp_path, paused_model, capsys):
-    out = tmp_path / "out.jsonl"
-    flags = ("--prompt", "긍정", "--num_samples", 3, "--max_new_tokens", 10, "--metrics", "--output_file", out)
-    call(monkeypatch, paused_model, *flags)
+    """Perplexity of the very tokens that transformers writes, one by one."""
+    out, prompts = tmp_path / "out.jsonl", ["긍정", "부정 영화"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    flags = ("--temperature", 0, "--max_new_tokens", 10, "--metrics", "--output_file", out)
+    call(monkeypatch, paused_model, "--prompts_file", tmp_path / "prompts.txt", *flags)
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     found = json.loads((tmp_path / "out.metrics.json").read_text(encoding="utf-8"))["metrics"]
     told = variety([row["text"] for row in rows])
     assert {name: found[name] for name in told} == pytest.approx(told)
     generator, total, count = PausedGenerator.from_pretrained(paused_model), 0.0, 0
-    for row in rows:  # token by token
-        ids = generator.prompt("긍정").tolist()
-        for token in generator.ids(f" {row['text']}"):
+    for prompt in prompts:
+        ids = generator.prompt(prompt).tolist()
+        written = generator.lm.generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False)[0, len(ids) :]
+        for token in written.tolist():
             with torch.no_grad():
                 total -= generator.lm(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token].item()
             ids.append(token)
             count += 1
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-3)
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_prompts_of_a_file_are_written_together(monkeypatch, tmp_path, paused_model):
+    (tmp_path / "prompts.txt").write_text("긍정\n부정\n" * 3, encoding="utf-8")
+    sizes, real = [], paused.write_batch
+
+    def counting(lm, tokenizer, prompts, *rest):
+        sizes.append(len(prompts))
+        return real(lm, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(paused, "write_batch", counting)
+    flags = ("--prompts_file", tmp_path / "prompts.txt", "--max_new_tokens", 2, "--batch_size", 4)
+    call(monkeypatch, paused_model, *flags)
+    assert sizes == [4, 2]
+
+
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(monkeypatch, tmp_path, paused_model):
+    (tmp_path / "prompts.txt").write_text("긍정\n" + "영화 " * 600, encoding="utf-8")
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match=r"prompts.txt:2: \d+ tokens; at most"):
+        call(monkeypatch, paused_model, "--prompts_file", tmp_path / "prompts.txt", "--output_file", out)
+    assert not out.exists()
+
+
+def test_what_was_written_before_a_fault_is_kept(monkeypatch, tmp_path, paused_model):
+    class Input:
+        buffer = io.BytesIO("긍정\n".encode() + "부정".encode("cp949"))
+
+        @staticmethod
+        def isatty():
+            return False
+
+    monkeypatch.setattr(sys, "stdin", Input)
+    with pytest.raises(UserError, match="standard input, line 2: not UTF-8"):
+        call(monkeypatch, paused_model, "--max_new_tokens", 4, "--output_file", tmp_path / "out.jsonl")
+    (row,) = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(row)["prompt"] == "긍정"
 
 
 def test_greedy_writing_has_no_settings_of_sampling():

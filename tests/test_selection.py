@@ -1,6 +1,7 @@
 """scripts/select_topic.py and what it is made of: cleaning, duplicates, search, split."""
 
 import json
+import shlex
 import sys
 import unicodedata
 from collections import Counter
@@ -15,7 +16,7 @@ from kozero.data.documents import Pool, documents
 from kozero.data.duplicates import NUM_HASHES, duplicates, rows_of_a_band, shingles
 from kozero.errors import UserError
 from scripts import select_topic
-from scripts.select_topic import enough, fused, validates
+from scripts.select_topic import Sides, draw, fused, next_command
 from tests.helpers import SAMPLE_DATA
 from tests.test_commands import commands, shell
 
@@ -32,6 +33,9 @@ from tests.test_commands import commands, shell
         ("본문\n공유하기\nhttps://example.org/a\n기자@example.org\n더 보기", "본문"),
         ("저작권을 말하는 글이다. www 이야기", "저작권을 말하는 글이다. www 이야기"),
         ("깨진 \ufffd 글자", "깨진 \ufffd 글자"),
+        (" ".join(["저작권자를 다루는 문단이다."] * 9), " ".join(["저작권자를 다루는 문단이다."] * 9)),
+        ("한 줄\x0c다음 줄\u2028셋째 줄\x85넷째", "한 줄\n다음 줄\n셋째 줄\n넷째"),
+        ("반쪽 \ud800글자", "반쪽 글자"),
     ],
 )
 def test_what_is_no_text_goes_and_the_text_stays(text, clean):
@@ -73,7 +77,12 @@ def test_documents_of_all_kinds_of_files(tmp_path):
     assert texts["a.txt"] == ["하나\n둘", "셋\n넷 똠방\n\ufffd\ufffd\ufffd"]
     assert [where for where, _ in read["a.txt"]] == [f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:5"]
     assert texts["b.jsonl"] == ["다섯", "여섯"] and texts["c.json"] == ["일곱", "여덟"]
-    assert counts == {"lines in CP949": 1, "lines in no known encoding": 1, "rows without a text": 2}
+    assert counts == {
+        "lines in CP949": 1,
+        "lines in no known encoding": 1,
+        "rows without a text": 2,
+        "articles without paragraphs": 1,
+    }
     lines = [row["text"] for _, row in documents(tmp_path / "a.txt", "line", Counter())]
     assert lines[:3] == ["하나", "둘", "셋"]
 
@@ -223,17 +232,60 @@ def test_a_selection_is_split_by_document_and_random_text_is_as_much(monkeypatch
 
 def test_the_side_of_a_document_is_a_function_of_its_text():
     texts = [f"글 {k}" for k in range(4000)]
-    share = sum(validates(text, 0.25) for text in texts) / len(texts)
+    quarter, half = Sides(0.25, []), Sides(0.5, [])
+    share = sum(quarter.validates(text) for text in texts) / len(texts)
     assert 0.22 < share < 0.28  # 4 standard deviations
-    assert all(validates(text, 0.5) for text in texts if validates(text, 0.25)), "more validates what did before"
+    assert all(half.validates(text) for text in texts if quarter.validates(text)), "more validates what did before"
 
 
-def test_every_topic_has_something_that_validates():
-    topics = [[f"글 {k}" for k in range(start, start + 5)] for start in (0, 10, 20)]
-    fraction = enough([*topics, ["하나"]], 0.01)
-    assert 0.01 < fraction < 1 and all(any(validates(text, fraction) for text in texts) for texts in topics)
-    assert any(sum(validates(text, fraction) for text in texts) == 1 for texts in topics), "no more than it takes"
-    assert enough(topics, 0.99) == 0.99 and enough(topics, 0.0) == 0.0
+def test_every_topic_has_something_that_validates_and_no_other_loses_more_than_its_share():
+    small = [[f"글 {k}" for k in range(start, start + 5)] for start in (0, 10, 20)]
+    large = [f"큰 글 {k}" for k in range(1000)]
+    sides = Sides(0.01, [*small, ["하나"], large])
+    for texts in small:
+        validating = [text for text in texts if sides.validates(text)]
+        assert validating == [text for text in texts if draw(text) < 0.01] or validating == [min(texts, key=draw)]
+        assert validating
+    assert sum(map(sides.validates, large)) == sum(draw(text) < 0.01 for text in large)
+    assert not Sides(0.0, []).validates(min(large, key=draw))
+
+
+def test_the_next_command_can_be_pasted_and_names_what_is_there(tmp_path):
+    told = {"빈": {"train": {"documents": 0}}, "여행 글": {"train": {"documents": 3}, "validation": {"documents": 0}}}
+    words = shlex.split(next_command(tmp_path, told))
+    assert words[-1] == str(tmp_path / "여행 글" / "train.jsonl") and "--validation_file" not in words
+
+
+def test_a_topic_that_finds_nothing_is_named(monkeypatch, tmp_path, capsys):
+    """And when none finds anything, nothing is left."""
+    (tmp_path / "t.json").write_text(json.dumps({"눈": ["눈이 쌓인 아침"], "없음": ["쀍쀍 뛟뛟"]}), encoding="utf-8")
+    shared = ("--files", SAMPLE_DATA / "corpus", "--terms", "bigram")
+    select(monkeypatch, tmp_path, *shared, "--topics_file", tmp_path / "t.json", "--output_dir", tmp_path / "one")
+    assert "topic 없음: no document has a word of its queries" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no document has a word of any query"):
+        select(monkeypatch, tmp_path, *shared, "--query", "쀍쀍", "--output_dir", tmp_path / "none")
+    assert not list((tmp_path / "none").iterdir())
+
+
+def test_a_table_in_nsmcs_form_gives_its_reviews_without_ids_and_labels(tmp_path):
+    path = tmp_path / "ratings.txt"
+    path.write_text("id\tdocument\tlabel\n1\t참 좋은 영화\t1\n2\t나쁘다\t0\n3\tx\n", encoding="utf-8")
+    counts = Counter()
+    assert [row["text"] for _, row in documents(path, "line", counts)] == ["참 좋은 영화", "나쁘다"]
+    assert counts["rows without a text"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", "글이다".encode("utf-16"), "a.txt: not UTF-8; if it is UTF-16"),
+        ("a.pdf", b"%PDF", "a.pdf: not one of .txt"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(documents(tmp_path / name, "line", Counter()))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +293,9 @@ def test_every_topic_has_something_that_validates():
     [
         (["--query", "눈"], "--files: name at least one"),
         (["--files", "."], "--query and --topics_file: give one"),
-        (["--files", ".", "--query", "../눈"], "--query: topic '../눈' names a folder"),
+        (["--files", ".", "--query", "눈", "--topic", "../눈"], "--query: topic '../눈' names a folder"),
+        (["--files", ".", "--query", "눈", "--topic", "가" * 61], "use at most 60 letters"),
+        (["--files", ".", "--query", "눈", "--topic", "report.json"], "topic 'report.json' names a folder"),
         (["--files", ".", "--query", "눈", "--top_k", "0"], "--top_k 0"),
         (["--files", ".", "--query", "눈", "--similarity", "0"], "--similarity 0.0"),
         (["--files", "nowhere", "--query", "눈"], "--files nowhere: no such file"),
@@ -270,7 +324,7 @@ def test_a_run_that_fails_leaves_no_topic_and_what_a_killed_one_left_is_no_hindr
             select(patch, tmp_path, *flags)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".work-killed"]
     select(monkeypatch, tmp_path, *flags)
-    assert (tmp_path / "out/눈/train.jsonl").exists()
+    assert (tmp_path / "out/topic/train.jsonl").exists()
 
 
 def test_nothing_that_stays_is_told_with_the_reasons(monkeypatch, tmp_path):

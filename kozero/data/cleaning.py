@@ -12,7 +12,7 @@ from kozero.data.readers import Located
 # Never of a text's meaning: control characters but line feed and tab, zero-width marks, byte order marks, soft hyphens,
 # private use areas, what stands for a byte that was no character.
 UNWANTED = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff\ue000-\uf8ff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff\ue000-\uf8ff\ud800-\udfff]"
 )
 BROKEN = "\ufffd"
 SPACES = re.compile(r"[^\S\n]+")
@@ -21,10 +21,14 @@ HANGUL = re.compile("[가-힣]")
 LETTER = re.compile(r"[^\W\d_]")
 # Lines that belong to a page and not to its text: rights, addresses, buttons. The whole line goes.
 BOILERPLATE = re.compile(
-    r"무단\s*전재|재배포\s*금지|저작권자|ⓒ|©|all rights reserved|copyright|^\s*(https?://|www\.)\S+\s*$"
-    r"|^\s*\S+@\S+\.\w+\s*$|^\s*(더\s*보기|목록|이전\s*글|다음\s*글|공유하기|댓글\s*\d*|추천\s*\d*|조회(\s*수)?\s*\d+)\s*$",
+    r"^\s*(https?://|www\.)\S+\s*$|^\s*\S+@\S+\.\w+\s*$"
+    r"|^\s*(더\s*보기|목록|이전\s*글|다음\s*글|공유하기|댓글\s*\d*|추천\s*\d*|조회(\s*수)?\s*\d+)\s*$",
     re.IGNORECASE,
 )
+# A note of rights, where it is most of its line: a paragraph may well be about rights.
+RIGHTS = re.compile(r"무단\s*전재|재배포\s*금지|저작권자|ⓒ|©|all rights reserved|copyright", re.IGNORECASE)
+LONGEST_RIGHTS = 80  # characters of such a line
+BREAKS = re.compile("[\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # all that ends a line somewhere
 
 
 @dataclass
@@ -53,12 +57,12 @@ class Cleaner:
 
     def cleaned(self, text: str) -> str:
         """NFC, single spaces, at most one empty line, without unwanted characters and boilerplate lines."""
-        composed = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+        composed = unicodedata.normalize("NFC", BREAKS.sub("\n", text.replace("\r\n", "\n")))
         self.counts["not in normal form NFC"] += composed != text
         bare, num = UNWANTED.subn(lambda match: BROKEN if match[0] == BROKEN else "", composed)
         self.counts["unwanted characters removed"] += num - bare.count(BROKEN)
         lines = [SPACES.sub(" ", line).strip() for line in bare.split("\n")]
-        kept = [line for line in lines if not BOILERPLATE.search(line)]
+        kept = [line for line in lines if not is_boilerplate(line)]
         self.counts["boilerplate lines removed"] += len(lines) - len(kept)
         return EMPTY_LINES.sub("\n\n", "\n".join(kept)).strip()
 
@@ -74,3 +78,8 @@ class Cleaner:
         if len(HANGUL.findall(text)) < self.min_hangul * max(1, letters):
             return f"below {self.min_hangul:.0%} Hangul"
         return ""
+
+
+def is_boilerplate(line: str) -> bool:
+    """Whether a line belongs to a page and not to its text."""
+    return bool(BOILERPLATE.search(line) or (len(line) <= LONGEST_RIGHTS and RIGHTS.search(line)))

@@ -1,5 +1,6 @@
-"""Documents of files as people have them: texts in UTF-8 or CP949, JSON lines, KorQuAD's JSON."""
+"""Documents of files as people have them: texts in UTF-8 or CP949, NSMC's tables, JSON lines, KorQuAD's JSON."""
 
+import codecs
 import json
 from array import array
 from collections import Counter
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kozero.data.readers import BadRow, Located, read_jsonl, text_field
+from kozero.data.readers import BadRow, Located, read_jsonl, read_tsv, text_field
 from kozero.errors import UserError, require
-from kozero.json_files import read_json_object
+from kozero.json_files import not_utf8, read_json_object
 
 SUFFIXES = (".txt", ".dat", ".jsonl", ".json")
 
@@ -20,12 +21,30 @@ def documents(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
 
     Args: unit: of texts: "document", up to an empty line, or "line".
     """
+    require(path.suffix in SUFFIXES, f"{path}: not one of {', '.join(SUFFIXES)}; convert it, or rename a plain text")
     if path.suffix == ".jsonl":
         yield from rows_with_text(path, counts)
     elif path.suffix == ".json":
-        yield from paragraphs(path)
+        yield from paragraphs(path, counts)
+    elif is_nsmc(path):
+        yield from reviews(path, counts)
     else:
         yield from texts(path, unit, counts)
+
+
+def is_nsmc(path: Path) -> bool:
+    """Whether a file is a table in NSMC's form."""
+    with path.open("rb") as file:
+        return file.readline(100).rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8) == b"id\tdocument\tlabel"
+
+
+def reviews(path: Path, counts: Counter) -> Iterator[Located]:
+    """The texts of a table in NSMC's form, without ids and labels."""
+    for item in read_tsv(path, ("document",)):
+        if isinstance(item, BadRow):
+            counts["rows without a text"] += 1
+        else:
+            yield item[0], {"text": item[1]["document"]}
 
 
 def texts(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
@@ -50,6 +69,8 @@ def lenient_lines(path: Path, counts: Counter) -> Iterator[str]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file):
+                wide = number == 0 and line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+                require(not wide, f"{path}: {not_utf8(line)}")
                 try:
                     text = line.decode("utf-8-sig" if number == 0 else "utf-8")
                 except UnicodeDecodeError:
@@ -82,12 +103,13 @@ def rows_with_text(path: Path, counts: Counter) -> Iterator[Located]:
             counts["rows without a text"] += 1
 
 
-def paragraphs(path: Path) -> Iterator[Located]:
+def paragraphs(path: Path, counts: Counter) -> Iterator[Located]:
     """The paragraphs of a file in KorQuAD's form."""
     whole = read_json_object(path)
     articles = whole.get("data")
     require(isinstance(articles, list), f"{path}: no list 'data'; .json is read as KorQuAD's, other texts as .jsonl")
     for number, article in enumerate(articles, start=1):
+        counts["articles without paragraphs"] += not members(article)
         for place, paragraph in enumerate(members(article), start=1):
             text = paragraph.get("context") if isinstance(paragraph, dict) else None
             require(isinstance(text, str), f"{path} article {number} paragraph {place}: no text 'context'")

@@ -24,6 +24,9 @@ def shingles(text: str) -> set[bytes]:
 def duplicates(texts: Iterable[str], similarity: float, scratch: Path) -> np.ndarray:
     """(N,) the number of an earlier text that is as good as this one, -1 for a text that is the first of its kind.
 
+    In a band each text is compared with the first of those that share it, so that time grows with N alone; of three
+    such texts the last two may be duplicates and escape in this band.
+
     Args: similarity: Jaccard index of the shingles from which two texts are one, in (0, 1], to the accuracy of 128
         hashes (standard error 0.035 at 0.8); scratch: a folder for the signatures.
     """

@@ -257,14 +257,28 @@ def check_sections(config: dict[str, Any], path: str) -> None:
         check_keys(section if isinstance(section, dict) else {}, known, f"{path} {place}")
 
 
-def zero_sizes(section: dict[str, Any]) -> ZeroSizes:
-    """What a section `zero_optimization` says of memory, with DeepSpeed's own defaults."""
-    zero = DeepSpeedZeroConfig(**section)
-    buckets = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
+def zero_sizes(config: dict[str, Any], path: str) -> ZeroSizes:
+    """What the section `zero_optimization` of a JSON says of memory, with DeepSpeed's own defaults.
+
+    Raises: UserError for what DeepSpeed would refuse.
+    """
+    check_sections(config, path)
+    try:
+        zero = DeepSpeedZeroConfig(**config["zero_optimization"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: DeepSpeed refuses it: {one_line(error)}") from None
+    parts = (zero.offload_optimizer, zero.offload_param)
+    optimizer, weights = (part if part and part.device != "none" else None for part in parts)
+    contiguous = zero.contiguous_gradients or optimizer  # DeepSpeed insists on it there
     return ZeroSizes(
-        zero.reduce_bucket_size, buckets, zero.max_live_parameters, zero.prefetch_bucket_size,
-        zero.offload_optimizer is not None, zero.offload_param is not None,
-    )  # fmt: skip
+        reduce_bucket=zero.reduce_bucket_size,
+        buckets=(2 if zero.overlap_comm else 1) if contiguous else 0,
+        max_live=zero.max_live_parameters,
+        prefetch=zero.prefetch_bucket_size,
+        offload_optimizer=optimizer is not None,
+        offload_param=weights is not None,
+        pinned=bool(optimizer and optimizer.pin_memory),
+    )
 
 
 def check_config(config: dict[str, Any], path: str) -> None:
