@@ -26,6 +26,14 @@ class SaveFailed(Exception):
     """A checkpoint could not be written; the one before is whole."""
 
 
+class Stopped(Exception):
+    """A signal ended the run between two steps, after a checkpoint. Holds its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def require(condition: bool, message: str) -> None:
     """Raise a UserError unless `condition` holds."""
     if not condition:
@@ -59,6 +67,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr, flush=True)
         codes = ((UserError, EXIT_BAD_INPUT), (Diverged, EXIT_DIVERGED), (SaveFailed, EXIT_NOT_SAVED))
         code = next(code for kind, code in codes if isinstance(error, kind))
+    except Stopped as stopped:
+        code = 128 + stopped.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED

@@ -1,19 +1,22 @@
 """The training loop that every entry point runs: steps, curves, evaluations, checkpoints, the end."""
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from kozero import distributed
 from kozero.checkpoint import Checkpoints, RunState, step_of
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batch import Rows
 from kozero.engines.base import Engine, StepStats
-from kozero.errors import Diverged, require
+from kozero.errors import Diverged, Stopped, require
 from kozero.optim import schedule
 from kozero.runlog import RunLog, peak_memory_gib
+from kozero.stop import Stop
 
 MAX_EPOCHS_PER_STEP = 100  # a larger step is a slip of the keyboard
 MAX_LOST = 50  # updates in a row without a finite loss and gradient before the run gives up
@@ -124,26 +127,26 @@ class Trainer:
         try:
             if self.state.step >= self.total_steps and not self.state.best_scores:
                 self.evaluate_and_save(log)  # nothing is left to train, but the scores of these weights are not known
-            self.steps(log)
-        except KeyboardInterrupt:
-            if distributed.is_main():
-                log.say(self.where_interrupted())
-            raise
+            with Stop() as stop:
+                self.steps(log, stop)
         finally:
             log.close()
             self.checkpoints.finish()
         return self.state
 
-    def where_interrupted(self) -> str:
-        """What is kept of a run that ends here, in a line."""
+    def end_early(self, log: RunLog, number: int) -> NoReturn:
+        """Keep where the run stands and end it, as a signal asked for."""
+        step = self.state.step
         self.checkpoints.finish()
-        newest, step = self.checkpoints.newest(), self.state.step
-        if newest is None:
-            return f"interrupted at step {step}; there is no checkpoint to go on from yet (--save_steps)"
-        lost = step - step_of(newest)
-        return f"interrupted at step {step}; --resume auto goes on from {newest}, steps lost: {lost}"
+        newest = self.checkpoints.named("latest")
+        if newest is None or step_of(newest) != step:
+            self.checkpoints.save(self.engine, self.state, self.run, best=False)
+            self.checkpoints.finish()
+        name = signal.Signals(number).name
+        log.say(f"{name} at step {step}: saved; go on with --resume auto")
+        raise Stopped(number)
 
-    def steps(self, log: RunLog) -> None:
+    def steps(self, log: RunLog, stop: Stop) -> None:
         """The loop itself."""
         state, meter, lost = self.state, Meter(), 0
         while state.step < self.total_steps and not self.patience_spent():
@@ -171,6 +174,8 @@ class Trainer:
             paused = time.perf_counter()
             self.evaluate_and_save(log)
             meter.started += time.perf_counter() - paused  # speed is that of training alone
+            if state.step < self.total_steps and (number := stop.agreed()):
+                self.end_early(log, number)
         if state.step < self.total_steps:
             log.say(f"stopped early: no better {self.best_score} in {state.evaluations_since_best} evaluations")
 
