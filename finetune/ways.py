@@ -1,7 +1,7 @@
 """The ways to spread a fine-tuning run over a machine: which fit, and which of those is the fastest."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.planned import PlannedModel
@@ -39,8 +39,7 @@ def way(path: str | Path, checkpointing: bool, arguments: TrainingArguments, siz
     Raises: UserError for what train.py would refuse.
     """
     path = str(Path(path).resolve())
-    arguments.deepspeed_config = path
-    resolved = resolve(arguments, sizes)
+    resolved = resolve(replace(arguments, deepspeed_config=path), sizes)
     stage, zero = resolved["zero_optimization"]["stage"], None
     if stage:
         from kozero.engines.deepspeed import zero_sizes  # it takes seconds to import

@@ -9,7 +9,7 @@ by a pass over tensors without data, the rest by formula.
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,11 @@ def plan(model: PlannedModel, training: FinetuningArguments, machine: PlanArgume
           f"{planner.global_batch} rows. GiB of a rank, host: of the machine\n")  # fmt: skip
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}", flush=True)
     path = training.deepspeed_config or ROOT / "ds_configs/zero0.json"
-    own = way(path, training.gradient_checkpointing, replace(training), sizes)
+    own = way(path, training.gradient_checkpointing, training, sizes)
     told = planner.choice(own, sizes.micro, sizes.accumulation)
     rows = [show(planner, told)]
     fitting = [told] if planner.fits(told) else []
-    for one in ways(ranks, replace(training, deepspeed_config=None), sizes):
+    for one in ways(ranks, training, sizes):
         found = planner.largest(one)
         fitting += [found] if found else []
         rows.append(show(planner, found or planner.choice(one, 1)))

@@ -181,10 +181,13 @@ def test_a_recipe_trains_a_narrow_model_of_as_many_layers(recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands("README.md") if "scripts/plan.py" in c])
-def test_readme_commands_of_plans_propose_something(command):
+def test_readme_commands_of_plans_come_to_a_conclusion(command):
     done = shell(command)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("proposed: --deepspeed_config ds_configs/") == done.stdout.count("| setting |")
+    concluded = done.stdout.count("proposed: --deepspeed_config ds_configs/") + done.stdout.count(
+        "nothing is much better"
+    )
+    assert concluded == done.stdout.count("| setting |") > 0
 
 
 @pytest.mark.slow
