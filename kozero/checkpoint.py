@@ -47,6 +47,7 @@ class RunState:
     best_step: int = 0
     best_scores: dict[str, float] = field(default_factory=dict)
     evaluations_since_best: int = 0
+    evaluated_step: int = 0
 
 
 def saved_run(folder: Path) -> dict:
@@ -133,7 +134,7 @@ class Checkpoints:
         Raises: SaveFailed on all ranks when one of them cannot write; in the background at the next save, or `finish`.
         """
         self.finish()
-        final = self.folder / f"step-{state.step:06d}"
+        final = self.of(state.step)
         staging = final.with_name(final.name + ".incomplete")
         self.prepare(staging)
         files = engine.snapshot(staging) | {f"rng-rank{distributed.rank()}.pt": random_state()}
@@ -205,6 +206,25 @@ class Checkpoints:
             write_text(self.folder / "best", final.name)
         self.prune()
 
+    def amend(self, state: RunState, best: bool) -> None:
+        """Put into the checkpoint of this step what its evaluation has shown. Collective.
+
+        Raises: SaveFailed on all ranks.
+        """
+        self.finish()
+        folder, error = self.of(state.step), None
+        if distributed.is_main():
+            try:
+                saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+                write_text(folder / STATE, json.dumps(saved | {"state": asdict(state)}, indent=2))
+                if best:
+                    write_text(self.folder / "best", folder.name)
+                self.prune()
+            except WRITE_ERRORS as failure:
+                error = first_line(failure)
+        if error := distributed.broadcast(error):
+            raise SaveFailed(f"{folder}: cannot be written ({error}); make room and go on with --resume auto")
+
     def load(self, folder: Path, engine: Engine, run: dict) -> RunState:
         """Restore engine and random state from a whole checkpoint and return where its run stood. Collective."""
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -223,6 +243,10 @@ class Checkpoints:
         except LOAD_ERRORS as error:
             raise UserError(f"{folder}: damaged ({first_line(error)}); resume from another checkpoint") from None
         return RunState(**saved["state"])
+
+    def of(self, step: int) -> Path:
+        """The folder of a step."""
+        return self.folder / f"step-{step:06d}"
 
     def named(self, pointer: str) -> Path | None:
         """The checkpoint that `latest` or `best` names, or None."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from kozero.errors import UserError
+from kozero.orphan import end_with_launcher
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ def setup(timeout_seconds: float = 600.0) -> None:
     global patient, background
     if dist.is_initialized():
         return
+    end_with_launcher()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if torch.cuda.is_available():
@@ -46,7 +48,7 @@ def setup(timeout_seconds: float = 600.0) -> None:
                 f"WORLD_SIZE is set and {missing[0]} is not: start with torchrun or deepspeed, or unset WORLD_SIZE"
             )
         try:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=timeout, **restarted(timeout))
         except dist.DistNetworkError as error:
             port = os.environ.get("MASTER_PORT")
             if "EADDRINUSE" not in str(error):
@@ -59,6 +61,20 @@ def setup(timeout_seconds: float = 600.0) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     background = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def restarted(timeout: timedelta) -> dict[str, Any]:
+    """Arguments of init_process_group for ranks that `torchrun --max-restarts` has started again on its machine.
+
+    With --master_port it keeps the store of the ranks before, whose addresses the new ones would find and wait for
+    (torch 2.13, pytorch#135712). Each start gets keys of its own. With --rdzv_backend c10d, which several machines
+    need, a restart has a new store, and machines may count restarts differently.
+    """
+    again, one_machine = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), local_world_size() == world_size()
+    if not (again and one_machine and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+    return {"store": dist.PrefixStore(f"restart{again}", store), "rank": rank(), "world_size": world_size()}
 
 
 def shutdown() -> None:

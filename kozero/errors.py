@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -27,10 +28,10 @@ class SaveFailed(Exception):
 
 
 class Stopped(Exception):
-    """A signal ended the run between two steps, after a checkpoint. Holds its number."""
+    """A signal ended the run, and what it has done is saved. Holds its number; its text is its name."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(number)
+        super().__init__(signal.Signals(number).name)
         self.number = number
 
 
@@ -53,7 +54,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run an entry point; a UserError becomes one line on standard error and exit code 2, Diverged the same with 4,
-    SaveFailed with 5.
+    SaveFailed with 5. Stopped, which has been told, is 128 and the number of its signal.
 
     Ranks usually fail alike. The first of a machine speaks at once, and its launcher then ends the others; they wait
     a little, and are heard only when the first has not failed.

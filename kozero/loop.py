@@ -1,12 +1,11 @@
 """The training loop that every entry point runs: steps, curves, evaluations, checkpoints, the end."""
 
 import math
-import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 from kozero import distributed
 from kozero.checkpoint import Checkpoints, RunState, step_of
@@ -122,29 +121,24 @@ class Trainer:
             state.best_score, state.best_scores, state.best_step, state.evaluations_since_best = None, {}, state.step, 0
 
     def fit(self) -> RunState:
-        """Train to the end and return where the run stands."""
+        """Train to the end and return where the run stands.
+
+        Raises: Stopped after a signal, when the step that it came in is saved; Diverged; SaveFailed.
+        """
         log = RunLog(self.output_dir, self.total_steps, self.state.step)
         try:
-            if self.state.step >= self.total_steps and not self.state.best_scores:
-                self.evaluate_and_save(log)  # nothing is left to train, but the scores of these weights are not known
             with Stop() as stop:
+                if self.unscored():
+                    self.score(log, stop, saved=True)
                 self.steps(log, stop)
+                self.checkpoints.finish()
+        except Stopped as stopped:
+            self.checkpoints.finish()
+            log.say(f"{stopped}: saved at step {self.state.step}; go on with --resume auto")
+            raise
         finally:
             log.close()
-            self.checkpoints.finish()
         return self.state
-
-    def end_early(self, log: RunLog, number: int) -> NoReturn:
-        """Keep where the run stands and end it, as a signal asked for."""
-        step = self.state.step
-        self.checkpoints.finish()
-        newest = self.checkpoints.named("latest")
-        if newest is None or step_of(newest) != step:
-            self.checkpoints.save(self.engine, self.state, self.run, best=False)
-            self.checkpoints.finish()
-        name = signal.Signals(number).name
-        log.say(f"{name} at step {step}: saved; go on with --resume auto")
-        raise Stopped(number)
 
     def steps(self, log: RunLog, stop: Stop) -> None:
         """The loop itself."""
@@ -162,6 +156,7 @@ class Trainer:
             stop_when_lost(lost, stats, state.step)
             if not stats.applied:
                 state.skipped_steps += 1
+                self.end_if_asked(stop)
                 continue
             state.step += 1
             log.progress(1)
@@ -172,10 +167,8 @@ class Trainer:
                 log.progress(0, loss=f"{point['train/loss']:.4f}", lr=f"{lr:.2e}", tokens_per_s=rate)
                 meter = Meter()
             paused = time.perf_counter()
-            self.evaluate_and_save(log)
+            self.finish_step(log, stop)
             meter.started += time.perf_counter() - paused  # speed is that of training alone
-            if state.step < self.total_steps and (number := stop.agreed()):
-                self.end_early(log, number)
         if state.step < self.total_steps:
             log.say(f"stopped early: no better {self.best_score} in {state.evaluations_since_best} evaluations")
 
@@ -184,21 +177,56 @@ class Trainer:
         patience = self.arguments.early_stopping_patience
         return bool(patience) and self.state.evaluations_since_best >= patience
 
-    def evaluate_and_save(self, log: RunLog) -> None:
-        """What is due after a step."""
-        state, last, better = self.state, self.state.step >= self.total_steps, False
-        if state.step % self.every.eval == 0 or last:
+    def finish_step(self, log: RunLog, stop: Stop) -> None:
+        """What is due after a step. A checkpoint comes before its evaluation, which a signal can then break off."""
+        last = self.state.step >= self.total_steps
+        saved = last or self.state.step % self.every.save == 0
+        if saved:
+            self.save()
+        self.end_if_asked(stop)
+        if last or self.state.step % self.every.eval == 0:
+            self.score(log, stop, saved)
+
+    def save(self, best: bool = False) -> None:
+        """A checkpoint of where the run stands."""
+        self.checkpoints.save(self.engine, self.state, self.run, best)
+
+    def end_if_asked(self, stop: Stop) -> None:
+        """Save, unless this step has been, and raise Stopped if any rank was told to end."""
+        if not (number := stop.agreed()):
+            return
+        self.checkpoints.finish()
+        newest = self.checkpoints.named("latest")
+        if newest is None or step_of(newest) != self.state.step:
+            self.save()
+        raise Stopped(number)
+
+    def unscored(self) -> bool:
+        """Whether an evaluation of the checkpoint that the run goes on from is due: it was broken off, or its scores
+        are gone and nothing is left to train."""
+        state, last = self.state, self.state.step >= self.total_steps
+        due = state.step > 0 and (last or state.step % self.every.eval == 0)
+        return (due and state.evaluated_step < state.step) or (last and not state.best_scores)
+
+    def score(self, log: RunLog, stop: Stop, saved: bool) -> None:
+        """Evaluate, and keep the scores in the checkpoint of this step, or with a new one where they are the best."""
+        state = self.state
+        with stop.at_once() if saved else nullcontext():
             scores = self.evaluate(log, state.step)
-            log.scalars(state.step, {f"eval/{name}": value for name, value in scores.items()})
-            if shown := " ".join(f"{name} {value:.4f}" for name, value in scores.items()):
-                log.say(f"step {state.step}: {shown}")
-            better = self.note_scores(scores)
-        if better or last or self.patience_spent() or state.step % self.every.save == 0:
-            self.checkpoints.save(self.engine, state, self.run, better)
+        self.checkpoints.finish()
+        log.scalars(state.step, {f"eval/{name}": value for name, value in scores.items()})
+        if shown := " ".join(f"{name} {value:.4f}" for name, value in scores.items()):
+            log.say(f"step {state.step}: {shown}")
+        better = self.note_scores(scores)
+        if saved:
+            self.checkpoints.amend(state, better)
+        elif better or self.patience_spent():
+            self.save(better)
 
     def note_scores(self, scores: dict[str, float]) -> bool:
         """Remember scores; True when they are the best so far."""
         state, score = self.state, scores.get(self.best_score, 0.0)
+        state.evaluated_step = state.step
         signed = -1.0 if self.lower_is_better else 1.0
         if scores and state.best_score is not None and not signed * score > signed * state.best_score:
             state.evaluations_since_best += 1

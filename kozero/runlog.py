@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from kozero import distributed
+from kozero.folder import write_text
 
 # A bar's own lock is shared between processes; one that leaves by os._exit (run_main) leaves it behind, and says so.
 tqdm.set_lock(RLock())
@@ -88,7 +89,7 @@ def keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a killed run may be torn
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def as_json(value: Any) -> Any:

@@ -46,7 +46,8 @@ def run_ranks(main: Callable[[], None], nproc: int) -> None:
         run_main(main)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells whom it ends: not for users
     ranks = mp.spawn(one_rank, args=(main, wanted, free_port(), sys.argv, os.getpid()), nprocs=wanted, join=False)
-    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in ranks.processes])
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: pass_on(number, ranks.processes))
     try:
         while not ranks.join():
             pass
@@ -58,16 +59,17 @@ def run_ranks(main: Callable[[], None], nproc: int) -> None:
             print(f"error: rank {ended.error_index} was ended by {ended.signal_name}{hint}", file=sys.stderr)
         sys.exit(ended.exit_code if ended.exit_code >= 0 else 128 - ended.exit_code)  # by a signal: as shells say it
     except KeyboardInterrupt:
-        wait_for(ranks.processes, GRACE_SECONDS)  # a terminal interrupts them too: let them say where they stand
+        for process in ranks.processes:  # a terminal interrupts them too: let them save; another Ctrl-C ends this wait
+            process.join()
         raise
     sys.exit()  # not by run_main, which would leave the queues of this process behind
 
 
-def wait_for(processes: Iterable[BaseProcess], seconds: float) -> None:
-    """Wait until all have ended, but no longer than some seconds in all."""
-    end = time.monotonic() + seconds
+def pass_on(number: int, processes: Iterable[BaseProcess]) -> None:
+    """Send a signal to those that still run."""
     for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
+        if process.is_alive():
+            os.kill(process.pid, number)
 
 
 def one_rank(rank: int, main: Callable[[], None], world_size: int, port: int, argv: list[str], starter: int) -> None:

@@ -3,11 +3,14 @@ test_engines.py."""
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +24,11 @@ from kozero.checkpoint import Checkpoints, RunState, content_damage, random_stat
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batches import TrainingRows
 from kozero.engines.base import StepStats
-from kozero.errors import Diverged, SaveFailed, UserError
+from kozero.errors import Diverged, SaveFailed, Stopped, UserError
 from kozero.files import refuse_code, write_file
 from kozero.loop import MAX_LOST, Trainer
 from kozero.pause import Pauses
+from kozero.stop import AGAIN_SECONDS
 from tests.helpers import numbered_store
 from tests.ranks import run_ranks
 
@@ -225,7 +229,7 @@ def test_a_setting_that_the_checkpoint_does_not_know_is_refused(checkpoints):
 
 
 def test_the_state_of_the_run_comes_back(checkpoints):
-    state = RunState(7, 56, 2, 999, 0.5, 4, {"accuracy": 0.5}, 3)
+    state = RunState(7, 56, 2, 999, 0.5, 4, {"accuracy": 0.5}, 3, 6)
     checkpoints.save(Steps(), state, RUN, True)
     assert checkpoints.load(checkpoints.newest(), Steps(), RUN) == state
 
@@ -295,25 +299,95 @@ def test_a_skipped_update_does_not_advance_the_rate_but_takes_its_rows(tmp_path)
     assert (state.step, state.skipped_steps, state.consumed_rows) == (6, 2, 16)
 
 
-class Interrupted(Steps):
-    """An engine in whose fifth step the user ends the run."""
+class Told(Steps):
+    """An engine in whose fifth step a signal comes."""
+
+    def __init__(self, number: int, skipped: tuple[int, ...] = ()) -> None:
+        super().__init__(skipped)
+        self.number = number
 
     def train_step(self, micro_batches, lr: float) -> StepStats:
         if self.done == 4:
-            raise KeyboardInterrupt
+            send(self.number)
         return super().train_step(micro_batches, lr)
 
 
-@pytest.mark.parametrize(
-    ("every", "told"),
-    [(9, "there is no checkpoint to go on from yet"), (3, "goes on from {}/step-000003, steps lost: 1")],
-)
-def test_an_interrupted_run_tells_what_is_kept_of_it(tmp_path, capsys, every, told):
-    run = trainer(tmp_path, Interrupted(), [], eval_steps=9, save_steps=every)
-    with pytest.raises(KeyboardInterrupt):
+def send(number: int) -> None:
+    """A signal to this process; the thread that notes it has had its time when this returns."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("every", [9, 5])
+def test_a_signal_ends_a_run_after_its_step_and_a_checkpoint(tmp_path, capsys, number, every):
+    before = signal.getsignal(number)
+    run = trainer(tmp_path, Told(number), [], eval_steps=9, save_steps=every)
+    with pytest.raises(Stopped) as stopped:
         run.fit()
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "interrupted" in line]
-    assert line.startswith("interrupted at step 4; ") and told.format(run.checkpoints.folder) in line
+    assert stopped.value.number == number and signal.getsignal(number) == before
+    assert [path.name for path in run.checkpoints.all()] == ["step-000005"]
+    told = f"{number.name}: saved at step 5; go on with --resume auto"
+    assert told in capsys.readouterr().out.splitlines()
+    again = trainer(tmp_path, Steps(), [0.0], eval_steps=9)
+    again.resume(again.checkpoints.to_resume("auto"))
+    assert again.fit().step == 6
+
+
+def test_a_signal_in_a_skipped_update_loses_no_step(tmp_path):
+    run = trainer(tmp_path, Told(signal.SIGTERM, skipped=(4, 5, 6)), [], eval_steps=9, save_steps=9)
+    with pytest.raises(Stopped):
+        run.fit()
+    state = run.checkpoints.load(run.checkpoints.newest(), Steps(), RUN)
+    assert (state.step, state.skipped_steps, state.consumed_rows) == (4, 1, 10)
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_makes_up_for_it(tmp_path):
+    scores = [0.1, 0.4, 0.3, 0.4, 0.2, 0.1]
+    straight = trainer(tmp_path / "straight", Steps(), scores).fit()
+    run = trainer(tmp_path / "told", Steps(), scores)
+    evaluate = run.evaluate
+    run.evaluate = lambda log, step: send(signal.SIGTERM) if step == 4 else evaluate(log, step)
+    with pytest.raises(Stopped):
+        run.fit()
+    assert run.checkpoints.newest().name == "step-000004"
+    again = trainer(tmp_path / "told", Steps(), scores[3:])
+    again.resume(again.checkpoints.to_resume("auto"))
+    assert again.fit() == straight
+    points = [json.loads(line) for line in (tmp_path / "told/metrics.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in points if "eval/score" in point] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_during_an_evaluation_that_no_checkpoint_precedes_waits_for_it(tmp_path):
+    run = trainer(tmp_path, Steps(), [], eval_steps=2, save_steps=9)
+    run.evaluate = lambda log, step: send(signal.SIGTERM) or {"score": float(step)}
+    with pytest.raises(Stopped):
+        run.fit()
+    state = run.checkpoints.load(run.checkpoints.newest(), Steps(), RUN)
+    assert (state.step, state.best_scores) == (3, {"score": 2.0})
+
+
+class Hanging(Steps):
+    """An engine whose second step waits where no Python runs, as for a rank that does not answer."""
+
+    def train_step(self, micro_batches, lr: float) -> StepStats:
+        if self.done == 1:
+            for after in (0.1, 0.3 + AGAIN_SECONDS):
+                threading.Timer(after, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            torch.distributed.HashStore().get("an answer")
+        return super().train_step(micro_batches, lr)
+
+
+def hang(folder: str) -> None:
+    distributed.setup()
+    trainer(Path(folder), Hanging(), [0.0]).fit()
+
+
+def test_a_second_signal_ends_a_process_that_hangs(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=hang, args=(str(tmp_path),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(

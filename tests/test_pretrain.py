@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig
 
-from kozero.checkpoint import RunState
+from kozero.checkpoint import RunState, damage
 from kozero.config import BatchSizes
 from kozero.errors import UserError
 from models import encoders
@@ -397,17 +397,21 @@ def test_an_interrupt_of_all_ranks_is_told_once(tmp_path):
         os.killpg(run.pid, signal.SIGINT)
         told = [line for line in run.stdout.read().splitlines() if not line.startswith("step ")]
     assert run.returncode == 130
-    assert len(told) == 2 and told[0].startswith("interrupted at step ") and told[1] == "interrupted"
+    assert len(told) == 2 and told[0].startswith("SIGINT: saved at step ") and told[1] == "interrupted"
+    (checkpoint,) = (tmp_path / "runs/hong/checkpoints").glob("step-??????")
+    assert damage(checkpoint) is None
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
 def test_no_rank_outlives_the_process_that_started_it(tmp_path, end):
     """Started as a shell starts a job in the background, with SIGINT ignored."""
     with endless(tmp_path, lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) as run:
         assert any("step 1/" in line for line in run.stdout)
         run.send_signal(end)
-        run.stdout.read()  # ends when the last process that writes there has ended
-    assert run.returncode == (143 if end == signal.SIGTERM else -signal.SIGKILL)
+        told = run.stdout.read()  # ends when the last process that writes there has ended
+    killed = end == signal.SIGKILL
+    assert run.returncode == (-end if killed else 128 + end)
+    assert f"{'SIGINT' if killed else end.name}: saved at step " in told  # the system interrupts orphans
 
 
 def started_children(run) -> list[int]:
