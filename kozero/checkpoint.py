@@ -299,6 +299,11 @@ class Checkpoints:
         found = self.chosen(choice)
         if found is None and (output_dir / "model").exists():
             raise UserError(f"--output_dir {output_dir}: holds a model already; choose another folder")
+        if found is None and self.all():
+            raise UserError(
+                f"--resume {choice}: every checkpoint in {self.folder} is damaged; begin anew in another --output_dir, "
+                "or take this folder away"
+            )
         if found is None and choice == "auto":
             distributed.say(f"--resume auto: no whole checkpoint in {self.folder}, the run begins anew")
         return found

@@ -163,6 +163,13 @@ def test_a_folder_of_damaged_checkpoints_alone_does_not_take_a_new_run(checkpoin
         checkpoints.to_resume(None)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_in_silence(checkpoints):
+    save(checkpoints, 10)
+    (checkpoints.folder / "step-000010" / "steps.json").write_text("7")
+    with pytest.raises(UserError, match=r"--resume auto: every checkpoint in .* is damaged; begin anew in another"):
+        checkpoints.to_resume("auto")
+
+
 def test_an_engine_that_fails_while_saving_leaves_the_older_checkpoint(checkpoints, monkeypatch):
     save(checkpoints, 10)
     monkeypatch.setattr(Steps, "snapshot", lambda self, folder: 1 / 0)

@@ -390,8 +390,8 @@ def test_a_checkpoint_whose_bytes_are_gone_is_one_line(monkeypatch, config, tmp_
     run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
     path = tmp_path / "run/checkpoints/step-000001" / name
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(UserError, match=r"step-000001: damaged .*resume from another checkpoint") as error:
-        run(monkeypatch, config, tmp_path / "run", "--max_steps", 2, "--resume", "auto")
+    with pytest.raises(UserError, match=rf"--resume .*step-000001: {name} is damaged.*another checkpoint") as error:
+        run(monkeypatch, config, tmp_path / "run", "--max_steps", 2, "--resume", path.parent)
     assert "\n" not in str(error.value)
 
 
