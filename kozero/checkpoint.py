@@ -137,7 +137,7 @@ class Checkpoints:
         final = self.of(state.step)
         staging = final.with_name(final.name + ".incomplete")
         self.prepare(staging)
-        files = engine.snapshot(staging) | {f"rng-rank{distributed.rank()}.pt": random_state()}
+        files = engine.snapshot() | {f"rng-rank{distributed.rank()}.pt": random_state()}
         if self.in_background:
             files = on_host(files)
         text = {"state": asdict(state), "run": copy.deepcopy(run)}

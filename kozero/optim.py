@@ -1,9 +1,7 @@
 """The optimizer and its learning rate."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -42,15 +40,6 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-@contextmanager
-def settings_kept(optimizer: Any) -> Iterator[None]:
-    """Whatever state is loaded inside: decay, betas and epsilon stay what the command line of this run says."""
-    before = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    yield
-    for group, settings in zip(optimizer.param_groups, before, strict=True):
-        group.update(settings)
 
 
 def build_optimizer(groups: list[dict], arguments: TrainingArguments) -> torch.optim.Optimizer:

@@ -48,7 +48,7 @@ class Steps:
         self.rates.append(lr)
         return StepStats((1.0,), 1.0, self.done - 1 not in self.skipped, 1.0)
 
-    def snapshot(self, folder: Path) -> dict:
+    def snapshot(self) -> dict:
         return {"steps.json": self.done} if distributed.is_main() else {}
 
     def load(self, folder: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_in_silence(
 
 def test_an_engine_that_fails_while_saving_leaves_the_older_checkpoint(checkpoints, monkeypatch):
     save(checkpoints, 10)
-    monkeypatch.setattr(Steps, "snapshot", lambda self, folder: 1 / 0)
+    monkeypatch.setattr(Steps, "snapshot", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(checkpoints, 20)
     assert checkpoints.newest().name == "step-000010"
@@ -458,7 +458,7 @@ class Weights(Steps):
         super().__init__()
         self.weight = torch.zeros(3)
 
-    def snapshot(self, folder: Path) -> dict:
+    def snapshot(self) -> dict:
         return {"weights.safetensors": {"weight": self.weight}, "more.pt": {"step": self.done, "again": self.weight}}
 
     def load(self, folder: Path) -> None:

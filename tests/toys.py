@@ -163,7 +163,7 @@ def save(engine: Engine, folder: Path) -> None:
     if distributed.is_main():
         folder.mkdir(exist_ok=True)
     distributed.barrier()
-    for name, value in engine.snapshot(folder).items():
+    for name, value in engine.snapshot().items():
         write_file(folder / name, value)
     distributed.barrier()
 

@@ -1,5 +1,6 @@
 """The one seam between training and the libraries that shard it."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from torch import nn
 
 from kozero import distributed
 from kozero.data.batch import Batch
+from kozero.engines.pieces import Piece, Saved, States, collect
+
+SCALE = "loss_scale.json"
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,39 @@ class Engine(ABC):
         """The module to call for evaluation: no dropout, no gradients, the run's precision."""
 
     @abstractmethod
-    def snapshot(self, folder: Path) -> dict[str, Any]:
-        """What `load` needs to go on exactly: tensors and plain values, by name of the file in `folder` that this rank
-        writes them to (see kozero.files.write_file). The tensors are those of the engine, which a next step changes.
-        The folder is there for a library that insists on writing something itself."""
+    def pieces(self) -> list[Piece]:
+        """What this rank holds of the trained parameters in 32 bit."""
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Go on from the files of a snapshot, on the same number of ranks."""
+    def optimizer_states(self) -> States:
+        """Of this rank's pieces."""
+
+    @abstractmethod
+    def loss_scale_state(self) -> dict[str, float]:
+        """How the dynamic loss scale of fp16 goes on: `scale`, and `applied`, the updates since it last changed or one
+        was skipped. Empty in other precisions."""
+
+    @abstractmethod
+    def set_loss_scale_state(self, state: dict[str, float]) -> None:
+        """The reverse."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `load` needs to go on exactly: tensors and plain values, by name of the file that this rank writes them
+        to (see kozero.files.write_file). The tensors are those of the engine, which a next step changes."""
+        mine = collect(self.pieces(), self.optimizer_states())
+        files = {f"rank{distributed.rank()}.safetensors": mine} if mine else {}
+        return files | ({SCALE: self.loss_scale_state()} if distributed.is_main() else {})
+
+    def load(self, folder: Path) -> Saved:
+        """Go on from the files of a snapshot, whatever engine and however many ranks wrote them.
+
+        Raises: UserError when they are of another model.
+        """
+        saved = Saved(sorted(folder.glob("rank*.safetensors")))
+        saved.restore(self.pieces(), self.optimizer_states())
+        if scale := json.loads((folder / SCALE).read_text(encoding="utf-8")):
+            self.set_loss_scale_state(scale)
+        return saved
 
     @abstractmethod
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:

@@ -10,15 +10,11 @@ tests). Its `grad_accum_dtype: fp32` would change that, but selects another opti
 gradients that are not finite.
 """
 
-import json
 import logging
 import os
-import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +25,23 @@ from kozero import distributed
 from kozero.config import TrainingArguments
 from kozero.data.batch import Batch
 from kozero.engines.base import Engine, StepStats, count_targets
+from kozero.engines.pieces import WEIGHT, Piece, Saved, States
 from kozero.errors import UserError
-from kozero.files import refuse_code
 from kozero.footprint import ZeroSizes
 from kozero.json_files import check_keys
-from kozero.optim import build_optimizer, parameter_groups, settings_kept
+from kozero.optim import build_optimizer, parameter_groups
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import; quiet so
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils import safe_get_full_fp32_param
 
-# Names in a checkpoint: DeepSpeed's own folder, its form for other ranks and stages, and how the first is cut up.
-TAG, UNIVERSAL, LAYOUT = "deepspeed", "universal", "layout.json"
-# What DeepSpeed's files call when they are read, beside what tensors need.
-CALLED = frozenset(
-    f"deepspeed.{name}"
-    for name in (
-        "runtime.fp16.loss_scaler.LossScaler", "runtime.fp16.loss_scaler.DynamicLossScaler",
-        "runtime.zero.config.ZeroStageEnum", "utils.tensor_fragment.fragment_address",
-    )
-)  # fmt: skip
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about settings that we make on purpose
 warnings.filterwarnings("ignore", message=r".*is deprecated\. Please use", category=FutureWarning)  # its collectives
 
@@ -79,7 +64,6 @@ class DeepSpeedEngine(Engine):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=complete(config))
         except (ImportError, AssertionError, ValueError, TypeError, KeyError) as error:  # of settings, not of memory
             raise UserError(f"{arguments.deepspeed_config}: DeepSpeed refuses it: {one_line(error)}") from None
-        self.engine.checkpoint_engine = Files()
         self.module = self.engine.module
         self.stage = self.engine.zero_optimization_stage()
         self.lockstep = self.stage == 3
@@ -115,36 +99,57 @@ class DeepSpeedEngine(Engine):
             yield self.engine
         self.engine.train()
 
-    def snapshot(self, folder: Path) -> dict[str, Any]:
-        """DeepSpeed's own checkpoint; every rank has its shard. (Its recovery scripts and what lies on NVMe DeepSpeed
-        writes at once.)"""
-        files = self.engine.checkpoint_engine.files = {}
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        layout = {LAYOUT: self.layout()} if distributed.is_main() else {}
-        return layout | {str(Path(path).relative_to(folder)): state for path, state in files.items()}
+    def pieces(self) -> list[Piece]:
+        """Parts of the vectors that hold the 32-bit masters of many parameters."""
+        trained = [(name, weight) for name, weight in self.module.named_parameters() if weight.requires_grad]
+        piece = self.piece_of_stage_3 if self.stage == 3 else self.piece_of_stages_1_and_2
+        return [found for name, weight in trained if (found := piece(name, weight))]
 
-    def layout(self) -> dict[str, int]:
-        """What decides how a checkpoint is cut up."""
-        return {"zero_stage": self.stage, "ranks": distributed.world_size()}
+    def piece_of_stages_1_and_2(self, name: str, weight: nn.Parameter) -> Piece | None:
+        """Where a parameter reaches into this rank's share of its group, if it does."""
+        if (mapping := weight._hp_mapping) is None:
+            return None
+        owner = self.engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Piece(name, weight.numel(), owner, here.start, here.numel, there.start)
 
-    def load(self, folder: Path) -> None:
-        """Weights, optimizer shards and loss scale. What other ranks wrote, or stage 1 for stage 2 and back, comes in
-        by way of DeepSpeed's universal checkpoint; stage 3 cuts parameters another way, which that does not join."""
-        if not (folder / LAYOUT).exists():
-            raise UserError(f"{folder}: not saved by DeepSpeed; resume without --deepspeed_config, or at stage 0")
-        saved = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
-        if (saved["zero_stage"] == 3) != (self.stage == 3):
-            raise UserError(f"{folder}: saved at ZeRO-{saved['zero_stage']}, which ZeRO-{self.stage} cannot go on from")
-        refuse_code((folder / TAG).rglob("*.pt"), CALLED)
-        refuse_code((folder / UNIVERSAL).rglob("*.pt"), CALLED)
-        as_it_is = saved == self.layout()
-        tag = TAG if as_it_is else universal(folder)
-        self.engine._config.load_universal_checkpoint = not as_it_is
-        with settings_kept(self.engine.optimizer):
-            loaded, _ = self.engine.load_checkpoint(str(folder), tag=tag)
-        self.engine._config.load_universal_checkpoint = False
-        if loaded is None:
-            raise UserError(f"{folder}: DeepSpeed found nothing to load in it")
+    def piece_of_stage_3(self, name: str, weight: nn.Parameter) -> Piece:
+        """Equal parts of each parameter, the last ones padded."""
+        optimizer = self.engine.optimizer
+        group, start, numbers = optimizer.grad_position[optimizer.get_param_id(weight)]
+        first = numbers * distributed.rank()
+        num = max(0, min(numbers, weight.ds_numel - first))
+        return Piece(name, weight.ds_numel, optimizer.fp32_partitioned_groups_flat[group], first, num, start)
+
+    def optimizer_states(self) -> States:
+        """By those vectors."""
+        return self.engine.optimizer.optimizer.state
+
+    def loss_scale_state(self) -> dict[str, float]:
+        """Of fp16, with DeepSpeed's patience with overflows."""
+        scaler = self.engine.optimizer.loss_scaler
+        if not scaler.dynamic:
+            return {}
+        applied = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {"scale": scaler.cur_scale, "applied": applied, "hysteresis": scaler.cur_hysteresis}
+
+    def set_loss_scale_state(self, state: dict[str, float]) -> None:
+        """Of fp16."""
+        scaler = self.engine.optimizer.loss_scaler
+        scaler.cur_scale, scaler.cur_iter = state["scale"], int(state["applied"])
+        scaler.last_overflow_iter = -1
+        scaler.cur_hysteresis = int(state.get("hysteresis", scaler.delayed_shift))
+
+    def load(self, folder: Path) -> Saved:
+        """The masters and their states, and the weights that passes see, in the run's precision."""
+        saved = super().load(folder)
+        for name, weight in self.module.named_parameters():
+            if weight.requires_grad:
+                with gathered(weight) if self.stage == 3 else nullcontext():
+                    value = torch.empty(weight.numel(), dtype=torch.float32)
+                    saved.fill(Piece(name, value.numel(), value, 0, value.numel()), WEIGHT, value)
+                    weight.data.copy_(value.view(weight.shape))
+        return saved
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The 32-bit master weights, gathered one parameter at a time, so that rank 0 never holds a second copy."""
@@ -169,40 +174,9 @@ class DeepSpeedEngine(Engine):
         return parameter.data
 
 
-class Files(TorchCheckpointEngine):
-    """Takes what DeepSpeed would write, so that the run can write it when and how it wants."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.files: dict[str, Any] = {}
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Remember; `snapshot` hands it on."""
-        self.files[path] = state_dict
-
-
-def universal(folder: Path) -> str:
-    """Make DeepSpeed's universal form of a checkpoint beside it, each parameter and its states in files of their own,
-    and return its tag. Collective."""
-    target = folder / UNIVERSAL
-    if distributed.is_main() and not target.exists():
-        staging = folder / f"{UNIVERSAL}.incomplete"
-        shutil.rmtree(staging, ignore_errors=True)
-        told = {
-            "input_folder": folder / TAG,
-            "output_folder": staging,
-            "num_extract_workers": 1,
-            "num_merge_workers": 1,
-        }
-        flags = [f"--{name}={value}" for name, value in told.items()]
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *flags, "--inject_missing_state"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            staging.rename(target)
-    distributed.barrier()
-    if not target.exists():
-        raise UserError(f"{folder}: DeepSpeed cannot convert it for other ranks; resume on as many as before")
-    return UNIVERSAL
+def gathered(parameter: nn.Parameter) -> AbstractContextManager:
+    """A parameter of stage 3 whole; what is written into it inside is kept."""
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def prepare() -> None:

@@ -30,7 +30,6 @@ Traps of fairscale 0.4.13, found in its source:
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,9 +40,10 @@ from torch import nn
 
 from kozero import distributed
 from kozero.config import TrainingArguments
-from kozero.engines.torch_engine import TorchEngine, rank_file, read_rank_file
+from kozero.engines.pieces import Piece
+from kozero.engines.torch_engine import TorchEngine
 from kozero.engines.units import layers
-from kozero.optim import build_optimizer, parameter_groups, settings_kept
+from kozero.optim import build_optimizer, parameter_groups
 
 # What fairscale calls: storages by their type, and collectives by private names.
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
@@ -117,34 +117,25 @@ class FairscaleFSDPEngine(TorchEngine):
         yield
         self.reshard()
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, nn.Parameter]:
         """Shards: vectors, padded at the end to the same size on all ranks."""
-        return {name: parameter.detach() for name, parameter in self.parameters_by_name.items()}
+        return self.parameters_by_name
 
-    def snapshot(self, folder: Path) -> dict[str, Any]:
-        """Every rank writes its shards."""
-        state = {
-            "weights": self.weights(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.loss_scale.state_dict(),
-        }
-        return {rank_file(): state}
+    def pieces(self) -> list[Piece]:
+        """Shards, without what pads them."""
+        return [self.piece(name, weight) for name, weight in self.trained().items()]
 
-    def load(self, folder: Path) -> None:
-        """The shards of this rank."""
-        state = read_rank_file(folder, self.device)
-        for name, weight in self.weights().items():
-            weight.copy_(state["weights"][name])
-        with settings_kept(self.optimizer):
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.loss_scale.load_state_dict(state["scaler"])
+    def piece(self, name: str, weight: nn.Parameter) -> Piece:
+        """Equal parts of the vector, the last ones padded."""
+        size, first = self.sizes[name].numel(), distributed.rank() * weight.numel()
+        return Piece(name, size, weight, first, max(0, min(weight.numel(), size - first)))
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """Gathered one parameter at a time."""
         state = {}
         for name, shard in self.weights().items():
             parts = [torch.empty_like(shard) for _ in range(distributed.world_size())]
-            dist.all_gather(parts, shard)
+            dist.all_gather(parts, shard.detach())
             if distributed.is_main():
                 size = self.sizes[name]
                 whole = torch.cat([part.flatten() for part in parts])[: size.numel()]

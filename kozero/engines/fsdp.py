@@ -19,25 +19,22 @@ Traps of fully_shard (torch 2.11 to 2.13), found in its source:
 - In backward a unit gathers ahead what ran before it according to a list that forward passes of evaluations extend as
   well. Where ranks have evaluated differently often, some gather and others do not, and they hang. ZeRO-2 needs
   nothing gathered in backward and is told so; ZeRO-3 evaluates in lockstep.
-- The optimizer's state is made of DTensors, which torch.load(weights_only=True) refuses; files hold this rank's part.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from kozero import distributed
 from kozero.config import TrainingArguments
-from kozero.engines.torch_engine import TorchEngine, rank_file, read_rank_file
+from kozero.engines.pieces import Piece
+from kozero.engines.torch_engine import TorchEngine
 from kozero.engines.units import layers
-from kozero.optim import build_optimizer, parameter_groups, settings_kept
+from kozero.optim import build_optimizer, parameter_groups
 
 
 class FSDPEngine(TorchEngine):
@@ -78,47 +75,21 @@ class FSDPEngine(TorchEngine):
         for unit in units:
             unit.reshard()
 
-    def snapshot(self, folder: Path) -> dict[str, Any]:
-        """Every rank writes its shards."""
-        optimizer = self.optimizer.state_dict()
-        moments = {number: local_parts(values) for number, values in optimizer["state"].items()}
-        state = {
-            "weights": local_parts(self.weights()),
-            "optimizer": optimizer | {"state": moments},
-            "scaler": self.loss_scale.state_dict(),
-        }
-        return {rank_file(): state}
+    def pieces(self) -> list[Piece]:
+        """Shards: rows of each parameter."""
+        return [self.piece(name, weight) for name, weight in self.trained().items()]
 
-    def load(self, folder: Path) -> None:
-        """The shards of this rank."""
-        state = read_rank_file(folder, self.device)
-        for name, weight in self.weights().items():
-            weight.to_local().copy_(state["weights"][name])
-        for number, values in state["optimizer"]["state"].items():
-            like = self.trainable()[number]
-            values.update({name: distributed_as(like, value) for name, value in values.items()})
-        with settings_kept(self.optimizer):
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.loss_scale.load_state_dict(state["scaler"])
+    def piece(self, name: str, weight: nn.Parameter) -> Piece:
+        """The rows that torch.chunk gives to this rank."""
+        rows, numbers = weight.shape[0], weight.numel()
+        first = min(distributed.rank() * -(-rows // distributed.world_size()), rows)
+        return Piece(name, numbers, weight, first * numbers // rows, weight.to_local().numel())
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """Gathered one parameter at a time."""
         state = {}
         for name, weight in self.weights().items():
-            tensor = weight.full_tensor()
+            tensor = weight.detach().full_tensor()
             if distributed.is_main():
                 state[name] = tensor.to("cpu", torch.float32, copy=True)
         return state if distributed.is_main() else None
-
-
-def local_parts(values: dict[str, Any]) -> dict[str, Any]:
-    """This rank's part of DTensors; anything else as it is."""
-    return {name: v.to_local() if isinstance(v, DTensor) else v for name, v in values.items()}
-
-
-def distributed_as(parameter: DTensor, value: Any) -> Any:
-    """An optimizer's saved moment as a DTensor in the shape of its parameter; a count of steps as it is."""
-    if not isinstance(value, torch.Tensor) or value.dim() == 0:
-        return value
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(value, mesh, placements, shape=parameter.shape, stride=parameter.stride())

@@ -15,18 +15,15 @@ Traps of fairscale 0.4.13 on torch 2, found in its source:
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any
 
 import torch
 from fairscale.nn.data_parallel import ShardedDataParallel
 from fairscale.optim import OSS
 
-from kozero import distributed
 from kozero.config import TrainingArguments
-from kozero.engines.plain import WEIGHTS, PlainEngine
-from kozero.engines.torch_engine import rank_file, read_rank_file
-from kozero.optim import build_optimizer, settings_kept
+from kozero.engines.pieces import Piece, States
+from kozero.engines.plain import PlainEngine
+from kozero.optim import build_optimizer
 
 
 class OSSEngine(PlainEngine):
@@ -53,15 +50,14 @@ class OSSEngine(PlainEngine):
         """Through the wrapper, whose buckets must keep their gradients."""
         self.wrapped.zero_grad()
 
-    def snapshot(self, folder: Path) -> dict[str, Any]:
-        """Rank 0 writes the weights, every rank its optimizer states."""
-        state = {"optimizer": self.optimizer.optim.state_dict(), "scaler": self.loss_scale.state_dict()}
-        return ({WEIGHTS: self.weights()} if distributed.is_main() else {}) | {rank_file(): state}
+    def pieces(self) -> list[Piece]:
+        """Every rank holds all weights and writes those that it updates."""
+        mine = set(self.trainable())
+        return [
+            Piece(name, weight.numel(), weight, 0, weight.numel(), writes=weight in mine, updates=weight in mine)
+            for name, weight in self.trained().items()
+        ]
 
-    def load(self, folder: Path) -> None:
-        """The weights of rank 0 and the optimizer states of this rank."""
-        state = read_rank_file(folder, self.device)
-        self.load_weights(folder)
-        with settings_kept(self.optimizer.optim):
-            self.optimizer.optim.load_state_dict(state["optimizer"])
-        self.loss_scale.load_state_dict(state["scaler"])
+    def optimizer_states(self) -> States:
+        """Of this rank's share."""
+        return self.optimizer.optim.state

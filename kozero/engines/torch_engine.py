@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +10,7 @@ from kozero import distributed
 from kozero.config import TrainingArguments
 from kozero.data.batch import Batch
 from kozero.engines.base import Engine, StepStats, count_targets
-from kozero.errors import UserError
+from kozero.engines.pieces import States
 
 ROW = 1024
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,15 +38,6 @@ class LossScale:
             self.value /= 2
         elif self.applied == self.INTERVAL:
             self.value, self.applied = self.value * 2, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Under GradScaler's names."""
-        return {"scale": self.value, "_growth_tracker": self.applied} if self.enabled else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a saved scale; there is none in other precisions."""
-        if self.enabled and state:
-            self.value, self.applied = state["scale"], state["_growth_tracker"]
 
 
 class TorchEngine(Engine):
@@ -99,6 +88,18 @@ class TorchEngine(Engine):
         self.zero_grad()
         return StepStats(tuple(losses.tolist()), norm.item(), applied, scale)
 
+    def optimizer_states(self) -> States:
+        """By parameter."""
+        return self.optimizer.state
+
+    def loss_scale_state(self) -> dict[str, float]:
+        """Of fp16."""
+        return {"scale": self.loss_scale.value, "applied": self.loss_scale.applied} if self.loss_scale.enabled else {}
+
+    def set_loss_scale_state(self, state: dict[str, float]) -> None:
+        """Of fp16."""
+        self.loss_scale.value, self.loss_scale.applied = state["scale"], int(state["applied"])
+
     def trainable(self) -> list[nn.Parameter]:
         """Parameters that the optimizer has."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -138,9 +139,13 @@ class TorchEngine(Engine):
         """The weights in reach of any call to the module or a part of it."""
         return nullcontext()
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, nn.Parameter]:
         """What this rank holds of the parameters, by name, tied ones once."""
-        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        return dict(self.module.named_parameters())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those of them that train."""
+        return {name: parameter for name, parameter in self.weights().items() if parameter.requires_grad}
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -151,20 +156,3 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         end = flat.numel() // ROW * ROW
         parts += [torch.linalg.vector_norm(flat[:end].view(-1, ROW), dim=1), flat[end:]]
     return torch.linalg.vector_norm(torch.cat(parts))
-
-
-def rank_file() -> str:
-    """What this rank alone writes and reads."""
-    return f"rank{distributed.rank()}.pt"
-
-
-def read_rank_file(folder: Path, device: torch.device) -> dict[str, Any]:
-    """What this rank wrote.
-
-    Raises: UserError when other ranks or another engine wrote the checkpoint.
-    """
-    num = len(list(folder.glob("rank*.pt")))
-    if num != distributed.world_size():
-        wrote = f"saved on {num} ranks" if num else "saved by another engine"
-        raise UserError(f"{folder}: {wrote}; this engine goes on from its own, on as many ranks as before")
-    return torch.load(folder / rank_file(), map_location=device, weights_only=True)
