@@ -34,7 +34,7 @@ from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import require, run_main
 from kozero.folder import claim_output
-from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters, report
+from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters, frozen_weights, report
 from kozero.loop import Trainer, total_steps
 from kozero.pause import PauseArguments, Pauses, schedule
 from kozero.runlog import RunLog
@@ -115,6 +115,7 @@ def train(
 
     if training.gradient_checkpointing:
         checkpoint_activations(model.module.lm)
+    frozen = frozen_weights(model.module)
     engine = build_engine(model.module, training, setting.engine)
     if placement == "least_confident" and rows.pauses.num:
         rows.ranked = least_confident(engine, Prefixes(rows.store, rows.fit.cut), rows.fit, rows.pauses.num, capacity)
@@ -132,6 +133,7 @@ def train(
         {
             DATA: rows.store.folder.name, LENGTH: capacity, "model sizes": asdict(shape),
             "pause token id (--pause_token)": model.pause_id if pause_arguments.needs_token else None,
+            "frozen weights (--model_name_or_path)": frozen,
         },
     )  # fmt: skip
     packed = data_arguments.batching == "packed"

@@ -1,6 +1,6 @@
 """Checkpoints of a run: their names, which one is the newest, which may go, and that none is half there.
 
-output_dir/checkpoints/step-000100/   what the engine saved, rng-rank0.pt ..., state.json (written last)
+output_dir/checkpoints/step-000100/   what the engine saved, rng-rank0.json ..., state.json (written last)
 output_dir/checkpoints/latest         name of the newest
 output_dir/checkpoints/best           name of the one with the best score
 """
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from kozero.files import fingerprint, on_host, sha256, sync_folder, write_file
 from kozero.folder import write_text
 
 # What libraries raise when a file of theirs is not what it should be.
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, SafetensorError, UnpicklingError)
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError)
 # The same of what cannot be written: each has its own way to say that a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 STATE = "state.json"  # written last: a folder without it is not a checkpoint
@@ -137,7 +136,7 @@ class Checkpoints:
         final = self.of(state.step)
         staging = final.with_name(final.name + ".incomplete")
         self.prepare(staging)
-        files = engine.snapshot() | {f"rng-rank{distributed.rank()}.pt": random_state()}
+        files = engine.snapshot() | {f"rng-rank{distributed.rank()}.json": random_state()}
         if self.in_background:
             files = on_host(files)
         text = {"state": asdict(state), "run": copy.deepcopy(run)}
@@ -236,10 +235,10 @@ class Checkpoints:
                 )
         try:
             engine.load(folder)
-            files = sorted(folder.glob("rng-rank*.pt"))
+            files = sorted(folder.glob("rng-rank*.json"))
             if len(files) == distributed.world_size():  # else every rank goes on with a stream of its own
-                random_file = folder / f"rng-rank{distributed.rank()}.pt"
-                restore_random_state(torch.load(random_file, map_location="cpu", weights_only=True))
+                random_file = folder / f"rng-rank{distributed.rank()}.json"
+                restore_random_state(json.loads(random_file.read_text(encoding="utf-8")))
         except LOAD_ERRORS as error:
             raise UserError(f"{folder}: damaged ({first_line(error)}); resume from another checkpoint") from None
         return RunState(**saved["state"])
@@ -331,16 +330,16 @@ def step_of(folder: Path) -> int:
 
 
 def random_state() -> dict:
-    """State of every random generator of this rank, as plain values that load with weights_only=True."""
+    """State of every random generator of this rank, as JSON can hold it."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         "python": [version, list(numbers), gauss],
         "numpy": [name, keys.tolist(), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
+        "torch": torch.get_rng_state().tolist(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
     return state
 
 
@@ -350,6 +349,6 @@ def restore_random_state(state: dict) -> None:
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

@@ -3,29 +3,25 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch.serialization import get_unsafe_globals_in_checkpoint
 from torch.utils._pytree import tree_map_only
 
-from kozero.errors import UserError
 from kozero.folder import write_text
 
 
 def write_file(path: Path, value: Any) -> dict[str, Any]:
-    """Write tensors and plain values by the suffix of the file (.safetensors, .json, else PyTorch's form), wait until
-    they are on the disk, and return what `fingerprint` does."""
+    """Write tensors (.safetensors) or plain values (.json), wait until they are on the disk, and return what
+    `fingerprint` does. Neither form can hold code."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file({name: tensor.contiguous() for name, tensor in value.items()}, path)
-    elif path.suffix == ".json":
-        write_text(path, json.dumps(value))
     else:
-        torch.save(value, path)
+        write_text(path, json.dumps(value))
     return fingerprint(path)
 
 
@@ -59,17 +55,3 @@ def sync_folder(folder: Path) -> None:
 def on_host(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy in the memory of the machine, which a next step does not change."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), dict(values))
-
-
-def refuse_code(paths: Iterable[Path], allowed: frozenset[str] = frozenset()) -> None:
-    """Refuse a file of PyTorch's form that would call anything but what tensors need, without running it.
-
-    Args: allowed: further names that may be called.
-
-    Raises: UserError that names the file and what it would call.
-    """
-    for path in paths:
-        if unknown := set(get_unsafe_globals_in_checkpoint(path)) - allowed:
-            raise UserError(
-                f"{path}: would run code when it is read ({', '.join(sorted(unknown))}); it is no checkpoint of ours"
-            )

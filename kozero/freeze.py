@@ -1,8 +1,10 @@
 """Which parts of a language model train: a plan compiled before the engine is built."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from kozero.errors import UserError, nearest
@@ -130,6 +132,13 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
     """Parameters by total and trainable, tied ones once. Before an engine shards them."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return {"total": sum(size for size, _ in sizes), "trainable": sum(size for size, trains in sizes if trains)}
+
+
+def frozen_weights(module: nn.Module) -> str | None:
+    """A hash by which a resumed run knows whether it has the frozen weights of the one before, which checkpoints leave
+    out: of the first thousand numbers of each. None without any. Before an engine shards or casts them."""
+    frozen = [p.detach().flatten()[:1000] for p in module.parameters() if not p.requires_grad]
+    return hashlib.sha256(torch.cat(frozen).float().numpy().tobytes()).hexdigest()[:16] if frozen else None
 
 
 def report(plan: FreezePlan, counts: dict[str, int], shape: ModelShape, length: int, saved_bytes: float) -> list[str]:

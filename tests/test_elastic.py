@@ -42,6 +42,34 @@ def go_on(folder: Path) -> dict[tuple[str, str], list[float]]:
     return {(saved, name): losses(name, 2, 4, load=folder / saved) for saved in NAMES for name in NAMES}
 
 
+def scales(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
+    """In fp16: the loss scale after an overflow, a good step and a checkpoint, and with it elsewhere."""
+    found, names = {}, ("plain", "fsdp3_wrap", "zero2", "zero3")
+    for saved in names:
+        said = arguments(saved, SHAPES[distributed.world_size()], optim="adamw", fp16=True)
+        engine, sizes = engine_for(saved, toy(FREEZE), said)
+        engine.set_loss_scale_state({"scale": 2.0**40, "applied": 3, "hysteresis": 1})  # overflows
+        first = [engine.train_step(deal(rows, sizes), 0.01) for rows in steps()]
+        assert not first[0].applied
+        save(engine, folder / saved)
+        state = engine.loss_scale_state()
+        engine.close()
+        for name in names:
+            said = arguments(name, SHAPES[distributed.world_size()], optim="adamw", fp16=True)
+            engine, sizes = engine_for(name, toy(FREEZE), said)
+            engine.load(folder / saved)
+            after = engine.loss_scale_state()
+            found[saved, name] = (state["scale"], state["applied"]), (after["scale"], after["applied"])
+            engine.close()
+    return found
+
+
+def test_a_loss_scale_goes_on_under_another_engine(tmp_path):
+    found = run_ranks(scales, tmp_path, world_size=1)[0]
+    assert len(found) == 16 and all(before == after for before, after in found.values()), found
+    assert all(scale < 2.0**40 for (scale, _), _ in found.values())
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
 def test_a_run_goes_on_on_other_ranks_under_another_engine(tmp_path, before, after):
     expected = run_ranks(run_and_save, tmp_path, world_size=before)[0]

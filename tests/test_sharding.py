@@ -127,20 +127,6 @@ def test_the_loss_scale_is_that_of_torchs_scaler():
     assert ours.value == 2.0**14  # 2^16, halved three times, doubled once
 
 
-def test_a_loss_scale_goes_on_from_what_was_saved_also_by_torchs_scaler():
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9)
-    scaler.scale(torch.ones(1))
-    ours, other = LossScale(enabled=True), LossScale(enabled=False)
-    ours.load_state_dict(scaler.state_dict())
-    other.load_state_dict(scaler.state_dict())
-    assert (ours.value, other.value) == (2.0**9, 1.0)
-    again = LossScale(enabled=True)
-    ours.update(applied=False)
-    again.load_state_dict(ours.state_dict())
-    assert (again.value, again.applied) == (2.0**8, 0)
-    assert other.state_dict() == {}
-
-
 def test_fairscales_own_scaler_scales_nothing_without_cuda(monkeypatch):
     """Why the engines of fairscale have the same loss scale as all others."""
     monkeypatch.setattr("fairscale.optim.grad_scaler.amp_definitely_not_available", lambda: True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import evaluate, generate, train
@@ -297,10 +297,7 @@ def test_one_process_may_run_under_deepspeed_without_a_launcher(monkeypatch, con
     assert losses(tmp_path / "zero2") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
 
 
-def test_offload_to_a_disk_that_the_machine_cannot_drive_is_refused(monkeypatch, config, tmp_path):
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=True: False)
+def test_offload_to_a_disk_is_refused(monkeypatch, config, tmp_path):
     values = json.loads((ROOT / "ds_configs/zero3_offload.json").read_text())
     values["zero_optimization"]["offload_param"] = {"device": "nvme", "nvme_path": str(tmp_path)}
     (tmp_path / "nvme.json").write_text(json.dumps(values))
@@ -340,6 +337,35 @@ def test_a_file_in_the_place_of_a_folder_is_found_before_training(monkeypatch, c
     (tmp_path / "run" / name).write_text("")
     with pytest.raises(UserError, match=f"{name} in it is a file"):
         run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
+
+
+def test_frozen_weights_that_have_changed_are_found_before_a_run_goes_on(monkeypatch, config, tmp_path):
+    """They are not in a checkpoint; half a run on others would end in a mixture."""
+    source = tmp_path / "source/model"
+    run(monkeypatch, config, tmp_path / "source", "--max_steps", 1)
+    shared = ("--model_name_or_path", source, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache")
+    flags = (*shared, "--freeze", "wte,wpe", "--max_eval_samples", 2)
+    call(monkeypatch, train.main, *flags, "--max_steps", 1)
+    shutil.rmtree(tmp_path / "run/model")
+    call(monkeypatch, train.main, *flags, "--max_steps", 2, "--resume", "auto")
+    weights = load_file(source / "model.safetensors")
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"] + 1
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    shutil.rmtree(tmp_path / "run/model")
+    with pytest.raises(UserError, match=r"saved with frozen weights \(--model_name_or_path\)"):
+        call(monkeypatch, train.main, *flags, "--max_steps", 3, "--resume", "auto")
+
+
+def test_a_run_goes_on_under_another_engine(monkeypatch, config, tmp_path):
+    flags = ("--save_steps", 2, "--eval_steps", 4, "--num_pauses", 1, "--dropout", 0)
+    run(monkeypatch, config, tmp_path / "straight", *flags)
+    run(monkeypatch, config, tmp_path / "crossed", *flags)
+    shutil.rmtree(tmp_path / "crossed/checkpoints/step-000004")
+    shutil.rmtree(tmp_path / "crossed/model")
+    sharded = ("--deepspeed_config", "ds_configs/zero3.json", "--resume", "auto")
+    run(monkeypatch, config, tmp_path / "crossed", *flags, *sharded)
+    expected = losses(tmp_path / "straight")
+    assert losses(tmp_path / "crossed") == pytest.approx(expected, abs=2e-6) and len(expected) == 4
 
 
 def test_a_resumed_run_keeps_its_pause_token(monkeypatch, config, tmp_path):
@@ -385,7 +411,7 @@ def test_curves_torn_inside_a_letter_do_not_keep_a_run_from_going_on(monkeypatch
     assert sorted(losses(tmp_path / "run")) == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["rng-rank0.pt", "weights.safetensors"])
+@pytest.mark.parametrize("name", ["rng-rank0.json", "rank0.safetensors"])
 def test_a_checkpoint_whose_bytes_are_gone_is_one_line(monkeypatch, config, tmp_path, name):
     run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
     path = tmp_path / "run/checkpoints/step-000001" / name
