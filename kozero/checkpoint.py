@@ -47,6 +47,7 @@ class RunState:
     best_scores: dict[str, float] = field(default_factory=dict)
     evaluations_since_best: int = 0
     evaluated_step: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
 
 def saved_run(folder: Path) -> dict:
@@ -105,8 +106,9 @@ def check_types(state: RunState) -> None:
     """Raise TypeError for a value that no run writes."""
     for f in fields(state):
         value = getattr(state, f.name)
-        numbers = f.name in ("best_score", "best_scores")
-        values = value.values() if f.name == "best_scores" else [] if value is None and numbers else [value]
+        numbers = f.name in ("best_score", "best_scores", "recent_losses")
+        several = value.values() if f.name == "best_scores" else value if f.name == "recent_losses" else None
+        values = several if several is not None else [] if value is None and numbers else [value]
         for one in values:
             if isinstance(one, bool) or not isinstance(one, int | float if numbers else int):
                 raise TypeError(f"{f.name} is {value!r}")

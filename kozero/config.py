@@ -64,6 +64,15 @@ class TrainingArguments:
     save_steps: int = arg(0, "optimizer updates between two checkpoints; 0: at every evaluation")
     save_total_limit: int = arg(2, "checkpoints to keep; the best one is kept beside them")
     async_save: bool = arg(False, "write checkpoints while the run goes on, from a copy in the machine's memory")
+    nonfinite: str = arg(
+        "skip",
+        "loss or gradient that is not finite: skip the update, or stop the run",
+        choices=["skip", "stop"],
+    )
+    max_nonfinite: int = arg(50, "steps in a row that are not finite, after which the run stops")
+    spike_sigmas: float = arg(
+        6.0, "tell of a loss so many standard deviations above the mean of the 128 before; 0: never"
+    )
     early_stopping_patience: int = arg(0, "stop after so many evaluations without a better score; 0: never")
     resume: str | None = arg(None, "go on from a checkpoint: 'auto' (the newest in --output_dir, if any) or its folder")
     timeout_seconds: float = arg(600.0, "seconds that a rank waits for the others before the run ends")
@@ -72,10 +81,11 @@ class TrainingArguments:
 
     def __post_init__(self) -> None:
         at_least(self.least_batch, self, "per_device_train_batch_size")
-        at_least(1, self, "gradient_accumulation_steps", "logging_steps", "save_total_limit")
+        at_least(1, self, "gradient_accumulation_steps", "logging_steps", "save_total_limit", "max_nonfinite")
         at_least(
             0, self, "per_device_eval_batch_size", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm",
             "scheduler_num_steps", "eval_steps", "save_steps", "early_stopping_patience", "learning_rate",
+            "spike_sigmas",
         )  # fmt: skip
         require(
             not 0 < self.scheduler_num_steps < self.max_steps,

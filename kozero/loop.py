@@ -12,13 +12,13 @@ from kozero.checkpoint import Checkpoints, RunState, step_of
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batch import Rows
 from kozero.engines.base import Engine, StepStats
-from kozero.errors import Diverged, Stopped, require
+from kozero.errors import Stopped, require
 from kozero.optim import schedule
 from kozero.runlog import RunLog, peak_memory_gib
 from kozero.stop import Stop
+from kozero.watch import Watch
 
 MAX_EPOCHS_PER_STEP = 100  # a larger step is a slip of the keyboard
-MAX_LOST = 50  # updates in a row without a finite loss and gradient before the run gives up
 
 
 @dataclass
@@ -142,18 +142,19 @@ class Trainer:
 
     def steps(self, log: RunLog, stop: Stop) -> None:
         """The loop itself."""
-        state, meter, lost = self.state, Meter(), 0
+        state, meter = self.state, Meter()
+        watch = Watch(self.arguments, self.rows, self.sizes, state)
         while state.step < self.total_steps and not self.patience_spent():
             lr = self.lr_at(state.step)
             batches = self.rows.step(state.consumed_rows, self.sizes, distributed.rank())
             stats = self.engine.train_step(batches, lr)
+            if said := watch.look(stats):
+                log.say(said)
             tokens = self.rows.num_tokens(state.consumed_rows, self.sizes.global_batch)
             state.consumed_rows += self.sizes.global_batch
             state.real_tokens += tokens
             meter.tokens += tokens
             meter.losses.append(stats.losses)
-            lost = 0 if stats.applied and math.isfinite(stats.loss) else lost + 1
-            stop_when_lost(lost, stats, state.step)
             if not stats.applied:
                 state.skipped_steps += 1
                 self.end_if_asked(stop)
@@ -162,6 +163,7 @@ class Trainer:
             log.progress(1)
             if state.step % self.every.logging == 0 or state.step == self.total_steps:
                 point = meter.point(stats, lr, state, state.consumed_rows / len(self.rows), self.objectives)
+                point["train/spike_score"] = watch.highest_score()
                 log.scalars(state.step, point | (self.extra() if distributed.is_main() else {}))
                 rate = f"{point['train/tokens_per_second']:,.0f}"
                 log.progress(0, loss=f"{point['train/loss']:.4f}", lr=f"{lr:.2e}", tokens_per_s=rate)
@@ -248,13 +250,4 @@ def warn_of_endless_warmup(arguments: TrainingArguments, lr_at: Callable[[int], 
         distributed.say(
             f"warning: --warmup_steps {arguments.warmup_steps:g} is no shorter than the run of {total_steps:,} steps; "
             f"the rate gets no higher than {highest:.2e} of {arguments.learning_rate:g}: give fewer"
-        )
-
-
-def stop_when_lost(lost: int, stats: StepStats, step: int) -> None:
-    """End a run that no longer trains."""
-    if lost >= MAX_LOST:
-        raise Diverged(
-            f"step {step}: {lost} updates in a row were not finite, gradient norm {stats.grad_norm}, loss "
-            f"{stats.loss}, loss scale {stats.loss_scale}. Lower --learning_rate, or compute with more bits"
         )

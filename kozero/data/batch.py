@@ -39,6 +39,9 @@ class Rows(Protocol):
     def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[Batch]:
         """The micro batches of one rank in the step that begins after `consumed` rows."""
 
+    def examples(self, consumed: int, sizes: BatchSizes, rank: int) -> list[int]:
+        """Numbers of the training examples that one rank reads in the step that begins after `consumed` rows."""
+
     def num_tokens(self, consumed: int, group: int) -> int:
         """Sum of the batches' num_tokens over all ranks in the `group` rows that begin after `consumed`."""
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from kozero.config import BatchSizes
-from kozero.data.batch import Batch
+from kozero.data.batch import Batch, deal
 from kozero.data.rows import Fit, epoch_order, fit, grouped_order, pack
 from kozero.data.store import TokenStore
 from kozero.pause import IGNORE, Pauses, Schedule
@@ -112,14 +112,20 @@ class TrainingRows:
         The global batch is dealt out in micro batches, first to rank 0, 1, ..., then again; which rows belong to a
         step does not depend on how they are dealt.
         """
-        numbers = [self.row_at(consumed + k, sizes.global_batch) for k in range(sizes.global_batch)]
-        stride = sizes.micro * sizes.world_size
-        starts = range(rank * sizes.micro, sizes.global_batch, stride)
+        micros = self.micro_batches(consumed, sizes, rank)
         least = self.capacity if self.batching == "packed" else 0
         pauses = replace(self.pauses, num=self.schedule(consumed)) if self.schedule else self.pauses
         epoch = consumed // len(self.rows)
-        micros = [numbers[k : k + sizes.micro] for k in starts]
         return [collate([self.texts(n, pauses, epoch) for n in micro], least, self.capacity) for micro in micros]
+
+    def micro_batches(self, consumed: int, sizes: BatchSizes, rank: int) -> list[list[int]]:
+        """Row numbers of a rank's micro batches in a step."""
+        return [[self.row_at(place, sizes.global_batch) for place in places] for places in deal(consumed, sizes, rank)]
+
+    def examples(self, consumed: int, sizes: BatchSizes, rank: int) -> list[int]:
+        """Numbers of the examples, of which a row holds several."""
+        rows = (row for micro in self.micro_batches(consumed, sizes, rank) for row in micro)
+        return [int(number) for row in rows for number in self.rows[row]]
 
     def num_tokens(self, consumed: int, group: int) -> int:
         """Counted from row lengths, so that nothing travels between ranks for it."""

@@ -96,6 +96,10 @@ class OrderedRows(ABC):
         """The micro batches of one rank in the step that begins after `consumed` rows."""
         return [self.batch(places) for places in deal(consumed, sizes, rank)]
 
+    def examples(self, consumed: int, sizes: BatchSizes, rank: int) -> list[int]:
+        """Numbers of the rows that one rank reads in a step."""
+        return [number for places in deal(consumed, sizes, rank) for number in self.numbers(places).tolist()]
+
     def num_tokens(self, consumed: int, group: int) -> int:
         """Tokens of the `group` rows that begin after `consumed`."""
         return int(self.lengths(self.numbers(range(consumed, consumed + group))).sum())

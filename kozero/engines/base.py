@@ -16,6 +16,7 @@ from kozero.data.batch import Batch
 from kozero.engines.pieces import Piece, Saved, States, collect
 
 SCALE = "loss_scale.json"
+LEAST_SCALE = 1.0  # of fp16: a loss that overflows unscaled needs another precision
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,14 @@ class StepStats:
 
     `losses` are the means over all targets of the step, in nats, one an objective; `grad_norm` is taken before
     clipping; `applied` is False when the update was skipped because a gradient was not finite; `loss_scale` is the
-    one that this step used.
+    one that this step used; `own` (K,) this rank's part of the losses.
     """
 
     losses: tuple[float, ...]
     grad_norm: float
     applied: bool
     loss_scale: float
+    own: torch.Tensor | None = None
 
     @property
     def loss(self) -> float:

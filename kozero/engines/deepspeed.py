@@ -64,6 +64,7 @@ class DeepSpeedEngine(Engine):
         except (ImportError, AssertionError, ValueError, TypeError, KeyError) as error:  # of settings, not of memory
             raise UserError(f"{arguments.deepspeed_config}: DeepSpeed refuses it: {one_line(error)}") from None
         self.module = self.engine.module
+        self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the loop tells, see kozero/watch.py
         self.stage = self.engine.zero_optimization_stage()
         self.lockstep = self.stage == 3
 
@@ -82,9 +83,9 @@ class DeepSpeedEngine(Engine):
             self.engine.backward((sums * factor).sum())
             total += sums.detach()
             self.engine.step()
-        losses = distributed.all_reduce(total) / num_targets
+        losses = distributed.all_reduce(total.clone()) / num_targets
         norm = float(self.engine.get_global_grad_norm())
-        return StepStats(tuple(losses.tolist()), norm, self.engine.was_step_applied(), scale)
+        return StepStats(tuple(losses.tolist()), norm, self.engine.was_step_applied(), scale, total / num_targets)
 
     def loss_scale(self) -> float:
         """The dynamic scale of fp16, 1 otherwise."""

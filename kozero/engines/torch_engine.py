@@ -9,7 +9,7 @@ from torch import nn
 from kozero import distributed
 from kozero.config import TrainingArguments
 from kozero.data.batch import Batch
-from kozero.engines.base import Engine, StepStats, count_targets
+from kozero.engines.base import LEAST_SCALE, Engine, StepStats, count_targets
 from kozero.engines.pieces import States
 
 ROW = 1024
@@ -35,7 +35,7 @@ class LossScale:
             return
         self.applied = self.applied + 1 if applied else 0
         if not applied:
-            self.value /= 2
+            self.value = max(self.value / 2, LEAST_SCALE)
         elif self.applied == self.INTERVAL:
             self.value, self.applied = self.value * 2, 0
 
@@ -71,22 +71,23 @@ class TorchEngine(Engine):
                 # Gradients are averaged over ranks, the step's loss is a sum over them.
                 (losses.sum() * (distributed.world_size() * self.loss_scale.value)).backward()
             total += losses.detach()
-        return self.update(distributed.all_reduce(total), lr)
+        return self.update(total, lr)
 
-    def update(self, losses: torch.Tensor, lr: float) -> StepStats:
-        """Clip and step, unless a gradient is not finite: the norm is the same on all ranks and they decide alike."""
+    def update(self, own: torch.Tensor, lr: float) -> StepStats:
+        """Clip and step, unless a gradient or loss is not finite: both are the same on all ranks, they decide alike."""
         scale = self.loss_scale.value
         if scale != 1 and (gradients := self.gradients()):  # a rank may hold none
             torch._foreach_mul_(gradients, 1 / scale)  # a power of two: it rounds nothing
         norm = self.clip_grad_norm()
-        applied = bool(torch.isfinite(norm))
+        losses = distributed.all_reduce(own.clone())
+        applied = bool(torch.isfinite(norm) & torch.isfinite(losses).all())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if applied:
             self.optimizer.step()
         self.loss_scale.update(applied)
         self.zero_grad()
-        return StepStats(tuple(losses.tolist()), norm.item(), applied, scale)
+        return StepStats(tuple(losses.tolist()), norm.item(), applied, scale, own)
 
     def optimizer_states(self) -> States:
         """By parameter."""
