@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from kozero.errors import UserError
 from kozero.orphan import end_with_launcher
@@ -22,18 +23,23 @@ T = TypeVar("T")
 # dies meanwhile ends the wait at once: its connections close.
 PATIENCE = timedelta(days=7)
 patient: dist.ProcessGroup | None = None
-# Of the threads that write checkpoints while the ranks go on training.
+# Of the threads that write checkpoints while the ranks go on training; one rank may write all of it.
+WRITING = timedelta(hours=1)
 background: dist.ProcessGroup | None = None
+# Of small messages between steps, on the CPU: None is the group of all there.
+control: dist.ProcessGroup | None = None
 
 
 def setup(timeout_seconds: float = 600.0) -> None:
     """Join the process group that `torchrun` or `deepspeed` describes in the environment, or make one of one rank."""
-    global patient, background
+    global patient, background, control
     if dist.is_initialized():
         return
     end_with_launcher()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    # Libraries make groups without a timeout (DeepSpeed's gradients travel in one), which is half an hour under gloo.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     else:
@@ -60,7 +66,8 @@ def setup(timeout_seconds: float = 600.0) -> None:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for one process
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    background = dist.new_group(backend="gloo", timeout=PATIENCE)
+    background = dist.new_group(backend="gloo", timeout=max(timeout, WRITING))
+    control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
 
 
 def restarted(timeout: timedelta) -> dict[str, Any]:
@@ -79,11 +86,11 @@ def restarted(timeout: timedelta) -> dict[str, Any]:
 
 def shutdown() -> None:
     """Leave the process group together: a rank that is gone early takes the others down with it."""
-    global patient, background
+    global patient, background, control
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        patient = background = None
+        patient = background = control = None
 
 
 def usable_cores() -> int:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -73,6 +74,9 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
+    except Exception:  # not left to the interpreter, which would wait for threads that wait for a rank that is gone
+        traceback.print_exc()
+        code = 1
     # Everything is written and closed by now. In the usual teardown a gloo thread of PyTorch that drops the last
     # reference to a tensor asks for the interpreter's lock, Python before 3.14 ends such a thread by unwinding its C++
     # stack, and that aborts the process (one run in thirty); a launcher then reports a finished run as failed.

@@ -79,5 +79,5 @@ class Stop:
     def agreed(self) -> int:
         """The signal of any rank, the same on all, 0 for none. Collective: about 0.1 ms on gloo."""
         mine = torch.tensor([max(self.first, default=0)])
-        dist.all_reduce(mine, dist.ReduceOp.MAX, group=distributed.patient)
+        dist.all_reduce(mine, dist.ReduceOp.MAX, group=distributed.control)
         return int(mine)

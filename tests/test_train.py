@@ -356,18 +356,6 @@ def test_frozen_weights_that_have_changed_are_found_before_a_run_goes_on(monkeyp
         call(monkeypatch, train.main, *flags, "--max_steps", 3, "--resume", "auto")
 
 
-def test_a_run_goes_on_under_another_engine(monkeypatch, config, tmp_path):
-    flags = ("--save_steps", 2, "--eval_steps", 4, "--num_pauses", 1, "--dropout", 0)
-    run(monkeypatch, config, tmp_path / "straight", *flags)
-    run(monkeypatch, config, tmp_path / "crossed", *flags)
-    shutil.rmtree(tmp_path / "crossed/checkpoints/step-000004")
-    shutil.rmtree(tmp_path / "crossed/model")
-    sharded = ("--deepspeed_config", "ds_configs/zero3.json", "--resume", "auto")
-    run(monkeypatch, config, tmp_path / "crossed", *flags, *sharded)
-    expected = losses(tmp_path / "straight")
-    assert losses(tmp_path / "crossed") == pytest.approx(expected, abs=2e-6) and len(expected) == 4
-
-
 def test_a_resumed_run_keeps_its_pause_token(monkeypatch, config, tmp_path):
     run(monkeypatch, config, tmp_path / "run", "--max_steps", 1, "--num_pauses", 1)
     flags = ("--num_pauses", 1, "--pause_token", "<unused5>", "--max_steps", 2, "--resume", "auto")
