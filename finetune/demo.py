@@ -4,6 +4,7 @@ python finetune/demo.py --model_name_or_path runs/run/model
 """
 
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from threading import Event
@@ -37,6 +38,8 @@ ROWS = (  # numbers on the page by the names of their arguments, with a word abo
 TWICE = "같은 시드로 두 번: 일시정지 없이, 그리고 M개와 함께 · One seed, two texts: without pauses, with M of them"
 ONCE = "이 모델에는 일시정지 토큰이 없습니다 · This model has no pause token"
 READY = "준비 · ready"
+PROMPT_CHARACTERS = 20_000  # more is no prompt, and would be tokenised to find that out
+WAITING = 20  # readers who may wait for their turn
 WRITING, DONE, STOPPED = "쓰는 중 · writing", "완료 · done", "멈췄습니다 · stopped"
 NOTHING = "모델이 바로 글을 끝냈습니다 · the model ended the text at once"
 FONTS = ("Pretendard", "Noto Sans KR", "Apple SD Gothic Neo", "Malgun Gothic", "NanumGothic", "system-ui", "sans-serif")
@@ -48,9 +51,11 @@ class DemoArguments:
 
     host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0: all of this machine, for anyone who can reach it")
     port: int = arg(7860, "TCP port to listen on; 0: a free one")
+    max_seconds: float = arg(300.0, "seconds after which the two texts of a reader end where they are")
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, f"--port {self.port}: must be from 0 to 65535")
+        require(self.max_seconds > 0, f"--max_seconds {self.max_seconds}: must be above 0")
 
 
 ARGUMENTS = (DemoArguments, ModelArguments, InferencePauseArguments, DecodingArguments)
@@ -66,7 +71,8 @@ def main() -> None:
     distributed.setup()
     model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=decoding.seed)
     name = model_arguments.model_name_or_path or model_arguments.config_file
-    address = launch(page(Comparison(model, pause_arguments), decoding, name), arguments.host, port)
+    blocks = page(Comparison(model, pause_arguments), decoding, name, arguments.max_seconds)
+    address = launch(blocks, arguments.host, port)
     distributed.say(f"{address}  (Ctrl-C ends)")
     Event().wait()
 
@@ -90,7 +96,7 @@ def checked_port(host: str, port: int) -> int:
 def launch(blocks: gr.Blocks, host: str, port: int) -> str:
     """Serve a page to those who ask `host` for it, one after the other; nothing else is asked for anything. Returns its
     address."""
-    blocks.queue(default_concurrency_limit=1)
+    blocks.queue(default_concurrency_limit=1, max_size=WAITING)
     name = f"[{host.strip('[]')}]" if ":" in host else host  # Gradio wants IPv6 as it stands in an address
     try:
         _, address, _ = blocks.launch(
@@ -103,12 +109,14 @@ def launch(blocks: gr.Blocks, host: str, port: int) -> str:
     return address
 
 
-def page(comparison: Comparison, decoding: DecodingArguments, name: str) -> gr.Blocks:
+def page(comparison: Comparison, decoding: DecodingArguments, name: str, max_seconds: float = 300.0) -> gr.Blocks:
     """Prompt, the two texts, settings, and a line that tells what is going on."""
     pausing = comparison.can_pause
     with gr.Blocks(title="KoZeRO", analytics_enabled=False) as blocks:
         gr.Markdown(f"### KoZeRO · {name}\n{TWICE if pausing else ONCE}")
-        prompt = gr.Textbox(label="프롬프트 · prompt", lines=2, autofocus=True, elem_id="prompt")
+        prompt = gr.Textbox(
+            label="프롬프트 · prompt", lines=2, autofocus=True, elem_id="prompt", max_length=PROMPT_CHARACTERS
+        )
         with gr.Row():
             go = gr.Button("쓰기 · Generate", variant="primary", elem_id="go")
             cancel = gr.Button("멈추기 · Cancel", elem_id="cancel")
@@ -125,7 +133,8 @@ def page(comparison: Comparison, decoding: DecodingArguments, name: str) -> gr.B
                     fields[key] = gr.Number(values[key], label=key, info=told, visible=shown, elem_id=key)
 
         def show(prompt: str | None, *numbers: float | None) -> Iterator[tuple[str, str, str]]:
-            yield from answers(comparison, decoding, prompt or "", dict(zip(fields, numbers, strict=True)))
+            told = dict(zip(fields, numbers, strict=True))
+            yield from answers(comparison, decoding, prompt or "", told, max_seconds)
 
         inputs, outputs = [prompt, *fields.values()], [plain, paused, message]
         writing = gr.on(
@@ -139,18 +148,25 @@ def page(comparison: Comparison, decoding: DecodingArguments, name: str) -> gr.B
 
 
 def answers(
-    comparison: Comparison, decoding: DecodingArguments, prompt: str, numbers: Mapping[str, float | None]
+    comparison: Comparison,
+    decoding: DecodingArguments,
+    prompt: str,
+    numbers: Mapping[str, float | None],
+    max_seconds: float = 300.0,
 ) -> Iterator[tuple[str, str, str]]:
     """The two texts so far, and what is going on or wrong.
 
     Args: numbers: those of the page by the names of their arguments.
     """
     plain = paused = ""
+    end = time.monotonic() + max_seconds
     try:
+        require(len(prompt) <= PROMPT_CHARACTERS, f"--prompt: more than {PROMPT_CHARACTERS:,} characters; shorten it")
         pauses = filled(comparison.pause_arguments, {PAUSES: numbers[PAUSES]})
         decoding = filled(decoding, {key: value for key, value in numbers.items() if key != PAUSES})
         for plain, paused in comparison.write(prompt.strip(), pauses, decoding):
             yield plain, paused, WRITING
+            require(time.monotonic() < end, f"--max_seconds {max_seconds:g}: the texts end here; ask for fewer tokens")
         yield plain, paused, DONE if plain or paused else NOTHING
     except UserError as error:
         yield plain, paused, f"⚠ {error}"

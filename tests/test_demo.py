@@ -156,6 +156,7 @@ def test_the_page_begins_with_what_the_command_line_says(paused_model):
     [
         (" \n", {}, "--prompt: empty; give at least a word"),
         ("영화 " * 600, {}, "--prompt: .* tokens; at most 501 leave room for the answer"),  # of 512: 3 pauses, 8 new
+        ("영화 " * 10**6, {}, "--prompt: more than 20,000 characters; shorten it"),
         ("긍정", {"max_new_tokens": 0}, "--max_new_tokens 0: must be 1 or more"),
         ("긍정", {"max_new_tokens": 9999}, "--max_new_tokens 9999: the model has 512 positions"),
         ("긍정", {"num_inference_pauses": 10**9}, "--max_new_tokens 8: the model has 512 positions, 1000000000 for"),
@@ -216,6 +217,12 @@ def test_writing_ends_with_its_reader(long_comparison, monkeypatch):
     assert is_idle(long_comparison)
     (stream,) = streams  # the second text was never begun
     assert stream.stopped.is_set() and len(stream.ids) < 4000
+
+
+def test_writing_ends_when_its_time_is_over(long_comparison):
+    *_, (plain, paused, told) = demo.answers(long_comparison, SHORT, "긍정", asked(LONG), max_seconds=1.0)
+    assert plain and not paused and told == "⚠ --max_seconds 1: the texts end here; ask for fewer tokens"
+    assert is_idle(long_comparison)
 
 
 @pytest.fixture(scope="module")
