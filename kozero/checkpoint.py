@@ -27,7 +27,9 @@ from kozero.files import fingerprint, on_host, sha256, sync_folder, write_file
 from kozero.folder import write_text
 
 # What libraries raise when a file of theirs is not what it should be.
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError)
+LOAD_ERRORS = (
+    OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SafetensorError,
+)  # fmt: skip
 # The same of what cannot be written: each has its own way to say that a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 STATE = "state.json"  # written last: a folder without it is not a checkpoint
@@ -253,7 +255,7 @@ class Checkpoints:
         """The checkpoint that `latest` or `best` names, or None."""
         try:
             name = (self.folder / pointer).read_text(encoding="utf-8").strip()
-        except OSError:
+        except (OSError, ValueError):  # gone, or no text
             return None
         folder = self.folder / name
         return folder if NAME.fullmatch(name) and damage(folder) is None else None

@@ -1,7 +1,13 @@
 """Token stores: the ids in them, the cache around them."""
 
+import multiprocessing
+import os
 import shutil
+import signal
+import time
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +23,17 @@ from finetune.data import cached_store, evaluation_set
 from finetune.tasks import TASKS, Source
 from kozero import distributed
 from kozero.data.readers import LeftOut
-from kozero.data.store import TextRow, file_hash, key_of, open_or_build, token_span, tokenizer_hash
+from kozero.data.store import (
+    TextRow,
+    build_once,
+    file_hash,
+    is_sealed,
+    key_of,
+    open_or_build,
+    seal,
+    token_span,
+    tokenizer_hash,
+)
 from kozero.errors import UserError
 from tests.helpers import SAMPLE_DATA, sample_tokenizer, word_tokenizer
 
@@ -184,6 +200,53 @@ def test_a_builder_that_raises_leaves_nothing_behind(tmp_path):
         open_or_build(tmp_path, "key", rows, sample_tokenizer())
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
     assert len(build(tmp_path, [REVIEW])) == 1
+
+
+def open_all(folder: Path, write: Callable[[Path], None], num: int = 10) -> list[int]:
+    """So many processes that open one cache at the same moment; their exit codes, 0 for a whole store."""
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(num)
+
+    def work() -> None:
+        together.wait()
+        path = build_once(folder, "key", is_sealed, write)
+        os._exit(0 if is_sealed(path) and (path / "data").read_text() == "whole" else 1)
+
+    processes = [context.Process(target=work) for _ in range(num)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def written(folder: Path, cache: Path) -> None:
+    """Write slowly, and leave a line that somebody did."""
+    with (cache / "log").open("a") as log:
+        log.write("built\n")
+    (folder / "data").write_text("who")
+    time.sleep(0.1)
+    (folder / "data").write_text("whole")
+    seal(folder)
+
+
+def test_ten_processes_that_open_a_cache_at_once_build_it_once(tmp_path):
+    assert open_all(tmp_path, lambda folder: written(folder, tmp_path)) == [0] * 10
+    assert (tmp_path / "log").read_text() == "built\n"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["key"]
+
+
+def test_a_builder_that_is_killed_leaves_it_to_the_next_one(tmp_path):
+    def killed_at_first(folder: Path) -> None:
+        if not (tmp_path / "log").exists():
+            (tmp_path / "log").touch()
+            (folder / "data").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        written(folder, tmp_path)
+
+    assert sorted(open_all(tmp_path, killed_at_first)) == [-signal.SIGKILL] + [0] * 9
+    assert (tmp_path / "log").read_text() == "built\n"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["key"]
 
 
 def test_a_cache_that_cannot_be_written_is_a_user_error(tmp_path):

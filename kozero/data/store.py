@@ -9,6 +9,7 @@ in a folder of its own and renamed when it is whole.
 import copy
 import hashlib
 import json
+import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -138,9 +139,18 @@ def build_once(cache: Path, key: str, is_whole: Callable[[Path], bool], write: C
 
 
 def seal(folder: Path, **meta: Any) -> None:
-    """Write `meta.json` behind all other files of a folder: their sizes, and what a reader has to know."""
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    """Write `meta.json` behind all other files of a folder, which are on the disk then: their sizes, and what a reader
+    has to know."""
+    sizes = {path.name: to_disk(path) for path in folder.iterdir()}
     (folder / "meta.json").write_text(json.dumps(meta | {"sizes": sizes}))
+    to_disk(folder / "meta.json")
+
+
+def to_disk(path: Path) -> int:
+    """Wait until a file is on the disk; its bytes."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return file.seek(0, os.SEEK_END)
 
 
 def is_sealed(folder: Path) -> bool:
