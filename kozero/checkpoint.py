@@ -34,6 +34,7 @@ LOAD_ERRORS = (
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 STATE = "state.json"  # written last: a folder without it is not a checkpoint
 NAME = re.compile(r"step-\d{6,}")
+INCOMPLETE, REMOVED = ".incomplete", ".removed"  # behind the name of one that is being written, or removed
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Checkpoints:
         """
         self.finish()
         final = self.of(state.step)
-        staging = final.with_name(final.name + ".incomplete")
+        staging = final.with_name(f"{final.name}{INCOMPLETE}")
         self.prepare(staging)
         files = engine.snapshot() | {f"rng-rank{distributed.rank()}.json": random_state()}
         if self.in_background:
@@ -200,8 +201,8 @@ class Checkpoints:
         write_text(staging / STATE, json.dumps(text | {"files": files}, indent=2))
         for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
             sync_folder(folder)
-        for old in (final, final.with_name(f"{final.name}.set-aside")):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(final.with_name(f"{final.name}.set-aside"), ignore_errors=True)
+        remove(final)
         staging.rename(final)
         sync_folder(self.folder)
         write_text(self.folder / "latest", final.name)
@@ -274,10 +275,14 @@ class Checkpoints:
         return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
 
     def prune(self) -> None:
-        """Remove the oldest until `limit` are left; the best one is kept beside them."""
+        """Remove the oldest until `limit` are left, the best one beside them, and what a killed run has left half
+        written or half removed: a name that a checkpoint has is always that of a whole one."""
         best = self.named("best")
         for path in [p for p in self.all() if p != best][: -self.limit]:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
+        for suffix in (REMOVED, INCOMPLETE):
+            for path in self.folder.glob(f"step-*{suffix}"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def set_aside_after(self, step: int) -> None:
         """Rename checkpoints later than `step`: a run that goes on from there writes its own. Collective."""
@@ -326,6 +331,15 @@ class Checkpoints:
         if found := content_damage(folder):
             raise UserError(f"--resume {choice}: {found}; resume from another checkpoint, see {self.folder}")
         return folder
+
+
+def remove(folder: Path) -> None:
+    """Take a checkpoint its name, then its files."""
+    if folder.exists():
+        gone = folder.with_name(f"{folder.name}{REMOVED}")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def step_of(folder: Path) -> int:

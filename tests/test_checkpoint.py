@@ -181,6 +181,23 @@ def test_an_engine_that_fails_while_saving_leaves_the_older_checkpoint(checkpoin
     assert names(checkpoints) == ["latest", "step-000010", "step-000020.incomplete"]
 
 
+def test_what_killed_runs_left_half_done_goes_with_the_next_save(checkpoints):
+    for name in ("step-000020.incomplete", "step-000005.removed"):
+        (checkpoints.folder / name).mkdir(parents=True)
+        (checkpoints.folder / name / "file").touch()
+    save(checkpoints, 10)
+    assert names(checkpoints) == ["latest", "step-000010"]
+
+
+def test_a_removal_that_is_broken_off_leaves_no_damaged_checkpoint(checkpoints, monkeypatch):
+    """Killed before the first file is gone, and after the last but one."""
+    save(checkpoints, 10, 20)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **told: None)
+    save(checkpoints, 30)
+    assert [path.name for path in checkpoints.all()] == ["step-000020", "step-000030"]
+    assert "step-000010.removed" in names(checkpoints)
+
+
 def test_what_a_killed_save_left_is_written_over(checkpoints):
     leftover = checkpoints.folder / "step-000020.incomplete"
     leftover.mkdir(parents=True)

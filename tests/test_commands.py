@@ -160,6 +160,22 @@ def test_readme_commands_of_pre_training_run_one_after_the_other(tmp_path):
     assert "BM25" in (tmp_path / "runs/vectors/retrieval.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_what_a_checkpoint_costs_is_measured():
+    done = shell("python benchmarks/checkpoints.py --config_file models/tiny_config.json --rounds 1 --steps 2")
+    assert done.returncode == 0 and done.stdout.count("\n| ") == 4, done.stderr
+
+
+@pytest.mark.slow
+def test_a_soak_ends_where_an_undisturbed_run_does(tmp_path):
+    command = "python finetune/train.py --config_file models/tiny_config.json --max_seq_length 64 --max_steps 40"
+    command += f" --per_device_train_batch_size 2 --save_steps 2 --eval_steps 20 --cache_dir {tmp_path}/cache"
+    done = shell(f"python scripts/soak.py --kills 3 --seed 1 --output_dir {tmp_path}/soak -- {command}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "soak/soak.json").read_text())
+    assert found["kills"] >= 1 and found["damaged"] == 0 and found["largest_difference"] == 0
+
+
 TRINITY = sorted((ROOT / "finetune/recipes").glob("trinity_*.json"))
 
 
