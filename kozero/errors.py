@@ -17,7 +17,13 @@ GRACE_SECONDS = 3.0  # the deepspeed launcher looks every second whether a rank 
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message names the file, line, flag or key, its value, and what to do."""
+    """A mistake that the user can mend. The message names the file, line, flag or key, its value, and what to do.
+
+    It is one line: line breaks and what would command a terminal are spelled, for a name in a file may hold them.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class Diverged(Exception):

@@ -22,7 +22,7 @@ import psutil
 from kozero import distributed
 from kozero.checkpoint import Checkpoints, content_damage, step_of
 from kozero.config import arg, parse_arguments
-from kozero.errors import require, run_main
+from kozero.errors import UserError, require, run_main
 from kozero.folder import new_file, write_text
 
 SECONDS_OF_TRAINING = 3.0  # a run lives at most so long after its first step
@@ -84,6 +84,12 @@ class Run:
         self.reader.join()
         return code
 
+    def succeed(self) -> None:
+        """Wait for its end, which must be a good one."""
+        if self.wait():
+            print("\n".join(self.lines[-20:]), file=sys.stderr)
+            raise UserError(f"the run failed with exit code {self.process.returncode}; its last words are above")
+
     def last_step(self) -> int:
         """The last step that it told of, 0 for none."""
         steps = [line.split()[1].split("/")[0] for line in self.lines if line.startswith("step ") and "/" in line]
@@ -101,7 +107,7 @@ def main() -> None:
     distributed.setup()  # checkpoints are looked at by all ranks of a run, here one
     began = time.monotonic()
     straight = Run(command, folder / "undisturbed")
-    require(straight.wait() == 0, "the undisturbed run failed:\n" + "\n".join(straight.lines[-20:]))
+    straight.succeed()
     report = soak(command, folder / "killed", said, straight.first_step - straight.started)
     curves = [losses(folder / name) for name in ("undisturbed", "killed")]
     require(curves[0].keys() == curves[1].keys(), "the curves have different steps")
@@ -120,14 +126,13 @@ def soak(command: list[str], folder: Path, said: SoakArguments, start_up: float)
         run = Run(command, folder)
         time.sleep(moments.uniform(0.3 * start_up, start_up + SECONDS_OF_TRAINING))
         if run.process.poll() is not None:
-            require(run.wait() == 0, "the run failed:\n" + "\n".join(run.lines[-20:]))
+            run.succeed()
             print("the run ended before all kills: give it more steps", flush=True)
             break
         run.kill()
         note(report, run, folder)
         print(f"kill {report.kills}: at step {run.last_step()}, steps lost {report.steps_lost[-1]}", flush=True)
-    last = Run(command, folder)
-    require(last.wait() == 0, "the run failed:\n" + "\n".join(last.lines[-20:]))
+    Run(command, folder).succeed()
     return report
 
 

@@ -241,3 +241,7 @@ def test_pointers(checkpoint, name):
         assert found is None or found.parent == checkpoints.folder
 
     try_all(path, b"../step-000001", look)
+
+
+def test_what_a_name_in_a_file_holds_neither_breaks_the_line_nor_commands_a_terminal():
+    assert str(UserError("no field 'a\n\x1b[2J\u2028\udc80가'")) == "no field 'a\\n\\x1b[2J\\u2028\\udc80가'"
