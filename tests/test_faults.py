@@ -124,6 +124,16 @@ def test_ranks_that_are_killed_come_back_by_themselves_and_lose_nothing(tmp_path
     assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
 
 
+def test_a_rank_that_hangs_ends_the_other_when_its_time_is_over(tmp_path):
+    flags = ("--max_steps", 100_000, "--eval_steps", 100_000, "--timeout_seconds", 5)
+    with started("torchrun", tmp_path, *flags) as run:
+        wait_for(run, "step 2/")
+        ranks(tmp_path)["1"].suspend()
+        began = time.monotonic()
+        wait_for(run, "Timed out waiting 5000ms")
+        assert time.monotonic() - began < 20
+
+
 def test_a_rank_that_dies_ends_the_other_with_its_error(tmp_path):
     with started("deepspeed", tmp_path, "--max_steps", 100_000, "--eval_steps", 100_000) as run:
         wait_for(run, "step 2/")

@@ -1,11 +1,14 @@
 """Loading a model with its tokenizer and pause token, and the exported folder that plain transformers loads."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2LMHeadModel
 
 from kozero.errors import UserError
@@ -286,6 +289,39 @@ def test_an_export_replaces_an_older_one_whole(tmp_path, config_file):
     assert not (folder / "old.bin").exists()
     assert (folder / "README.md").read_text() == "# card"
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["model"]
+
+
+class Evil:
+    """Makes a folder when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_model_whose_weights_are_a_pickle_with_code_is_refused_and_does_nothing(tmp_path, config_file):
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    exported(folder, loaded(config=config_file()))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    loaded(str(folder))  # plain ones are read: published models have them
+    torch.save(weights | {"transformer.wte.weight": Evil(marker)}, folder / "pytorch_model.bin")
+    assert "cannot be loaded" in refused(str(folder))
+    assert not marker.exists()
+
+
+def test_code_in_the_folder_of_a_model_is_not_run(tmp_path, config_file):
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    exported(folder, loaded(config=config_file()))
+    (folder / "code.py").write_text(f"import os; os.mkdir({str(marker)!r})\nclass Config: pass\nclass Model: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded(str(folder))
+    assert not marker.exists()
 
 
 def test_weights_that_are_not_the_models_are_not_exported(tmp_path, config_file):
