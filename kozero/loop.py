@@ -116,7 +116,7 @@ class Trainer:
         its checkpoint is here to be exported."""
         self.state = self.checkpoints.load(folder, self.engine, self.run)
         self.checkpoints.set_aside_after(self.state.step)
-        best, state = self.checkpoints.named("best"), self.state
+        best, state = distributed.broadcast(self.checkpoints.named("best")), self.state
         if best is None or step_of(best) != state.best_step:
             state.best_score, state.best_scores, state.best_step, state.evaluations_since_best = None, {}, state.step, 0
 
@@ -198,7 +198,7 @@ class Trainer:
         if not (number := stop.agreed()):
             return
         self.checkpoints.finish()
-        newest = self.checkpoints.named("latest")
+        newest = distributed.broadcast(self.checkpoints.named("latest"))  # a shared disk may show others an older one
         if newest is None or step_of(newest) != self.state.step:
             self.save()
         raise Stopped(number)
@@ -239,7 +239,7 @@ class Trainer:
 
     def load_best(self) -> None:
         """Put the weights of the best checkpoint back into the engine, if another is the last."""
-        best = self.checkpoints.named("best")
+        best = distributed.broadcast(self.checkpoints.named("best"))
         if best and self.state.best_step != self.state.step:
             self.engine.load(best)
 
