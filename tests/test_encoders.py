@@ -113,7 +113,7 @@ def test_random_weights_are_of_32_bit_whatever_the_config_says(tmp_path, name):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_sizes_beyond_any_memory_are_refused(tmp_path, name):
-    said = refused(encoder_of, tmp_path, name, hidden_size=64_000_000)
+    said = refused(encoder_of, tmp_path, name, hidden_size=64_000_000_000)
     assert said.startswith(f"--config_file {tmp_path}/config.json: no model of these sizes can be built")
 
 
