@@ -33,6 +33,11 @@ RUN = {
 }
 
 
+def interruptible() -> None:
+    """What a shell does for a job in the foreground; this process may be one in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def started(launcher: str, folder: Path, *flags: object) -> Iterator[subprocess.Popen]:
     """A run of two ranks in a session of its own, all that it says in one pipe; nothing of it is left afterwards."""
@@ -42,7 +47,9 @@ def started(launcher: str, folder: Path, *flags: object) -> Iterator[subprocess.
     command += ["--output_dir", folder / "run", "--cache_dir", folder / "cache"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    run = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    run = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=environment, start_new_session=True, preexec_fn=interruptible, **pipes
+    )
     try:
         yield run
     finally:

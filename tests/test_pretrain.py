@@ -380,7 +380,12 @@ def test_a_rank_that_the_system_ends_is_named(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: rank 1 was ended by SIGKILL; is the memory too small?\n"
 
 
-def endless(folder, start=lambda: None):
+def interruptible() -> None:
+    """What a shell does for a job in the foreground; this process may be one in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def endless(folder, start=interruptible):
     """A run of two ranks that writes all it says into one pipe, in a process group of its own."""
     told = ["--model_name", "hong", "--nproc", 2, "--num_steps", 100_000, *SIZES[2:], "--scheduler_num_steps", 0]
     told += ["--config_file", ROOT / "models/transformer_tiny_config.json", "--eval_steps", 100_000]
