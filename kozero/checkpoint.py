@@ -10,7 +10,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -32,6 +32,7 @@ LOAD_ERRORS = (
 )  # fmt: skip
 # The same of what cannot be written: each has its own way to say that a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+SEED_STRIDE = 1_000_003  # between the streams of a run that goes on with other ranks, by step
 STATE = "state.json"  # written last: a folder without it is not a checkpoint
 NAME = re.compile(r"step-\d{6,}")
 INCOMPLETE, REMOVED = ".incomplete", ".removed"  # behind the name of one that is being written, or removed
@@ -82,10 +83,10 @@ def damage(folder: Path) -> str | None:
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
         check_types(RunState(**saved["state"]))
         saved["run"].get("")
-        expected = {name: file["bytes"] for name, file in saved["files"].items()}
+        expected = {name: file["bytes"] for name, file in saved["files"].items() if file["sha256"]}
     except FileNotFoundError:
         return f"not a whole checkpoint (no {STATE} in it)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{STATE} is damaged ({type(error).__name__}: {error})"
     found = file_sizes(folder)
     for name, size in expected.items():
@@ -98,7 +99,8 @@ def content_damage(folder: Path) -> str | None:
     """The same by the content of the files. Collective: every rank reads a part of them, at about 1.5 GB/s."""
     if found := distributed.broadcast(damage(folder)):
         return found
-    files = json.loads((folder / STATE).read_text(encoding="utf-8"))["files"]
+    files = json.loads((folder / STATE).read_text(encoding="utf-8"))["files"] if distributed.is_main() else None
+    files = distributed.broadcast(files)
     mine = sorted(files)[distributed.rank() :: distributed.world_size()]
     changed = (name for name in mine if sha256(folder / name) != files[name]["sha256"])
     name = next(filter(None, distributed.gather(next(changed, None))), None)
@@ -198,6 +200,8 @@ class Checkpoints:
         for path in sorted(staging.rglob("*")):  # what a library has written by itself
             if path.is_file() and (name := path.relative_to(staging).as_posix()) not in files:
                 files[name] = fingerprint(path)
+        if file_sizes(staging) != {name: file["bytes"] for name, file in files.items()}:
+            raise OSError("files of other ranks are not there: --output_dir must be on a disk that all machines share")
         write_text(staging / STATE, json.dumps(text | {"files": files}, indent=2))
         for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
             sync_folder(folder)
@@ -209,6 +213,15 @@ class Checkpoints:
         if best:
             write_text(self.folder / "best", final.name)
         self.prune()
+
+    def point_to_best(self, step: int) -> bool:
+        """Let `best` name the checkpoint of a step, whose state says that it is, if it is here. Collective."""
+        whole = None
+        if distributed.is_main():
+            whole = damage(self.of(step)) is None
+            if whole:
+                write_text(self.folder / "best", self.of(step).name)
+        return distributed.broadcast(whole)
 
     def amend(self, state: RunState, best: bool) -> None:
         """Put into the checkpoint of this step what its evaluation has shown. Collective.
@@ -244,6 +257,8 @@ class Checkpoints:
             if len(files) == distributed.world_size():  # else every rank goes on with a stream of its own
                 random_file = folder / f"rng-rank{distributed.rank()}.json"
                 restore_random_state(json.loads(random_file.read_text(encoding="utf-8")))
+            else:
+                distributed.seed_everything((torch.initial_seed() + SEED_STRIDE * saved["state"]["step"]) % 2**32)
         except LOAD_ERRORS as error:
             raise UserError(f"{folder}: damaged ({first_line(error)}); resume from another checkpoint") from None
         return RunState(**saved["state"])
@@ -261,9 +276,13 @@ class Checkpoints:
         folder = self.folder / name
         return folder if NAME.fullmatch(name) and damage(folder) is None else None
 
-    def newest(self, faults: Callable[[Path], str | None] = damage) -> Path | None:
+    def newest(self) -> Path | None:
         """The newest whole checkpoint, whatever `latest` says; tells which damaged ones it passes over."""
-        for path in reversed(self.all()):
+        return self.first_whole(reversed(self.all()), damage)
+
+    def first_whole(self, folders: Iterable[Path], faults: Callable[[Path], str | None]) -> Path | None:
+        """The first of some folders without a fault; tells which ones it passes over."""
+        for path in folders:
             if (found := faults(path)) is None:
                 return path
             distributed.say(f"{path}: passed over, {found}")
@@ -326,7 +345,7 @@ class Checkpoints:
                 )
             return None
         if choice == "auto":
-            return self.newest(content_damage)
+            return self.first_whole(reversed(distributed.broadcast(self.all())), content_damage)
         folder = Path(choice)
         if found := content_damage(folder):
             raise UserError(f"--resume {choice}: {found}; resume from another checkpoint, see {self.folder}")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kozero import distributed
-from kozero.checkpoint import Checkpoints, RunState, step_of
+from kozero.checkpoint import Checkpoints, RunState, content_damage, damage, step_of
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batch import Rows
 from kozero.engines.base import Engine, StepStats
-from kozero.errors import Stopped, require
+from kozero.errors import Diverged, Stopped, UserError, require
 from kozero.optim import schedule
 from kozero.runlog import RunLog, peak_memory_gib
 from kozero.stop import Stop
@@ -116,8 +116,8 @@ class Trainer:
         its checkpoint is here to be exported."""
         self.state = self.checkpoints.load(folder, self.engine, self.run)
         self.checkpoints.set_aside_after(self.state.step)
-        best, state = distributed.broadcast(self.checkpoints.named("best")), self.state
-        if best is None or step_of(best) != state.best_step:
+        state = self.state
+        if not (state.best_scores and self.checkpoints.point_to_best(state.best_step)):
             state.best_score, state.best_scores, state.best_step, state.evaluations_since_best = None, {}, state.step, 0
 
     def fit(self) -> RunState:
@@ -125,20 +125,27 @@ class Trainer:
 
         Raises: Stopped after a signal, when the step that it came in is saved; Diverged; SaveFailed.
         """
-        log = RunLog(self.output_dir, self.total_steps, self.state.step)
+        log = RunLog(self.output_dir, self.total_steps, self.state.step, scored=not self.unscored())
         try:
             with Stop() as stop:
-                if self.unscored():
-                    self.score(log, stop, saved=True)
-                self.steps(log, stop)
-                self.checkpoints.finish()
-        except Stopped as stopped:
-            self.checkpoints.finish()
-            log.say(f"{stopped}: saved at step {self.state.step}; go on with --resume auto")
-            raise
+                self.guarded(log, stop)
         finally:
             log.close()
         return self.state
+
+    def guarded(self, log: RunLog, stop: Stop) -> None:
+        """All that is left to do; a checkpoint that is being written is finished, however all ranks end alike."""
+        try:
+            if self.unscored():
+                here = damage(self.checkpoints.of(self.state.step)) is None  # or it is of another folder
+                self.score(log, stop, saved=distributed.broadcast(here))
+            self.steps(log, stop)
+            self.checkpoints.finish()
+        except (Stopped, Diverged) as ended:
+            self.checkpoints.finish()
+            if isinstance(ended, Stopped):
+                log.say(f"{ended}: saved at step {self.state.step}; go on with --resume auto")
+            raise
 
     def steps(self, log: RunLog, stop: Stop) -> None:
         """The loop itself."""
@@ -239,9 +246,15 @@ class Trainer:
 
     def load_best(self) -> None:
         """Put the weights of the best checkpoint back into the engine, if another is the last."""
-        best = distributed.broadcast(self.checkpoints.named("best"))
-        if best and self.state.best_step != self.state.step:
-            self.engine.load(best)
+        if not self.state.best_scores or self.state.best_step == self.state.step:
+            return
+        best = self.checkpoints.of(self.state.best_step)
+        if found := content_damage(best):
+            raise UserError(
+                f"{best}: the best checkpoint, {found}; take it away and start again with --resume auto, which scores "
+                "and exports the last one"
+            )
+        self.engine.load(best)
 
 
 def warn_of_endless_warmup(arguments: TrainingArguments, lr_at: Callable[[int], float], total_steps: int) -> None:

@@ -1,5 +1,5 @@
 """A rank whose launcher has gone: on one machine the `deepspeed` command (0.19) ends on SIGTERM without a word to its
-ranks, which would train on."""
+ranks, torchrun on SIGUSR1, and they would train on."""
 
 import os
 import signal
@@ -12,8 +12,9 @@ import psutil
 
 
 def end_with_launcher() -> None:
-    """Have SIGTERM sent to this rank when the `deepspeed` command that started it, if one did, has ended."""
-    if launcher := deepspeed_command():
+    """Have SIGUSR1 sent to this rank when the launcher that started it, if one did, has ended. (SIGTERM it may have had
+    a second before, and another one would end it without saving.)"""
+    if launcher := launching_command():
         threading.Thread(target=wait_for, args=(launcher,), name="launcher", daemon=True).start()
 
 
@@ -22,13 +23,16 @@ def wait_for(launcher: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):
         while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
             time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def deepspeed_command() -> psutil.Process | None:
-    """The user's command, which starts one `deepspeed.launcher.launch` a machine, which starts the ranks."""
+def launching_command() -> psutil.Process | None:
+    """The user's command: `torchrun`, which starts the ranks, or `deepspeed`, which starts one
+    `deepspeed.launcher.launch` a machine, which starts them."""
     try:
         launch = psutil.Process().parent()
+        if launch and {"torchrun", "torch.distributed.run"} & {Path(word).name for word in launch.cmdline()[:4]}:
+            return launch
         if launch is None or "deepspeed.launcher.launch" not in launch.cmdline():
             return None
         command = launch.parent()

@@ -22,14 +22,14 @@ tqdm.set_lock(RLock())
 class RunLog:
     """Writes on rank 0; on the others every method does nothing. Curves are over optimizer steps."""
 
-    def __init__(self, output_dir: Path, total_steps: int, first_step: int = 0) -> None:
+    def __init__(self, output_dir: Path, total_steps: int, first_step: int = 0, scored: bool = True) -> None:
         self.writer = self.file = self.bar = None
         if not distributed.is_main():
             return
         from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second, and only rank 0 writes
 
         path = output_dir / "metrics.jsonl"
-        keep_until(path, first_step)
+        keep_until(path, first_step, scored)
         self.file = path.open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None)
@@ -78,14 +78,17 @@ class RunLog:
             self.bar.close()
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the points after `step` from an earlier file: a resumed run writes them again."""
+def keep_until(path: Path, step: int, scored: bool) -> None:
+    """Drop the points after `step` from an earlier file, and unless it is `scored` its evaluation: a resumed run writes
+    them again."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():  # torn inside a letter, perhaps
         try:
-            if json.loads(line)["step"] <= step:
+            point = json.loads(line)
+            again = point["step"] == step and not scored and any(name.startswith("eval/") for name in point)
+            if point["step"] <= step and not again:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a killed run may be torn

@@ -248,6 +248,5 @@ def resume_key(
     return key | {
         CORPUS: key_of([shard.folder.name for shard in shards]),
         ROWS: sizes.global_batch,
-        "engine (entry, --deepspeed_config, --sharding)": settings.engine,
         "precision (--bf16, --fp16)": training.dtype,
     }

@@ -26,7 +26,7 @@ from kozero.checkpoint import Checkpoints, RunState, content_damage, random_stat
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batches import TrainingRows
 from kozero.engines.base import StepStats
-from kozero.errors import SaveFailed, Stopped, UserError
+from kozero.errors import Diverged, SaveFailed, Stopped, UserError
 from kozero.files import fingerprint, write_file
 from kozero.loop import Trainer
 from kozero.pause import Pauses
@@ -488,6 +488,80 @@ def test_a_run_that_saves_in_the_background_ends_with_all_its_checkpoints(tmp_pa
     run = trainer(tmp_path, Weights(), [0.1, 0.4, 0.3, 0.2, 0.2, 0.1], async_save=True)
     run.fit()
     assert names(run.checkpoints) == ["best", "latest", "step-000002", "step-000005", "step-000006"]
+
+
+def test_a_run_that_diverges_keeps_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    slow = lambda *told: time.sleep(0.2) or write_file(*told)  # noqa: E731
+    monkeypatch.setattr(checkpoint, "write_file", slow)
+    flags = {"async_save": True, "save_steps": 2, "eval_steps": 9, "max_nonfinite": 1}
+    run = trainer(tmp_path, Steps(skipped=(2,)), [], **flags)
+    with pytest.raises(Diverged):
+        run.fit()
+    assert run.checkpoints.newest().name == "step-000002"
+
+
+def test_a_best_checkpoint_that_is_damaged_is_not_exported(tmp_path):
+    engine = Steps()
+    run = trainer(tmp_path, engine, [0.1, 0.4, 0.3, 0.2, 0.2, 0.1])
+    run.fit()
+    (tmp_path / "checkpoints/step-000002/steps.json").write_text("9")
+    with pytest.raises(UserError, match=r"step-000002: the best checkpoint, steps.json is damaged: its SHA-256"):
+        run.load_best()
+    assert engine.done == 6
+
+
+def test_the_best_is_known_from_the_state_where_its_pointer_was_not_written(tmp_path):
+    trainer(tmp_path, Steps(), [0.1, 0.4, 0.3, 0.2, 0.2, 0.1]).fit()
+    (tmp_path / "checkpoints/best").unlink()
+    again = trainer(tmp_path, Steps(), [])
+    again.resume(again.checkpoints.to_resume("auto"))
+    assert again.fit().best_step == 2 and again.checkpoints.named("best").name == "step-000002"
+
+
+def test_a_kill_between_an_evaluation_and_its_checkpoint_leaves_one_point(tmp_path, monkeypatch):
+    scores = [0.1, 0.4, 0.3, 0.4, 0.2, 0.1]
+    run = trainer(tmp_path, Steps(), scores)
+    monkeypatch.setattr(run.checkpoints, "amend", lambda state, best: 1 / 0 if state.step == 3 else None)
+    with pytest.raises(ZeroDivisionError):
+        run.fit()
+    again = trainer(tmp_path, Steps(), scores[2:])
+    again.resume(again.checkpoints.to_resume("auto"))
+    again.fit()
+    points = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in points if "eval/score" in point] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_goes_on_in_another_folder_also_where_an_evaluation_is_due(tmp_path):
+    run = trainer(tmp_path / "first", Steps(), [0.5] * 6, eval_steps=6)
+    run.evaluate = lambda log, step: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run.fit()
+    again = trainer(tmp_path / "second", Steps(), [0.7])
+    again.resume(run.checkpoints.newest())
+    state = again.fit()
+    assert (state.step, state.best_scores) == (6, {"score": 0.7})
+
+
+def separate_disks(folder: str) -> str:
+    """Two ranks that each have a folder of their own."""
+    checkpoints = Checkpoints(Path(folder) / str(distributed.rank()), 2)
+    checkpoints.folder.mkdir(parents=True)
+    (checkpoints.folder / "step-000010.incomplete").mkdir()
+    with pytest.raises(SaveFailed) as caught:
+        checkpoints.save(Ranked(), RunState(step=10), RUN, False)
+    return str(caught.value)
+
+
+class Ranked(Steps):
+    """An engine of which each rank writes a file."""
+
+    def snapshot(self) -> dict:
+        return {f"rank{distributed.rank()}.json": 1}
+
+
+def test_ranks_without_a_common_disk_are_told_so(tmp_path):
+    for told in run_ranks(separate_disks, str(tmp_path)):
+        assert "--output_dir must be on a disk that all machines share" in told
 
 
 def full_disk(folder: str) -> list[str]:

@@ -96,6 +96,7 @@ def wait_for(run: subprocess.Popen, words: str) -> None:
         ("deepspeed", signal.SIGINT, True),  # as a terminal does
         ("torchrun", signal.SIGTERM, False),
         ("torchrun", signal.SIGINT, True),
+        ("torchrun", signal.SIGUSR1, False),
     ],
 )
 def test_a_signal_saves_and_leaves_no_rank(tmp_path, launcher, number, to_all):

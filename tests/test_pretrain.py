@@ -356,6 +356,28 @@ def test_every_entry_trains_alike_on_two_ranks(tmp_path, model):
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_by_every_entry(tmp_path):
+    """Four updates by each, on other ranks too, as one run."""
+    config = ["--model", "mix_lm", "--config_file", "models/mix_lm_tiny_config.json", "--dropout", "0"]
+    shared = ["--model_name", "hong", *config]  # experts of a Switch layer drop other tokens on other ranks
+    shared += [*map(str, SIZES), "--scheduler_num_steps", "16", "--cache_dir", str(tmp_path / "cache")]
+
+    def run(folder: str, entry: str, num: int, *flags: str) -> None:
+        told = [*shared, "--num_steps", str(num), "--output_dir", str(tmp_path / folder), *flags]
+        command = [sys.executable, f"pretrain/{entry}.py", *told]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    run("straight", "train", 12, "--train_batch_size", "8")
+    run("crossed", "train_zero_one", 4, "--nproc", "2")
+    shutil.rmtree(tmp_path / "crossed/hong/model")
+    run("crossed", "train_zero_two", 8, "--zero3", "--auto_wrap", "--train_batch_size", "8", "--resume", "auto")
+    shutil.rmtree(tmp_path / "crossed/hong/model")
+    run("crossed", "train", 12, "--train_batch_size", "8", "--resume", "auto")
+    assert losses(tmp_path / "crossed/hong") == pytest.approx(losses(tmp_path / "straight/hong"), abs=2e-5)
+
+
+@pytest.mark.slow
 def test_a_mistake_ends_all_ranks_with_exit_code_2(tmp_path):
     told = ["--model_name", "hong", "--nproc", "2", "--corpus_path", "nowhere", "--output_dir", str(tmp_path)]
     done = subprocess.run(
