@@ -1,6 +1,7 @@
 """How a run ends when it cannot go on: one line for the user, a documented exit code, no traceback."""
 
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -80,6 +81,14 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            told = f"{error.filename or 'a file of the run'}: {error.strerror}; make room and go on with --resume auto"
+            print(f"error: {told}", file=sys.stderr, flush=True)
+            code = EXIT_NOT_SAVED
+        else:
+            traceback.print_exc()
+            code = 1
     except Exception:  # not left to the interpreter, which would wait for threads that wait for a rank that is gone
         traceback.print_exc()
         code = 1

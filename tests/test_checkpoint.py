@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -584,6 +585,25 @@ def test_one_rank_without_room_ends_the_save_of_all_and_leaves_the_checkpoint_be
     first, second = run_ranks(full_disk, str(tmp_path))
     assert first == second and "step-000020.incomplete: cannot be written (OSError: [Errno 28]" in first[0]
     assert first[1:] == ["latest", "step-000010", "None"]
+
+
+FULL = """
+import errno
+from kozero.errors import run_main
+
+def main():
+    raise OSError({number}, "what the system says", "run/metrics.jsonl")
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 5), (errno.EDQUOT, 5), (errno.EACCES, 1)])
+def test_a_disk_that_is_full_for_any_other_file_is_one_line_too(number, code):
+    done = subprocess.run([sys.executable, "-c", FULL.format(number=number)], capture_output=True, text=True)
+    assert done.returncode == code
+    told = "error: run/metrics.jsonl: what the system says; make room and go on with --resume auto\n"
+    assert (done.stderr == told) == (code == 5)
 
 
 def test_room_is_looked_at_before_anything_is_written(checkpoints, monkeypatch):

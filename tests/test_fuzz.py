@@ -92,7 +92,7 @@ def try_all(path: Path, valid: bytes, reader: Callable[[], Any]) -> None:
         try:
             reader()
         except UserError as error:
-            assert str(error) and "\n" not in str(error)
+            assert str(error).strip()
 
     attempt()
 
