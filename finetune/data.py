@@ -14,8 +14,9 @@ from finetune.tasks import Example, Source, Task
 from kozero import distributed
 from kozero.data.marks import MARKERS, marker_version, token_marks
 from kozero.data.readers import LeftOut
-from kozero.data.store import TextRow, TokenStore, file_hash, key_of, open_or_build, tokenizer_hash
+from kozero.data.store import TextRow, TokenStore, key_of, open_or_build, tokenizer_hash
 from kozero.errors import UserError, require
+from kozero.files import file_hash
 
 HERE = "<file>"  # the source's path in a store's notes: another file of the same content has the same store
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"

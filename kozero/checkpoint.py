@@ -23,15 +23,13 @@ from safetensors import SafetensorError
 from kozero import distributed
 from kozero.engines.base import Engine
 from kozero.errors import SaveFailed, UserError, first_line
-from kozero.files import fingerprint, on_host, sha256, sync_folder, write_file
+from kozero.files import file_hash, fingerprint, on_host, sync_folder, tensor_bytes, write_file
 from kozero.folder import write_text
 
 # What libraries raise when a file of theirs is not what it should be.
 LOAD_ERRORS = (
     OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SafetensorError,
 )  # fmt: skip
-# The same of what cannot be written: each has its own way to say that a disk is full.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 SEED_STRIDE = 1_000_003  # between the streams of a run that goes on with other ranks, by step
 STATE = "state.json"  # written last: a folder without it is not a checkpoint
 NAME = re.compile(r"step-\d{6,}")
@@ -59,15 +57,14 @@ def saved_run(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text(encoding="utf-8"))["run"]
 
 
-def too_little_room(folder: Path, checkpoints: list[Path]) -> str | None:
-    """What to say when the disk has less room than the newest of some checkpoints takes, None when there is enough."""
-    needed = sum(file_sizes(checkpoints[-1]).values()) if checkpoints else 0
+def too_little_room(folder: Path, needed: int) -> str | None:
+    """What to say when the disk has less room than some bytes, None when there is enough."""
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return None
     return (
-        f"{folder}: {free / 2**20:,.0f} MiB are free and the checkpoint before took {needed / 2**20:,.0f}; make room "
-        "and go on with --resume auto"
+        f"{folder}: {free / 2**20:,.0f} MiB are free and a checkpoint takes {needed / 2**20:,.0f}; make room and go on "
+        "with --resume auto"
     )
 
 
@@ -102,9 +99,17 @@ def content_damage(folder: Path) -> str | None:
     files = json.loads((folder / STATE).read_text(encoding="utf-8"))["files"] if distributed.is_main() else None
     files = distributed.broadcast(files)
     mine = sorted(files)[distributed.rank() :: distributed.world_size()]
-    changed = (name for name in mine if sha256(folder / name) != files[name]["sha256"])
+    changed = (name for name in mine if not holds(folder / name, files[name]["sha256"]))
     name = next(filter(None, distributed.gather(next(changed, None))), None)
     return f"{name} is damaged: its SHA-256 is not that of what was written" if name else None
+
+
+def holds(path: Path, sha256: str) -> bool:
+    """Whether a file can be read and has that hash."""
+    try:
+        return file_hash(path) == sha256
+    except OSError:
+        return False
 
 
 def check_types(state: RunState) -> None:
@@ -142,8 +147,8 @@ class Checkpoints:
         self.finish()
         final = self.of(state.step)
         staging = final.with_name(f"{final.name}{INCOMPLETE}")
-        self.prepare(staging)
         files = engine.snapshot() | {f"rng-rank{distributed.rank()}.json": random_state()}
+        self.prepare(staging, sum(distributed.gather(tensor_bytes(files))))
         if self.in_background:
             files = on_host(files)
         text = {"state": asdict(state), "run": copy.deepcopy(run)}
@@ -157,14 +162,14 @@ class Checkpoints:
         if pending:
             pending.result()
 
-    def prepare(self, staging: Path) -> None:
-        """An empty folder on a disk that has room for as much as the checkpoint before. Collective."""
+    def prepare(self, staging: Path, needed: int) -> None:
+        """An empty folder on a disk that has room for some bytes. Collective."""
         message = None
         if distributed.is_main():
             shutil.rmtree(staging, ignore_errors=True)
             try:
                 staging.mkdir(parents=True)
-                message = too_little_room(self.folder, self.all())
+                message = too_little_room(self.folder, needed)
             except OSError as error:
                 message = f"{staging}: cannot be made ({error.strerror})"
             if message:
@@ -177,14 +182,14 @@ class Checkpoints:
         written, error = {}, None
         try:
             written = {name: write_file(staging / name, value) for name, value in files.items()}
-        except WRITE_ERRORS as failure:
+        except Exception as failure:  # whatever it is: the other ranks wait for this one's word
             error = first_line(failure)
         found = distributed.gather((written, error), distributed.background)
         error = next((error for _, error in found if error), None)
         if error is None and distributed.is_main():
             try:
                 self.publish(staging, final, text, {k: v for one, _ in found for k, v in one.items()}, best)
-            except WRITE_ERRORS as failure:
+            except Exception as failure:
                 error = first_line(failure)
         if error := next(filter(None, distributed.gather(error, distributed.background)), None):
             free = shutil.disk_usage(self.folder).free / 2**20
@@ -237,7 +242,7 @@ class Checkpoints:
                 if best:
                     write_text(self.folder / "best", folder.name)
                 self.prune()
-            except WRITE_ERRORS as failure:
+            except Exception as failure:
                 error = first_line(failure)
         if error := distributed.broadcast(error):
             raise SaveFailed(f"{folder}: cannot be written ({error}); make room and go on with --resume auto")

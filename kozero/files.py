@@ -1,4 +1,4 @@
-"""Files of a checkpoint: written so that they are on the disk, known by size and hash, read without running code."""
+"""Files: written so that they are on the disk, known by size and hash, read without running code."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kozero.folder import write_text
 
@@ -33,13 +33,10 @@ def fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": file.tell(), "sha256": digest}
 
 
-def sha256(path: Path) -> str | None:
-    """The hash of a file, None when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -50,6 +47,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def tensor_bytes(files: Mapping[str, Any]) -> int:
+    """Bytes of all tensors of some files."""
+    return sum(leaf.nbytes for leaf in tree_leaves(dict(files)) if isinstance(leaf, torch.Tensor))
 
 
 def on_host(values: Mapping[str, Any]) -> dict[str, Any]:

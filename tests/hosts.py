@@ -77,9 +77,10 @@ def hosts(num: int) -> Iterator[list[Host]]:
             told = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True)
             for pid in told.stdout.split():
                 subprocess.run(["kill", "-9", pid], capture_output=True)
-            ip("netns", "del", host.name)
             shutil.rmtree(NAMES / host.name, ignore_errors=True)
-        ip("link", "del", bridge)
+        left = [["netns", "del", host.name] for host in made] + [["link", "del", bridge]]
+        for words in left:  # each is tried, whatever becomes of the others
+            subprocess.run(["ip", *words], capture_output=True)
 
 
 def main() -> None:

@@ -179,7 +179,7 @@ def test_an_engine_that_fails_while_saving_leaves_the_older_checkpoint(checkpoin
     with pytest.raises(ZeroDivisionError):
         save(checkpoints, 20)
     assert checkpoints.newest().name == "step-000010"
-    assert names(checkpoints) == ["latest", "step-000010", "step-000020.incomplete"]
+    assert names(checkpoints) == ["latest", "step-000010"]
 
 
 def test_what_killed_runs_left_half_done_goes_with_the_next_save(checkpoints):
@@ -286,6 +286,22 @@ def trainer(folder: Path, engine: Steps, scores: list[float], **other) -> Traine
     given = iter(scores)
     sizes = BatchSizes(micro=2, accumulation=1, world_size=1)
     return Trainer(engine, rows, said, sizes, lambda log, step: {"score": next(given)}, "score", RUN)
+
+
+def test_on_other_ranks_a_run_goes_on_with_streams_of_its_own(checkpoints):
+    """Not with that of its seed, from which its first steps drew, nor with that of another checkpoint."""
+    distributed.seed_everything(3)
+    first = torch.rand(1000)
+    save(checkpoints, 10, 20)
+    found = []
+    for folder in checkpoints.all():
+        (folder / "rng-rank1.json").write_bytes((folder / "rng-rank0.json").read_bytes())
+        for _ in range(2):
+            distributed.seed_everything(3)
+            checkpoints.load(folder, Steps(), RUN)
+            found.append(torch.rand(1000))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
+    assert not set(found[0].tolist()) & set(found[2].tolist()) and not set(first.tolist()) & set(found[0].tolist())
 
 
 def test_the_best_checkpoint_is_that_of_the_highest_score_and_its_weights_can_come_back(tmp_path):
@@ -475,7 +491,7 @@ class Weights(Steps):
 def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path, monkeypatch):
     """The next step changes the weights before the first file is written."""
     checkpoints, engine, go = Checkpoints(tmp_path, 2, in_background=True), Weights(), threading.Event()
-    monkeypatch.setattr(checkpoint, "write_file", lambda *told: go.wait() and write_file(*told))
+    monkeypatch.setattr(checkpoint, "write_file", lambda *told: go.wait(60) and write_file(*told))
     checkpoints.save(engine, RunState(step=10), RUN, False)
     assert checkpoints.newest() is None
     engine.weight += 1
@@ -577,6 +593,24 @@ def full_disk(folder: str) -> list[str]:
     return [str(caught.value), *names(checkpoints), str(content_damage(checkpoints.newest()))]
 
 
+def no_memory(folder: str) -> str:
+    """A checkpoint for which rank 1 has no memory left."""
+    if distributed.rank() == 1:
+        checkpoint.write_file = exhausted
+    with pytest.raises(SaveFailed) as caught:
+        save(Checkpoints(Path(folder), 2), 10)
+    return str(caught.value)
+
+
+def exhausted(path: Path, value: object) -> None:
+    raise MemoryError("what is left is too little")
+
+
+def test_whatever_ends_the_writing_on_one_rank_the_others_do_not_wait(tmp_path):
+    for told in run_ranks(no_memory, str(tmp_path)):
+        assert "step-000010.incomplete: cannot be written (MemoryError: what is left is too little" in told
+
+
 def no_room(path: Path, value: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -606,12 +640,12 @@ def test_a_disk_that_is_full_for_any_other_file_is_one_line_too(number, code):
     assert (done.stderr == told) == (code == 5)
 
 
-def test_room_is_looked_at_before_anything_is_written(checkpoints, monkeypatch):
-    save(checkpoints, 10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5))
-    with pytest.raises(SaveFailed, match="0 MiB are free and the checkpoint before took"):
-        save(checkpoints, 20)
-    assert names(checkpoints) == ["latest", "step-000010"]
+@pytest.mark.parametrize("free", [11, 12])
+def test_room_is_looked_at_before_the_first_checkpoint_too(checkpoints, monkeypatch, free):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with nullcontext() if free == 12 else pytest.raises(SaveFailed, match="0 MiB are free and a checkpoint takes"):
+        checkpoints.save(Weights(), RunState(step=10), RUN, False)
+    assert names(checkpoints) == (["latest", "step-000010"] if free == 12 else [])
 
 
 class Evil:

@@ -26,7 +26,6 @@ from kozero.data.readers import LeftOut
 from kozero.data.store import (
     TextRow,
     build_once,
-    file_hash,
     is_sealed,
     key_of,
     open_or_build,
@@ -35,6 +34,7 @@ from kozero.data.store import (
     tokenizer_hash,
 )
 from kozero.errors import UserError
+from kozero.files import file_hash
 from tests.helpers import SAMPLE_DATA, sample_tokenizer, word_tokenizer
 
 REVIEW = TextRow("", "부정", "아 더빙.. 진짜 짜증나네요 목소리")

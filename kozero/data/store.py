@@ -83,12 +83,6 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts], ensure_ascii=False).encode()).hexdigest()[:24]
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def tokenizer_hash(tokenizer: Any) -> str:
     """Hash of a fast tokenizer's whole state: special tokens, normaliser, vocabulary, merges. Truncation and padding,
     which the state begins with, are not in it: every call sets them anew."""
