@@ -62,12 +62,10 @@ PARTS = "h.0,wte,wpe,pause"  # a freeze plan
 CASES = {  # of training: optimizer, (micro batch, accumulation), freeze plan
     "sgd": ("sgd", FOUR_BY_TWO, None),
     "adamw": ("adamw", FOUR_BY_TWO, None),
-    "sgd, 8 x 1": ("sgd", EIGHT_BY_ONE, None),
     "adamw, 8 x 1": ("adamw", EIGHT_BY_ONE, None),
     "sgd, parts frozen": ("sgd", FOUR_BY_TWO, PARTS),
     "adamw, parts frozen": ("adamw", FOUR_BY_TWO, PARTS),
     "sgd, pause alone": ("sgd", FOUR_BY_TWO, "all_but:pause"),
-    "adamw, pause alone": ("adamw", FOUR_BY_TWO, "all_but:pause"),
 }
 HALF_CASES = {"bf16, parts frozen": PARTS, "fp16, pause alone": "all_but:pause"}  # with AdamW: freeze plan
 RESUME_FREEZE, RESUME_STEPS, RESUME_AT = "h.0,wte", 5, 2

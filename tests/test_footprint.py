@@ -196,7 +196,9 @@ def test_every_shipped_model_can_be_planned(stem):
     assert model.footprint(1, 1, 1, 0, None, False).peak > 16 * model.counts["total"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "trinity_8xa100" else pytest.mark.slow) for n in RECIPES]
+)
 def test_a_recipe_fits_its_machine_as_the_readmes_say_and_nothing_is_much_better(monkeypatch, capsys, name):
     gib, ranks, said = RECIPES[name]
     only(monkeypatch, "zero0", "zero1")  # every way is tried in test_commands.py
