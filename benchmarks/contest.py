@@ -1,0 +1,147 @@
+"""Contenders that do the same work, side by side: each is a process (or one a rank) that loads once and then waits, and
+all take turns in blocks of work, the order reversed in every other round, so that a busy machine slows all alike.
+
+Its neighbours import it by its bare name: they are scripts, and another package of the name benchmarks is installed.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from kozero.config import describe_run
+from kozero.errors import require
+
+Block = Callable[[], dict[str, Any]]  # one block of work: its figures
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side. `build(*arguments)` runs in its process, once, and returns its block; it must be importable."""
+
+    name: str
+    build: Callable[..., Block]
+    arguments: tuple
+    ranks: int = 1
+
+
+@dataclass
+class Running:
+    """The processes of a contender and their ends of the pipes, by rank."""
+
+    contender: Contender
+    processes: list[multiprocessing.Process]
+    pipes: list[Connection]
+
+    def turn(self, word: str) -> Any:
+        """Send a word to all ranks, wait for all, and return what rank 0 answers.
+
+        Raises: RuntimeError with the traceback of a rank that failed.
+        """
+        for pipe in self.pipes:
+            pipe.send(word)
+        return self.answers()[0]
+
+    def answers(self) -> list[Any]:
+        """One of each rank."""
+        found = []
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
+            while not pipe.poll(0.2):
+                require(process.is_alive(), f"{self.contender.name} ended with exit code {process.exitcode}")
+            found.append(pipe.recv())
+        if failed := [answer for answer in found if isinstance(answer, str)]:
+            raise RuntimeError(f"{self.contender.name} failed:\n{''.join(failed)}")
+        return found
+
+
+def start(contender: Contender, port: int) -> Running:
+    """Its processes, loaded."""
+    context = multiprocessing.get_context("spawn")
+    processes, pipes = [], []
+    for rank in range(contender.ranks):
+        here, there = context.Pipe()
+        process = context.Process(target=serve, args=(contender, rank, port, there))
+        process.start()
+        there.close()
+        processes.append(process)
+        pipes.append(here)
+    running = Running(contender, processes, pipes)
+    running.answers()
+    return running
+
+
+def serve(contender: Contender, rank: int, port: int, pipe: Connection) -> None:
+    """A rank: load, then a block of work for every word."""
+    os.environ.pop("LOCAL_RANK", None)  # of who started us; libraries take it for a launcher's
+    try:
+        if contender.ranks > 1:
+            os.environ |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(contender.ranks),
+                "LOCAL_WORLD_SIZE": str(contender.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+        block = contender.build(*contender.arguments)
+        pipe.send({})
+        while pipe.recv() == "go":
+            pipe.send(block())
+    except (EOFError, KeyboardInterrupt):
+        pass
+    except BaseException:
+        pipe.send(traceback.format_exc())
+    os._exit(0)  # libraries' threads may abort at exit
+
+
+def compete(contenders: Sequence[Contender], rounds: int, port: int = 29_640) -> dict[str, list[dict[str, Any]]]:
+    """Figures of every block, by contender; the first of each warms up."""
+    sides = []
+    try:
+        for k, contender in enumerate(contenders):
+            print(f"loading {contender.name}", flush=True)
+            sides.append(start(contender, port + k))
+        found: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
+        for number in range(rounds + 1):
+            for side in sides if number % 2 else sides[::-1]:
+                found[side.contender.name].append(side.turn("go"))
+            print(f"round {number} of {rounds} done" + " (it warmed up)" * (number == 0), flush=True)
+        return found
+    finally:
+        for side in sides:
+            for process in side.processes:
+                process.kill()
+                process.join()
+
+
+def median(values: Sequence[float]) -> float:
+    """Of some figures."""
+    return statistics.median(values)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
+        units = [unit for unit in ("avx512_bf16", "amx_bf16") if unit in flags.split()]
+        name = ", ".join([*names[:1], f"{len(names)} cores", *units])
+    return {"processor": name, "system": platform.platform()}
+
+
+def report(output_file: str | None, arguments: Any, rows: Any) -> None:
+    """Write rows with machine, versions and settings."""
+    if output_file:
+        text = json.dumps(describe_run(arguments) | {"machine": machine(), "rows": rows}, indent=2, ensure_ascii=False)
+        Path(output_file).write_text(text + "\n", encoding="utf-8")

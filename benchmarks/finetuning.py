@@ -1,0 +1,316 @@
+"""Fine-tuning beside what a user would take instead: transformers' Trainer (rows padded to --length tokens, or to the
+longest of their batch, or grouped by length) and TRL's SFTTrainer with packing.
+
+    python benchmarks/finetuning.py --task nsmc --bf16 --output_file finetuning_nsmc.json
+    python benchmarks/finetuning.py --task korquad --texts 24 --batch_size 4 --length 384 --row_length 384 --bf16
+
+All begin with the same random weights of --config_file, without dropout, and learn the same texts, each once in a
+block, about --batch_size of them in an update, with AdamW at one rate. Speed is real tokens (prompt, target and end; no
+padding) in the time from the beginning of a block's first update to the end of its last. After the first block every
+side scores other texts in 32 bit: losses within --tolerance say that they did the same work.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from contest import Block, Contender, compete, median, report, table
+
+from finetune.arguments import DataArguments, ModelArguments
+from finetune.data import cached_store, sources
+from finetune.setup import load_model
+from finetune.tasks import TASKS
+from kozero import distributed
+from kozero.config import BatchSizes, TrainingArguments, arg, at_least, parse_arguments
+from kozero.data.batches import Prefixes, TrainingRows
+from kozero.data.rows import fit
+from kozero.engines import EngineSettings, build_engine
+from kozero.errors import require, run_main
+from kozero.pause import IGNORE, PauseArguments, Pauses
+
+HELD_OUT = 16  # texts that show whether two sides have learnt the same
+Pairs = list[tuple[list[int], list[int]]]  # ids of a text, and the same with IGNORE where nothing is learnt
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to run. Without --train_file: the sample data."""
+
+    config_file: str = arg("models/kogpt2_config.json", "model JSON")
+    tokenizer_name_or_path: str | None = arg(None, "folder; default: the sample tokenizer")
+    task: str = arg("nsmc", "what to learn", choices=["nsmc", "korquad"])
+    train_file: str | None = arg(None, "published training file of the task")
+    texts: int = arg(128, "texts of a block; each side learns each once")
+    batch_size: int = arg(32, "texts of an update of the sides that pad")
+    length: int = arg(32, "tokens of a text at most: longer reviews are left out, longer passages cut")
+    row_length: int = arg(256, "tokens of a packed row")
+    rounds: int = arg(3, "blocks of each side that count; one more before them warms up")
+    learning_rate: float = arg(1e-4, "rate of every update")
+    bf16: bool = arg(False, "compute in bfloat16")
+    tolerance: float = arg(0.02, "of the losses after the first block, relative")
+    sides: str = arg("kozero,padded,dynamic,grouped,packed", "which, by comma")
+    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "texts", "batch_size", "length", "row_length", "rounds")
+        unknown = [side for side in self.sides.split(",") if side not in SIDES]
+        require(not unknown, f"--sides {self.sides}: {unknown[:1]} is none of {', '.join(SIDES)}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all sides get.
+
+    Args: model: a folder as published; learn, held_out: texts; rows, row_length: of a packed update.
+    """
+
+    model: str
+    learn: Pairs
+    held_out: Pairs
+    batch_size: int
+    length: int
+    rows: int
+    row_length: int
+    learning_rate: float
+    bf16: bool
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of a block."""
+        return sum(len(ids) for ids, _ in self.learn)
+
+
+def main() -> None:
+    """Measure, check, print a Markdown table."""
+    (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/finetuning.py", description=__doc__)
+    names = arguments.sides.split(",")
+    with tempfile.TemporaryDirectory(prefix="kozero-finetuning-") as folder:
+        work = prepare(arguments, Path(folder))
+        mean = work.tokens / len(work.learn)
+        print(f"{len(work.learn)} texts of {mean:.1f} tokens; packed: {work.rows} rows of {work.row_length} an update")
+        blocks = compete([Contender(name, SIDES[name], (work,)) for name in names], arguments.rounds)
+    rows = [figures(name, found) for name, found in blocks.items()]
+    ours = rows[0]
+    print(table(
+        ("side", "real tokens/s", "least to most", "times the first", "loss of an update", "loss afterwards"),
+        [(row["name"], f"{row['speed']:.1f}", "{:.1f} to {:.1f}".format(*row["spread"]),
+          f"{row['speed'] / ours['speed']:.2f}", f"{row['losses'][0]:.4f}", f"{row['held_out']:.4f}") for row in rows],
+    ))  # fmt: skip
+    report(arguments.output_file, arguments, rows)
+    for row in rows:
+        off = abs(row["held_out"] / ours["held_out"] - 1)
+        require(off <= arguments.tolerance, f"{row['name']}: loss {row['held_out']:.4f} is {off:.1%} from the first's")
+
+
+def figures(name: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """A side's row; its first block warmed up."""
+    speeds = [block["tokens"] / block["seconds"] for block in blocks[1:]]
+    return {
+        "name": name,
+        "speed": median(speeds),
+        "spread": (min(speeds), max(speeds)),
+        "losses": blocks[0]["losses"],
+        "held_out": blocks[0]["held_out"],
+        "blocks": blocks,
+    }
+
+
+def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
+    """Weights as a published model has them, and texts by their ids."""
+    distributed.setup()
+    told = ModelArguments(
+        config_file=arguments.config_file, tokenizer_name_or_path=arguments.tokenizer_name_or_path, dropout=0.0
+    )
+    model = load_model(told, PauseArguments(), False, seed=0)
+    model.module.lm.config.activation_function = "gelu_new"  # as KoGPT2 and most GPT-2 say
+    model.module.lm.save_pretrained(folder / "model")
+    model.tokenizer.save_pretrained(folder / "model")
+    task = TASKS[arguments.task]
+    source, _ = sources(DataArguments(task=arguments.task, train_file=arguments.train_file), task)
+    num = arguments.texts + HELD_OUT
+    store = cached_store(source, task, "train", 4 * num, model.tokenizer, str(folder))
+    fitted = fit(store, arguments.length, 0)
+    require(len(fitted.used) >= num, f"{source}: {len(fitted.used)} texts of {arguments.length} tokens; {num} needed")
+    prefixes, pairs = Prefixes(store, fitted.cut), []
+    for number in fitted.used[:num]:
+        text = prefixes.text(int(number), Pauses(0, 0))
+        ids = text.ids.tolist()
+        pairs.append((ids, [IGNORE] + [int(p) for p in text.predicts[:-1]]))
+    learn, held_out = pairs[: arguments.texts], pairs[arguments.texts :]
+    tokens = sum(len(ids) for ids, _ in learn)
+    rows = max(1, round(arguments.batch_size * tokens / len(learn) / arguments.row_length))
+    return Work(
+        str(folder / "model"), learn, held_out, arguments.batch_size, arguments.length, rows, arguments.row_length,
+        arguments.learning_rate, arguments.bf16,
+    )  # fmt: skip
+
+
+class LearnedTexts:
+    """Texts as `TrainingRows` reads a token store."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        prompts = [next(k for k, label in enumerate(labels) if label != IGNORE) for _, labels in pairs]
+        self.tokens = np.concatenate([np.asarray(ids) for ids, _ in pairs])
+        ends = np.cumsum([len(ids) for ids, _ in pairs])
+        starts = ends - [len(ids) for ids, _ in pairs]
+        nothing, marks = np.full_like(starts, -1), np.zeros_like(starts)
+        self.rows = np.stack([starts, starts, starts + prompts, ends, nothing, nothing, marks, marks], axis=1)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N, 3) tokens of context, prompt and target."""
+        return np.diff(self.rows[:, :4], axis=1)
+
+    def marks(self, number: int) -> np.ndarray:
+        """No places for pauses."""
+        return np.zeros(0, dtype=np.int64)
+
+
+def kozero(work: Work) -> Block:
+    """This project, as finetune/train.py runs it on one process."""
+    distributed.setup()
+    model = load_model(ModelArguments(model_name_or_path=work.model), PauseArguments(), False, seed=0)
+    rows = TrainingRows(LearnedTexts(work.learn), Pauses(0, 0), work.row_length, "packed", seed=0)
+    sizes = BatchSizes(work.rows, 1, 1)
+    training = TrainingArguments(per_device_train_batch_size=work.rows, bf16=work.bf16)
+    engine = build_engine(model.module, training, EngineSettings())
+    consumed = 0
+
+    def block() -> dict[str, Any]:
+        nonlocal consumed
+        losses, tokens, begin = [], 0, time.perf_counter()
+        for _ in range(-(-len(rows) // work.rows)):
+            losses.append(engine.train_step(rows.step(consumed, sizes, 0), work.learning_rate).loss)
+            tokens += rows.num_tokens(consumed, work.rows)
+            consumed += work.rows
+        seconds = time.perf_counter() - begin
+        return {"seconds": seconds, "tokens": tokens, "losses": losses, "held_out": score(engine.module.lm, work)}
+
+    return block
+
+
+def score(lm: torch.nn.Module, work: Work) -> float:
+    """Mean loss of the held-out texts, one by one and in 32 bit."""
+    lm.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids, labels in work.held_out:
+            logits = lm(input_ids=torch.tensor([ids])).logits[0, :-1].float()
+            total += F.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum").item()
+            count += sum(label != IGNORE for label in labels[1:])
+    lm.train()
+    return total / count
+
+
+class Clock:
+    """Takes the time of a peer's updates. Its class is made when transformers is there."""
+
+    def __new__(cls) -> Any:
+        from transformers import TrainerCallback
+
+        class Callback(TrainerCallback):
+            begin = end = 0.0
+
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                self.begin = self.begin or time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                self.end = time.perf_counter()
+
+        return Callback()
+
+
+def settings(work: Work, rows: int, updates: int) -> dict[str, Any]:
+    """Arguments of a peer's trainer, as close to ours as they get; the rest are its defaults."""
+    return {
+        "output_dir": str(Path(work.model).parent / "peer"), "per_device_train_batch_size": rows,
+        "max_steps": updates, "learning_rate": work.learning_rate, "lr_scheduler_type": "constant",
+        "weight_decay": 0.01, "max_grad_norm": 1.0, "bf16": work.bf16, "use_cpu": not torch.cuda.is_available(),
+        "report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0,
+        "remove_unused_columns": False, "activation_checkpointing": False,
+    }  # fmt: skip
+
+
+def peer_block(trainer: Any, work: Work) -> Block:
+    """One call of a peer's `train`, without what it does before its first update and after its last."""
+
+    def block() -> dict[str, Any]:
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.state.log_history = []
+        trainer.train()
+        trainer.remove_callback(clock)
+        losses = [point["loss"] for point in trainer.state.log_history if "loss" in point]
+        held_out = score(trainer.accelerator.unwrap_model(trainer.model), work)
+        return {"seconds": clock.end - clock.begin, "tokens": work.tokens, "losses": losses, "held_out": held_out}
+
+    return block
+
+
+def hf_trainer(work: Work, rule: str) -> Block:
+    """transformers' Trainer with one of its rules for batches."""
+    from transformers import AutoModelForCausalLM, Trainer
+    from transformers import TrainingArguments as PeerArguments
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = work.length if rule == "padded" else max(len(row["input_ids"]) for row in rows)
+
+        def filled(name: str, value: int) -> torch.Tensor:
+            return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
+
+        masks = [{"mask": [1] * len(row["input_ids"])} for row in rows]
+        mask = torch.tensor([m["mask"] + [0] * (longest - len(m["mask"])) for m in masks])
+        return {"input_ids": filled("input_ids", 0), "attention_mask": mask, "labels": filled("labels", IGNORE)}
+
+    torch.set_num_threads(distributed.usable_cores())
+    lm = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+    data = [{"input_ids": ids, "labels": labels} for ids, labels in work.learn]
+    sampling = "group_by_length" if rule == "grouped" else "random"
+    updates = -(-len(data) // work.batch_size)
+    arguments = PeerArguments(**settings(work, work.batch_size, updates), train_sampling_strategy=sampling)
+    return peer_block(Trainer(lm, arguments, data_collator=collate, train_dataset=data), work)
+
+
+def padded(work: Work) -> Block:
+    """Every row as long as --length."""
+    return hf_trainer(work, "padded")
+
+
+def dynamic(work: Work) -> Block:
+    """Every row as long as the longest of its batch."""
+    return hf_trainer(work, "dynamic")
+
+
+def grouped(work: Work) -> Block:
+    """The same with texts of similar lengths together."""
+    return hf_trainer(work, "grouped")
+
+
+def packed(work: Work) -> Block:
+    """TRL's SFTTrainer with packing."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    torch.set_num_threads(distributed.usable_cores())
+    lm = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+    data = Dataset.from_list(
+        [{"input_ids": ids, "completion_mask": [int(t != IGNORE) for t in labels]} for ids, labels in work.learn]
+    )
+    updates = max(1, round(work.tokens / (work.rows * work.row_length)))
+    arguments = SFTConfig(
+        **settings(work, work.rows, updates), packing=True, max_length=work.row_length, completion_only_loss=True,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    return peer_block(SFTTrainer(lm, arguments, train_dataset=data, processing_class=tokenizer), work)
+
+
+SIDES = {"kozero": kozero, "padded": padded, "dynamic": dynamic, "grouped": grouped, "packed": packed}
+
+if __name__ == "__main__":
+    run_main(main)

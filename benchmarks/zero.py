@@ -1,0 +1,191 @@
+"""ZeRO-1, 2 and 3 beside accelerate + DeepSpeed with the same JSON, and stage 0 beside a loop of one's own over
+PyTorch's DistributedDataParallel: tokens per second of the same updates from the same weights.
+
+    python benchmarks/zero.py --config_file models/kogpt2_config.json --bf16 --output_file zero.json
+
+Both sides get the same full rows of random tokens, all of which are predicted, so a peer has nothing to pad and nothing
+to leave out: what differs is the engine. Losses must agree.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from contest import Block, Contender, compete, median, report, table
+from torch.nn.parallel import DistributedDataParallel
+
+from kozero import distributed
+from kozero.config import BatchSizes, TrainingArguments, arg, at_least, parse_arguments
+from kozero.data.batches import Text, collate
+from kozero.engines import build_engine, prepare_engine
+from kozero.errors import require, run_main
+from models.causal_lm import CausalLM, build
+from models.language_model import read_config, set_dropout
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to run."""
+
+    config_file: str = arg("models/kogpt2_config.json", "model JSON")
+    stages: str = arg("0,1,2,3", "ZeRO stages, by comma")
+    ranks: int = arg(2, "processes of a side")
+    micro_batch: int = arg(2, "rows of one forward pass on one rank")
+    accumulation: int = arg(2, "forward passes of an update")
+    length: int = arg(128, "tokens of a row")
+    updates: int = arg(3, "updates of a block")
+    rounds: int = arg(3, "blocks of each side that count; one more before them warms up")
+    bf16: bool = arg(False, "compute in bfloat16")
+    tolerance: float = arg(0.01, "of the losses of the first block, relative")
+    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "ranks", "micro_batch", "accumulation", "length", "updates", "rounds")
+        known = {"0", "1", "2", "3"}
+        require(set(self.stages.split(",")) <= known, f"--stages {self.stages}: must be numbers from 0 to 3, by comma")
+
+
+def main() -> None:
+    """Measure a stage after the other, check, print a Markdown table."""
+    (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/zero.py", description=__doc__)
+    rows = []
+    for stage in map(int, arguments.stages.split(",")):
+        peer = Contender("own loop + DDP", own_loop, (arguments,), arguments.ranks)
+        if stage:
+            peer = Contender("accelerate + DeepSpeed", accelerated, (arguments, stage), arguments.ranks)
+        sides = [Contender("kozero", kozero, (arguments, stage), arguments.ranks), peer]
+        rows += [figures(stage, name, blocks) for name, blocks in compete(sides, arguments.rounds).items()]
+    print(table(
+        ("ZeRO", "side", "tokens/s", "least to most", "losses"),
+        [(row["stage"], row["name"], f"{row['speed']:.0f}", "{:.0f} to {:.0f}".format(*row["spread"]),
+          " ".join(f"{loss:.4f}" for loss in row["losses"])) for row in rows],
+    ))  # fmt: skip
+    report(arguments.output_file, arguments, rows)
+    for ours, peer in zip(rows[::2], rows[1::2], strict=True):
+        near = np.allclose(ours["losses"], peer["losses"], rtol=arguments.tolerance)
+        require(near, f"ZeRO-{ours['stage']}: losses {ours['losses']} and {peer['losses']} differ")
+
+
+def figures(stage: int, name: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """A side's row; its first block warmed up."""
+    speeds = [block["tokens"] / block["seconds"] for block in blocks[1:]]
+    return {
+        "stage": stage, "name": name, "speed": median(speeds), "spread": (min(speeds), max(speeds)),
+        "losses": blocks[0]["losses"],
+    }  # fmt: skip
+
+
+def updates(arguments: BenchmarkArguments, vocab_size: int) -> Iterator[list[np.ndarray]]:
+    """The (rows, length) ids of this rank's micro batches, update after update."""
+    rng = np.random.default_rng(0)
+    shape = (arguments.ranks, arguments.accumulation, arguments.micro_batch, arguments.length)
+    while True:
+        yield list(rng.integers(0, vocab_size, shape)[distributed.rank()])
+
+
+def timed(arguments: BenchmarkArguments, update: Any, vocab_size: int) -> Block:
+    """A block of `update(micro batches)`, which returns its loss."""
+    stream = updates(arguments, vocab_size)
+
+    def block() -> dict[str, Any]:
+        begin = time.perf_counter()
+        losses = [update(next(stream)) for _ in range(arguments.updates)]
+        seconds = time.perf_counter() - begin
+        rows = arguments.micro_batch * arguments.accumulation * arguments.ranks
+        return {"seconds": seconds, "tokens": arguments.updates * rows * (arguments.length - 1), "losses": losses}
+
+    return block
+
+
+def model_of(arguments: BenchmarkArguments) -> Any:
+    """The same weights on every side."""
+    lm = build(read_config(Path(arguments.config_file)), seed=0)
+    set_dropout(lm, 0.0)
+    return lm
+
+
+def told(arguments: BenchmarkArguments, stage: int) -> TrainingArguments:
+    """The run as the command line would say it."""
+    return TrainingArguments(
+        deepspeed_config=f"ds_configs/zero{stage}.json", bf16=arguments.bf16, learning_rate=1e-4,
+        per_device_train_batch_size=arguments.micro_batch, gradient_accumulation_steps=arguments.accumulation,
+    )  # fmt: skip
+
+
+def kozero(arguments: BenchmarkArguments, stage: int) -> Block:
+    """This project."""
+    distributed.setup()
+    lm, training = model_of(arguments), told(arguments, stage)
+    sizes = BatchSizes(arguments.micro_batch, arguments.accumulation, arguments.ranks)
+    engine = build_engine(CausalLM(lm, []), training, prepare_engine(training, sizes))
+
+    def update(micro_batches: list[np.ndarray]) -> float:
+        batches = [collate([[Text(row[:-1], row[1:], 0)] for row in rows], rows.shape[1] - 1) for rows in micro_batches]
+        return engine.train_step(batches, training.learning_rate).loss
+
+    return timed(arguments, update, lm.config.vocab_size)
+
+
+def accelerated(arguments: BenchmarkArguments, stage: int) -> Block:
+    """accelerate's loop with the JSON that our side runs, its "auto" filled in."""
+    distributed.setup()
+    lm, training = model_of(arguments), told(arguments, stage)
+    sizes = BatchSizes(arguments.micro_batch, arguments.accumulation, arguments.ranks)
+    resolved = prepare_engine(training, sizes).resolved
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), deepspeed_plugin=DeepSpeedPlugin(resolved))
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=training.learning_rate, weight_decay=0.01, fused=True)
+    engine, optimizer = accelerator.prepare(lm, optimizer)
+
+    def update(micro_batches: list[np.ndarray]) -> float:
+        total = 0.0
+        for rows in micro_batches:
+            with accelerator.accumulate(engine):
+                loss = engine(**peer_inputs(rows, accelerator.device)).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            total += accelerator.reduce(loss.detach(), "mean").item()
+        return total / len(micro_batches)
+
+    return timed(arguments, update, lm.config.vocab_size)
+
+
+def peer_inputs(rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the transformers model takes: it shifts the labels itself, and the last token is predicted too."""
+    ids = torch.from_numpy(rows).to(device)
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def own_loop(arguments: BenchmarkArguments) -> Block:
+    """DistributedDataParallel as its tutorial has it, with autocast, no_sync and clipping."""
+    distributed.setup()
+    lm = model_of(arguments).to(distributed.device())
+    ddp = DistributedDataParallel(lm)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    device, dtype = distributed.device(), torch.bfloat16 if arguments.bf16 else torch.float32
+
+    def update(micro_batches: list[np.ndarray]) -> float:
+        total = torch.zeros(())
+        for k, rows in enumerate(micro_batches):
+            ddp.require_backward_grad_sync = k == len(micro_batches) - 1  # what no_sync does
+            with torch.autocast(device.type, dtype, enabled=arguments.bf16):
+                loss = ddp(**peer_inputs(rows, device)).loss / len(micro_batches)
+            loss.backward()
+            total += loss.detach().cpu()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return distributed.all_reduce(total).item() / arguments.ranks
+
+    return timed(arguments, update, lm.config.vocab_size)
+
+
+if __name__ == "__main__":
+    run_main(main)
