@@ -1,6 +1,7 @@
 """Small models, stores and tokenizers that several tests use."""
 
 import json
+import signal
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,11 @@ from models.language_model import export, load, load_tokenizer
 ROOT = Path(__file__).parents[1]
 SAMPLE_DATA = ROOT / "sample_data"
 SAMPLE_TOKENIZER = SAMPLE_DATA / "tokenizer"
+
+
+def interruptible() -> None:
+    """For a new process: what a shell does for a job in the foreground; this one may be in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def gpt2_configs() -> list[Path]:

@@ -78,8 +78,9 @@ def hosts(num: int) -> Iterator[list[Host]]:
             for pid in told.stdout.split():
                 subprocess.run(["kill", "-9", pid], capture_output=True)
             shutil.rmtree(NAMES / host.name, ignore_errors=True)
-        left = [["netns", "del", host.name] for host in made] + [["link", "del", bridge]]
-        for words in left:  # each is tried, whatever becomes of the others
+        # The cables first: with its namespace a cable goes later, when its name may be wanted again. Each is tried.
+        left = [["link", "del", host.cable] for host in made] + [["netns", "del", host.name] for host in made]
+        for words in [*left, ["link", "del", bridge]]:
             subprocess.run(["ip", *words], capture_output=True)
 
 

@@ -29,7 +29,7 @@ from kozero import distributed
 from kozero.errors import UserError
 from kozero.pause import InferencePauseArguments
 from tests.browser import CHROMIUM, Browser
-from tests.helpers import ROOT, export_paused
+from tests.helpers import ROOT, export_paused, interruptible
 
 SECONDS = 60  # that a server may take to start, or a page to answer, on a busy machine
 SHORT = DecodingArguments(max_new_tokens=8)
@@ -287,8 +287,9 @@ class Server:
 
     def __init__(self, command):
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-        )
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+            preexec_fn=interruptible,
+        )  # fmt: skip
         assert select.select([self.process.stdout], [], [], SECONDS)[0], "nothing was said"
         self.said = self.process.stdout.readline()
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from kozero.checkpoint import damage
+from tests.helpers import ROOT, interruptible
 from tests.ranks import free_port
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
 LAUNCHERS = {"deepspeed": ["deepspeed", "--num_gpus", "2"], "torchrun": ["torchrun", "--nproc_per_node", "2"]}
 RUN = {
     "deepspeed_config": "ds_configs/zero2.json",
@@ -31,11 +31,6 @@ RUN = {
     "max_seq_length": 64,
     "logging_steps": 1,
 }
-
-
-def interruptible() -> None:
-    """What a shell does for a job in the foreground; this process may be one in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager

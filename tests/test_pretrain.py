@@ -24,7 +24,7 @@ from models import encoders
 from pretrain import launch, train, train_zero_one, train_zero_two
 from pretrain import run as pretraining
 from pretrain.model import card
-from tests.helpers import ROOT, sample_tokenizer, toy_gpt2, word_tokenizer
+from tests.helpers import ROOT, interruptible, sample_tokenizer, toy_gpt2, word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -400,11 +400,6 @@ def test_a_rank_that_the_system_ends_is_named(capsys, monkeypatch):
         launch.run_ranks(second_is_killed, 2)
     assert end.value.code == 128 + signal.SIGKILL
     assert capsys.readouterr().err == "error: rank 1 was ended by SIGKILL; is the memory too small?\n"
-
-
-def interruptible() -> None:
-    """What a shell does for a job in the foreground; this process may be one in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def endless(folder, start=interruptible):
