@@ -128,6 +128,8 @@ def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
     )
     model = load_model(told, PauseArguments(), False, seed=0)
     model.module.lm.config.activation_function = "gelu_new"  # as KoGPT2 and most GPT-2 say
+    spare = range(model.config.vocab_size - len(model.tokenizer))  # ours never predicts rows without a token
+    model.tokenizer.add_tokens([f"<spare{number}>" for number in spare])
     model.module.lm.save_pretrained(folder / "model")
     model.tokenizer.save_pretrained(folder / "model")
     task = TASKS[arguments.task]
@@ -238,6 +240,10 @@ def settings(work: Work, rows: int, updates: int) -> dict[str, Any]:
 
 def peer_block(trainer: Any, work: Work) -> Block:
     """One call of a peer's `train`, without what it does before its first update and after its last."""
+
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
 
     def block() -> dict[str, Any]:
         clock = Clock()

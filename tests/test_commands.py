@@ -166,6 +166,22 @@ def test_what_a_checkpoint_costs_is_measured():
     assert done.returncode == 0 and done.stdout.count("\n| ") == 4, done.stderr
 
 
+SIDE_BY_SIDE = {  # rows of their tables; each compares losses or tokens itself
+    "finetuning.py --config_file models/tiny_config.json --texts 16 --rounds 1 --sides kozero,grouped,packed": 5,
+    "zero.py --config_file models/tiny_config.json --stages 2 --length 16 --updates 1 --rounds 1": 4,
+    "data.py --rounds 1 --batches 3": 6,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SIDE_BY_SIDE)
+def test_both_sides_of_a_benchmark_do_the_same_work(tmp_path, command):
+    done = shell(f"python benchmarks/{command} --output_file {tmp_path}/found.json")
+    assert done.returncode == 0 and done.stdout.count("\n| ") == SIDE_BY_SIDE[command], done.stdout + done.stderr
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert len(rows) == SIDE_BY_SIDE[command] - 2
+
+
 @pytest.mark.slow
 def test_a_soak_ends_where_an_undisturbed_run_does(tmp_path):
     command = "python finetune/train.py --config_file models/tiny_config.json --max_seq_length 64 --max_steps 40"

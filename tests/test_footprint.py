@@ -26,8 +26,8 @@ SMALL = {"reduce_bucket_size": 200_000, "stage3_param_persistence_threshold": 10
 RECIPES = {  # file: GiB of a GPU (15 of a T4's 16 can be used), their number, and what the READMEs say of it
     "trinity_t4": (15, 1, 12.1),
     "trinity_2xt4": (15, 2, 11.2),
-    "trinity_24gb": (24, 1, 20.6),
-    "trinity_8xa100": (80, 8, 21.0),
+    "trinity_24gb": (24, 1, 22.2),
+    "trinity_8xa100": (80, 8, 18.1),
 }
 
 
@@ -205,7 +205,7 @@ def test_a_recipe_fits_its_machine_as_the_readmes_say_and_nothing_is_much_better
     out = call(monkeypatch, capsys, ROOT / f"finetune/recipes/{name}.json", "--device_gib", gib, "--ranks", ranks)
     assert "fits, and nothing is much better" in out
     peak = next(line for line in out.splitlines() if line.startswith("| zero")).split("|")[10]
-    assert float(peak) == pytest.approx(said, abs=0.05)
+    assert float(peak) == pytest.approx(said, abs=0.051)  # both are rounded
     for readme in ("README.md", "README.ko.md"):
         (line,) = [line for line in (ROOT / readme).read_text().splitlines() if f"`{name}.json`" in line]
         assert line.endswith(f"| {said} |")
