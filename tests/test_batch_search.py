@@ -324,7 +324,7 @@ def test_a_run_that_found_its_batch_is_the_run_that_was_given_it(one_rank, monke
 
 @needs_proc
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
 def test_two_ranks_under_deepspeed_find_a_batch_and_train_as_if_given_it(tmp_path, stage):
     """Two engines in one process, and the found size in the JSON of the second. 30 rows keep the batch small."""
     (tmp_path / "corpus.txt").write_text("\n\n".join(["나무가 자란다.\n숲이 푸르다."] * 31))
