@@ -90,8 +90,8 @@ def restarted(timeout: timedelta) -> dict[str, Any]:
 
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors have freed, where it would give large pieces back to the system and take them anew,
-    page by page and filled with zeros, in every step: a fifth of a step of KoGPT2's shape on two cores, for 4 % more
-    memory (benchmarks/results). What the environment says of malloc stays; elsewhere than in glibc nothing changes."""
+    page by page and filled with zeros, in every step: a fifth of a step of KoGPT2's shape on two cores, for 4 to 8 %
+    more memory (benchmarks/results). What the environment says of malloc stays; without glibc nothing changes."""
     if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     with suppress(OSError, AttributeError):

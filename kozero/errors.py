@@ -83,8 +83,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         code = EXIT_INTERRUPTED
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            told = f"{error.filename or 'a file of the run'}: {error.strerror}; make room and go on with --resume auto"
-            print(f"error: {told}", file=sys.stderr, flush=True)
+            then = "make room and start again, a training run with --resume auto"
+            print(f"error: {error.filename or 'a file'}: {error.strerror}; {then}", file=sys.stderr, flush=True)
             code = EXIT_NOT_SAVED
         else:
             traceback.print_exc()
