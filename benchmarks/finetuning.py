@@ -59,7 +59,7 @@ class BenchmarkArguments:
     def __post_init__(self) -> None:
         at_least(1, self, "texts", "batch_size", "length", "row_length", "rounds")
         unknown = [side for side in self.sides.split(",") if side not in SIDES]
-        require(not unknown, f"--sides {self.sides}: {unknown[:1]} is none of {', '.join(SIDES)}")
+        require(not unknown, f"--sides {self.sides}: {''.join(unknown[:1])} is none of {', '.join(SIDES)}")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ class BenchmarkArguments:
 def main() -> None:
     """Measure a stage after the other, check, print a Markdown table."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/zero.py", description=__doc__)
+    positions = read_config(Path(arguments.config_file)).n_positions
+    require(arguments.length <= positions, f"--length {arguments.length}: the model has {positions} positions")
     rows = []
     for stage in map(int, arguments.stages.split(",")):
         peer = Contender("own loop + DDP", own_loop, (arguments,), arguments.ranks)
