@@ -42,6 +42,22 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def divide_gradients(optimizer: torch.optim.Optimizer, divisor: torch.Tensor, finite: torch.Tensor) -> bool:
+    """Divide the gradients of the next update, which changes nothing where they are not `finite` (both scalars); False
+    when there is to be none.
+
+    AdamW's kernel divides while it reads them and skips by itself, so that nobody waits for the device. SGD is told by
+    the host: DTensor (fully_shard) has no fused one in torch 2.13.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.grad_scale, optimizer.found_inf = divisor, (~finite).float()
+        return True
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if finite and gradients:  # a rank may hold none
+        torch._foreach_div_(gradients, divisor)
+    return bool(finite)
+
+
 def build_optimizer(groups: list[dict], arguments: TrainingArguments) -> torch.optim.Optimizer:
     """AdamW (fused: one kernel over all parameters, on CPU too) or SGD without momentum."""
     if arguments.optim == "sgd":

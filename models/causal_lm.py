@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from kozero.data.packing import Packing
+from models import attention
+
 CHUNK = 2048  # predicted positions whose logits are there at once: 0.4 GB in 32 bit for 51,200 tokens
+MULTIPLE = 16  # positions of a chunk are rounded up to this: a CPU prepares its products anew for every new number
+NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 class PauseEmbedding(nn.Embedding):
@@ -72,12 +77,14 @@ class ChunkedLosses(torch.autograd.Function):
         learns: bool,
     ) -> torch.Tensor:
         """(N, H), (V, H), (V,), (N,) to (N,) losses in 32 bit; products are computed in `dtype`."""
-        inputs, table, bias = hidden.to(dtype), weight.to(dtype), None if mask is None else mask.to(dtype)
+        number = len(hidden)
+        inputs, target_ids = padded(hidden.to(dtype)), padded(target_ids)
+        table, bias = weight.to(dtype), None if mask is None else mask.to(dtype)
         for_hidden, for_weight = (needed and learns for needed in ctx.needs_input_grad[:2])
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        losses = hidden.new_empty(len(inputs), dtype=torch.float32)
         grad_hidden = torch.empty_like(inputs) if for_hidden else None
         grad_weight = None
-        for start in range(0, max(1, len(hidden)), CHUNK):
+        for start in range(0, max(1, number), CHUNK):
             chunk, wanted = inputs[start : start + CHUNK], target_ids[start : start + CHUNK, None]
             logits = F.linear(chunk, table, bias).float()
             right, highest = logits.gather(1, wanted), logits.amax(1, keepdim=True)
@@ -92,7 +99,9 @@ class ChunkedLosses(torch.autograd.Function):
             if for_weight:
                 part = gradient.T @ chunk
                 grad_weight = part.float() if grad_weight is None else grad_weight.add_(part)
-        ctx.parts, ctx.dtypes = [grad_hidden, grad_weight], [hidden.dtype, weight.dtype]
+        losses = losses[:number]
+        ctx.parts = [grad_hidden if grad_hidden is None else grad_hidden[:number], grad_weight]
+        ctx.dtypes = [hidden.dtype, weight.dtype]
         if not learns:
             ctx.mark_non_differentiable(losses)
         return losses
@@ -106,6 +115,12 @@ class ChunkedLosses(torch.autograd.Function):
             part if part is None else part.mul_(grad).to(kind) for part, kind in zip(parts, ctx.dtypes, strict=True)
         )
         return *found, None, None, None, None
+
+
+def padded(rows: torch.Tensor) -> torch.Tensor:
+    """(N, ...) with zeros behind, to a multiple of MULTIPLE. Rows of zeros add nothing to a gradient of the weights."""
+    missing = -len(rows) % MULTIPLE
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
 class CausalLM(nn.Module):
@@ -122,6 +137,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.lm, self.pause_id = lm, pause_id
         lm.lm_head = Head(lm.lm_head, silent_ids)
+        lm.config._attn_implementation = attention.NAME
 
     def separate_pause_row(self) -> None:
         """Give the pause its own (1, H) parameter `lm.transformer.wte.pause_row`."""
@@ -134,6 +150,7 @@ class CausalLM(nn.Module):
         target_index: torch.Tensor,
         target_ids: torch.Tensor,
         reduction: str = "sum",
+        packing: Packing | None = None,
     ) -> torch.Tensor:
         """Cross entropy of the predicted positions, in nats.
 
@@ -142,10 +159,14 @@ class CausalLM(nn.Module):
                 transformers builds that mask only without attention_mask and without cache.
             target_index: (N,) places in the flattened (B * T) positions.
             target_ids: (N,) the token that follows each.
+            packing: of these positions, on a GPU: attention needs no mask then, and none is built.
 
         Returns: their sum, or all (N,) of them with reduction="none".
         """
-        hidden = self.lm.transformer(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        # A mask of four dimensions is taken as it is. Making one, transformers waits for the device to tell positions.
+        told = {} if packing is None else {"packing": packing, "attention_mask": NO_MASK}
+        found = self.lm.transformer(input_ids=input_ids, position_ids=position_ids, use_cache=False, **told)
+        hidden = found.last_hidden_state
         return self.lm.lm_head(hidden.flatten(0, 1)[target_index], target_ids, reduction)
 
     def plain_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ VOCAB, WIDTH, SILENT = 37, 8, [0, 36]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(causal_lm, "CHUNK", 4)
+    monkeypatch.setattr(causal_lm, "MULTIPLE", 4)
 
 
 def head(silent=SILENT, dtype=torch.float32):

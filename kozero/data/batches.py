@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from kozero.config import BatchSizes
 from kozero.data.batch import Batch, deal
+from kozero.data.packing import Packing, packing_of
 from kozero.data.rows import Fit, epoch_order, fit, grouped_order, pack
 from kozero.data.store import TokenStore
 from kozero.pause import IGNORE, Pauses, Schedule
@@ -25,6 +27,12 @@ class PackedBatch(Batch):
     """
 
     texts: torch.Tensor
+    packing: Packing
+
+    def to(self, device: torch.device) -> dict[str, Any]:
+        """On a GPU with the packing; on a CPU masks of rows are faster where rows are short."""
+        inputs = super().to(device)
+        return inputs | {"packing": self.packing.to(device, non_blocking=True)} if device.type == "cuda" else inputs
 
 
 @dataclass
@@ -65,7 +73,8 @@ def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) 
         "target_index": torch.from_numpy(index),
         "target_ids": torch.from_numpy(predicts.ravel()[index]),
     }
-    return PackedBatch(inputs, (len(index),), num_tokens, torch.from_numpy(numbers.ravel()[index]))
+    texts = torch.from_numpy(numbers.ravel()[index])
+    return PackedBatch(inputs, (len(index),), num_tokens, texts, packing_of(positions))
 
 
 @dataclass

@@ -97,10 +97,10 @@ class FairscaleFSDPEngine(TorchEngine):
             compute_device=self.device,
         )
 
-    def clip_grad_norm(self) -> torch.Tensor:
+    def grad_norm(self) -> torch.Tensor:
         """Of shards."""
         self.reshard()
-        return super().clip_grad_norm()
+        return super().grad_norm()
 
     def reshard(self) -> None:
         """Free what passes have left whole."""

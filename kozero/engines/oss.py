@@ -46,6 +46,10 @@ class OSSEngine(PlainEngine):
         """Parameters that this rank updates; gradients of the others are left over from the reduction."""
         return [p for group in self.optimizer.optim.param_groups for p in group["params"]]
 
+    def own_optimizer(self) -> torch.optim.Optimizer:
+        """Inside the one that sends what it has updated."""
+        return self.optimizer.optim
+
     def zero_grad(self) -> None:
         """Through the wrapper, whose buckets must keep their gradients."""
         self.wrapped.zero_grad()

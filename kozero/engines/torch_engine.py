@@ -11,6 +11,7 @@ from kozero.config import TrainingArguments
 from kozero.data.batch import Batch
 from kozero.engines.base import LEAST_SCALE, Engine, StepStats, count_targets
 from kozero.engines.pieces import States
+from kozero.optim import divide_gradients
 
 ROW = 1024
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,20 +75,27 @@ class TorchEngine(Engine):
         return self.update(total, lr)
 
     def update(self, own: torch.Tensor, lr: float) -> StepStats:
-        """Clip and step, unless a gradient or loss is not finite: both are the same on all ranks, they decide alike."""
+        """Clip and step, unless a gradient or loss is not finite: both are the same on all ranks, they decide alike.
+
+        The host waits for the device once, at the end of the step.
+        """
         scale = self.loss_scale.value
-        if scale != 1 and (gradients := self.gradients()):  # a rank may hold none
-            torch._foreach_mul_(gradients, 1 / scale)  # a power of two: it rounds nothing
-        norm = self.clip_grad_norm()
+        norm = self.grad_norm() / scale
         losses = distributed.all_reduce(own.clone())
-        applied = bool(torch.isfinite(norm) & torch.isfinite(losses).all())
+        finite = torch.isfinite(norm) & torch.isfinite(losses).all()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if applied:
+        clipping = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+        if divide_gradients(self.own_optimizer(), scale / clipping, finite):
             self.optimizer.step()
-        self.loss_scale.update(applied)
         self.zero_grad()
-        return StepStats(tuple(losses.tolist()), norm.item(), applied, scale, own)
+        *values, grad_norm, applied = torch.cat([losses.flatten(), norm.view(1), finite.float().view(1)]).tolist()
+        self.loss_scale.update(bool(applied))
+        return StepStats(tuple(values), grad_norm, bool(applied), scale, own)
+
+    def own_optimizer(self) -> torch.optim.Optimizer:
+        """The one that updates what this rank does."""
+        return self.optimizer
 
     def optimizer_states(self) -> States:
         """By parameter."""
@@ -117,15 +125,10 @@ class TorchEngine(Engine):
         """Around forward and backward of a micro batch: where gradients travel, and when."""
         return nullcontext()
 
-    def clip_grad_norm(self) -> torch.Tensor:
-        """Clip to `max_grad_norm`; the norm before it, over the gradients of all ranks."""
-        gradients = self.gradients()
-        norm = total_norm(gradients).to(self.device)
-        if self.sharded:
-            norm = distributed.all_reduce(norm.square()).sqrt()
-        if gradients:
-            torch._foreach_mul_(gradients, torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
-        return norm
+    def grad_norm(self) -> torch.Tensor:
+        """Of the gradients of all ranks, scaled as they are."""
+        norm = total_norm(self.gradients()).to(self.device)
+        return distributed.all_reduce(norm.square()).sqrt() if self.sharded else norm
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
