@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kozero import checkpoint, distributed
+from kozero import checkpoint, distributed, files
 from kozero.checkpoint import Checkpoints, RunState, content_damage, random_state, restore_random_state
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batches import TrainingRows
@@ -682,3 +682,18 @@ def test_a_hash_is_that_of_another_program(tmp_path):
     told = write_file(file, {"weight": torch.arange(5.0)})
     assert told["sha256"] == subprocess.check_output(["sha256sum", file], text=True).split()[0]
     assert told["bytes"] == file.stat().st_size
+
+
+@pytest.mark.parametrize("piece", [7, 2**24])
+def test_the_library_reads_what_is_written_by_pieces(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(files, "PIECE", piece)
+    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
+    tensors = {str(kind): (torch.arange(15).view(3, 5) % 2).to(kind) for kind in kinds}
+    tensors |= {"none": torch.zeros(0, 3), "scalar": torch.tensor(3.5), "view": torch.arange(12.0).view(3, 4).T}
+    path = tmp_path / "tensors.safetensors"
+    told = write_file(path, tensors)
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert told == fingerprint(path)
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
