@@ -10,6 +10,7 @@ from pathlib import Path
 from kozero import distributed
 from kozero.checkpoint import Checkpoints, RunState, content_damage, damage, step_of
 from kozero.config import BatchSizes, TrainingArguments
+from kozero.data.ahead import Ahead
 from kozero.data.batch import Rows
 from kozero.engines.base import Engine, StepStats
 from kozero.errors import Diverged, Stopped, UserError, require
@@ -139,7 +140,8 @@ class Trainer:
             if self.unscored():
                 here = damage(self.checkpoints.of(self.state.step)) is None  # or it is of another folder
                 self.score(log, stop, saved=distributed.broadcast(here))
-            self.steps(log, stop)
+            with Ahead(self.rows, self.sizes, distributed.rank()) as ahead:
+                self.steps(log, stop, ahead)
             self.checkpoints.finish()
         except (Stopped, Diverged) as ended:
             self.checkpoints.finish()
@@ -147,17 +149,16 @@ class Trainer:
                 log.say(f"{ended}: saved at step {self.state.step}; go on with --resume auto")
             raise
 
-    def steps(self, log: RunLog, stop: Stop) -> None:
+    def steps(self, log: RunLog, stop: Stop, ahead: Ahead) -> None:
         """The loop itself."""
         state, meter = self.state, Meter()
         watch = Watch(self.arguments, self.rows, self.sizes, state)
         while state.step < self.total_steps and not self.patience_spent():
             lr = self.lr_at(state.step)
-            batches = self.rows.step(state.consumed_rows, self.sizes, distributed.rank())
+            batches, tokens = ahead.step(state.consumed_rows)
             stats = self.engine.train_step(batches, lr)
             if said := watch.look(stats):
                 log.say(said)
-            tokens = self.rows.num_tokens(state.consumed_rows, self.sizes.global_batch)
             state.consumed_rows += self.sizes.global_batch
             state.real_tokens += tokens
             meter.tokens += tokens

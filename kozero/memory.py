@@ -86,6 +86,14 @@ def rank_memory() -> Memory:
     return memory
 
 
+def rank_limit() -> int | None:
+    """Bytes that this rank could hold by now, None where a system does not tell."""
+    try:
+        return (DeviceMemory() if torch.cuda.is_available() else ProcessMemory()).limit()
+    except (OSError, KeyError):
+        return None
+
+
 def trim_heap() -> None:
     """Let glibc give freed memory back; other C libraries have no such call."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

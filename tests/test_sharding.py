@@ -134,3 +134,14 @@ def test_fairscales_own_scaler_scales_nothing_without_cuda(monkeypatch):
         scaler = ShardedGradScaler()
     assert not scaler.is_enabled()
     assert scaler.scale(torch.ones(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "limit", "told"), [(1, 320_000, True), (1, 319_999, False), (0, 10**9, False), (2, None, False)]
+)
+def test_a_stage_that_only_costs_is_told(monkeypatch, one_rank, capsys, stage, limit, told):
+    """100 x 100 numbers in 32 bit take 16 bytes each, 160,000 in all; twice as much is room enough."""
+    monkeypatch.setattr("kozero.engines.rank_limit", lambda: limit)
+    monkeypatch.setattr("kozero.engines.plain.PlainEngine", lambda *told: None)
+    build_engine(nn.Linear(100, 100, bias=False), TrainingArguments(), EngineSettings("plain", stage))
+    assert (f"note: ZeRO-{stage} saves memory and costs time" in capsys.readouterr().out) == told

@@ -28,6 +28,10 @@ class Batch:
         """The module's arguments on a device."""
         return {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
 
+    def pin_memory(self) -> None:
+        """Move the arguments to memory that a GPU copies from while others go on."""
+        self.inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+
 
 class Rows(Protocol):
     """The stream of rows of a run: epoch after epoch, in an order that depends on (seed, epoch) alone, so that a place

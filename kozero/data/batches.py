@@ -34,6 +34,11 @@ class PackedBatch(Batch):
         inputs = super().to(device)
         return inputs | {"packing": self.packing.to(device, non_blocking=True)} if device.type == "cuda" else inputs
 
+    def pin_memory(self) -> None:
+        """The packing too."""
+        super().pin_memory()
+        self.packing = self.packing.pin_memory()
+
 
 @dataclass
 class Text:
@@ -106,14 +111,15 @@ class TrainingRows:
 
     def order(self, epoch: int, group: int) -> np.ndarray:
         """Row numbers of an epoch in their order."""
-        if (epoch, group) not in self._orders:
-            self._orders = {k: v for k, v in self._orders.items() if k[0] >= epoch - 1}  # a step spans two at most
+        known = self._orders  # another thread may put others in its place
+        if (epoch, group) not in known:
             if self.batching == "packed":
                 order = epoch_order(len(self.rows), self.seed, epoch)
             else:
                 order = grouped_order(self.length, self.seed, epoch, group)
-            self._orders[epoch, group] = order
-        return self._orders[epoch, group]
+            recent = {k: v for k, v in known.items() if k[0] >= epoch - 1}  # a step spans two at most
+            self._orders = known = recent | {(epoch, group): order}
+        return known[epoch, group]
 
     def step(self, consumed: int, sizes: BatchSizes, rank: int) -> list[PackedBatch]:
         """The micro batches of one rank in the step that begins after `consumed` rows.

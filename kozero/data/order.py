@@ -64,10 +64,11 @@ class Order:
     def __getitem__(self, place: int) -> int:
         epoch, offset = divmod(place, self.epoch_rows)
         window, k = divmod(offset, GROUPS * self.group)
-        if (epoch, window) not in self.windows:
-            recent = list(self.windows)[-1:]  # a step touches two windows, or some short epochs one after the other
-            self.windows = {key: self.windows[key] for key in recent} | {(epoch, window): self.window(epoch, window)}
-        return int(self.windows[epoch, window][k])
+        known = self.windows  # another thread may put others in its place
+        if (epoch, window) not in known:
+            recent = list(known)[-1:]  # a step touches two windows, or some short epochs one after the other
+            self.windows = known = {key: known[key] for key in recent} | {(epoch, window): self.window(epoch, window)}
+        return int(known[epoch, window][k])
 
     def window(self, epoch: int, window: int) -> np.ndarray:
         """The rows of a window."""

@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from kozero import distributed
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.ds_config import resolve
 from kozero.engines.base import Engine
 from kozero.errors import require
+from kozero.memory import rank_limit
+from kozero.plan import state_bytes
 
 # What a DeepSpeed JSON may say at stage 0, where the plain engine runs: what the command line decides anyway.
 STAGE_ZERO = {
@@ -81,6 +84,8 @@ def prepare_sharding(arguments: TrainingArguments, sharding: Sharding) -> Engine
 
 def build_engine(module: nn.Module, arguments: TrainingArguments, settings: EngineSettings) -> Engine:
     """Wrap a module. Freezing comes before this, loading a checkpoint after it."""
+    if said := needless_stage(module, arguments, settings.stage):
+        distributed.say(said)
     match settings.engine:
         case "deepspeed":
             from kozero.engines.deepspeed import DeepSpeedEngine
@@ -103,3 +108,16 @@ def build_engine(module: nn.Module, arguments: TrainingArguments, settings: Engi
 
             return PlainEngine(module, arguments)
     raise ValueError(f"no engine {settings.engine!r}")
+
+
+def needless_stage(module: nn.Module, arguments: TrainingArguments, stage: int) -> str | None:
+    """What to tell of a stage that only costs time, because a rank has twice the room that all states take."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    whole, limit = state_bytes(total, trainable, 0, 1, arguments.dtype), rank_limit()
+    if stage == 0 or limit is None or 2 * whole > limit:
+        return None
+    return (
+        f"note: ZeRO-{stage} saves memory and costs time; weights, gradients and optimizer states take "
+        f"{whole / 2**30:.2f} GiB in all and this rank has {limit / 2**30:.1f}, so stage 0 is faster"
+    )
