@@ -20,6 +20,7 @@ from finetune.arguments import (
 from finetune.card import model_card
 from finetune.confidence import least_confident
 from finetune.data import EvaluationSet, cached_store, evaluation_set, training_sources
+from finetune.frozen import FrozenLayers, check_cacheable
 from finetune.passages import encode_passages
 from finetune.run import DATA, LENGTH, Setting, finish, resume_key, run_to_end, tell_next
 from finetune.scoring import fitted_prefixes, score, write
@@ -51,6 +52,17 @@ class FreezeArguments:
     freeze: str | None = arg(
         None, "parts that do not train: wte, wpe, h.0-5, ln_f, pause, or all_but:h.6-11,ln_f for those that do"
     )
+    cache_frozen: bool = arg(
+        False,
+        "compute the frozen layers below all that trains once for each training text, without dropout, and read their "
+        "outputs from --cache_dir in every step",
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.freeze) or not self.cache_frozen,
+            "--cache_frozen: nothing is frozen; say what with --freeze, e.g. --freeze wte,wpe,h.0-5",
+        )
 
 
 ARGUMENTS = (
@@ -97,13 +109,17 @@ def train(
     model = load_model(model_arguments, pause_arguments, pause_arguments.needs_token, training.seed)
     capacity = row_capacity(data_arguments.max_seq_length, task.max_seq_length, model.config.n_positions)
     freeze_plan = freeze(model, freeze_arguments.freeze, pause_arguments.needs_token)
+    cached, stage = freeze_arguments.cache_frozen, setting.engine.stage
+    if cached:
+        check_cacheable(freeze_arguments.freeze, freeze_plan, model.config.n_layer, pause_arguments, stage)
+        layers = FrozenLayers.of(model.module, freeze_plan, setting.engine.engine, training.dtype)
     counts = count_parameters(model.module)
     saved_bytes = [
-        plan.state_bytes(counts["total"], number, setting.engine.stage, setting.sizes.world_size, training.dtype)
+        plan.state_bytes(counts["total"], number, stage, setting.sizes.world_size, training.dtype)
         for number in (counts["total"], counts["trainable"])
     ]
     shape = plan.ModelShape.of(model.config)
-    for line in report(freeze_plan, counts, shape, capacity, saved_bytes[0] - saved_bytes[1]):
+    for line in report(freeze_plan, counts, shape, capacity, saved_bytes[0] - saved_bytes[1], cached):
         distributed.say(line)
 
     rows = training_rows(train_source, task, data_arguments, training, model, pause_arguments, capacity, setting.sizes)
@@ -119,6 +135,8 @@ def train(
     engine = build_engine(model.module, training, setting.engine)
     if placement == "least_confident" and rows.pauses.num:
         rows.ranked = least_confident(engine, Prefixes(rows.store, rows.fit.cut), rows.fit, rows.pauses.num, capacity)
+    if cached:
+        rows.hidden = layers.outputs(engine, rows, setting.eval_rows)
 
     def evaluate(log: RunLog, step: int) -> dict[str, float]:
         result = score(engine, validation, inference, capacity, setting.eval_rows, model.tokenizer)
@@ -133,7 +151,7 @@ def train(
         {
             DATA: rows.store.folder.name, LENGTH: capacity, "model sizes": asdict(shape),
             "pause token id (--pause_token)": model.pause_id if pause_arguments.needs_token else None,
-            "frozen weights (--model_name_or_path)": frozen,
+            "frozen weights (--model_name_or_path)": frozen, "--cache_frozen": cached or None,
         },
     )  # fmt: skip
     packed = data_arguments.batching == "packed"

@@ -200,22 +200,32 @@ def gather_rows(mine: torch.Tensor) -> tuple[torch.Tensor, int]:
     return (mine, 0) if world_size() == 1 else (GatherRows.apply(mine), rank() * len(mine))
 
 
-def machine_first(work: Callable[[], T]) -> T:
-    """Run `work` on the first rank of each machine while the others wait, then on the others.
-
-    Made for work that leaves a file behind and is nothing to do the second time. A UserError of any rank is raised
-    on all of them, so that none waits for a rank that is gone.
-    """
+def together(work: Callable[[], T]) -> T:
+    """Run `work` on all ranks and wait for all, however long it takes. A UserError of any rank is raised on all of
+    them, so that none waits for a rank that is gone."""
     result, message = None, None
-    for turn in (local_rank() == 0, local_rank() != 0):
-        if turn:
-            try:
-                result = work()
-            except UserError as error:
-                message = str(error)
-        if messages := [m for m in gather(message, patient) if m]:
-            raise UserError(messages[0])
+    try:
+        result = work()
+    except UserError as error:
+        message = str(error)
+    if messages := [m for m in gather(message, patient) if m]:
+        raise UserError(messages[0])
     return result
+
+
+def machine_first(work: Callable[[], T]) -> T:
+    """Run `work` on the first rank of each machine while the others wait, then on the others; see together.
+
+    Made for work that leaves a file behind and is nothing to do the second time.
+    """
+    is_first = local_rank() == 0
+    first = together(work if is_first else nothing)
+    other = together(nothing if is_first else work)
+    return first if is_first else other
+
+
+def nothing() -> None:
+    """The work of a rank that waits."""
 
 
 def once_a_machine(work: Callable[[], T]) -> T:

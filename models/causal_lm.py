@@ -1,11 +1,12 @@
 """GPT-2 language models (KoGPT2, ko-gpt-trinity, and smaller ones of the same shape) as the trainer sees them."""
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from kozero.data.packing import Packing
 from models import attention
@@ -136,6 +137,7 @@ class CausalLM(nn.Module):
     def __init__(self, lm: GPT2LMHeadModel, silent_ids: list[int], pause_id: int | None = None) -> None:
         super().__init__()
         self.lm, self.pause_id = lm, pause_id
+        self.entry = 0  # the block whose inputs are given as `hidden`, where they are
         lm.lm_head = Head(lm.lm_head, silent_ids)
         lm.config._attn_implementation = attention.NAME
 
@@ -151,6 +153,7 @@ class CausalLM(nn.Module):
         target_ids: torch.Tensor,
         reduction: str = "sum",
         packing: Packing | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross entropy of the predicted positions, in nats.
 
@@ -160,14 +163,23 @@ class CausalLM(nn.Module):
             target_index: (N,) places in the flattened (B * T) positions.
             target_ids: (N,) the token that follows each.
             packing: of these positions, on a GPU: attention needs no mask then, and none is built.
+            hidden: (B, T, H) what `lower` gives for these ids; only the blocks from `entry` on are computed then.
 
         Returns: their sum, or all (N,) of them with reduction="none".
         """
-        # A mask of four dimensions is taken as it is. Making one, transformers waits for the device to tell positions.
-        told = {} if packing is None else {"packing": packing, "attention_mask": NO_MASK}
-        found = self.lm.transformer(input_ids=input_ids, position_ids=position_ids, use_cache=False, **told)
-        hidden = found.last_hidden_state
+        model, given = self.lm.transformer, {"input_ids": input_ids}
+        if hidden is not None:
+            model, given = above(model, self.entry), {"inputs_embeds": hidden.to(model.ln_f.weight.dtype)}
+        if packing is not None:
+            # A mask of four dimensions is taken as it is. To make one, transformers waits for the device's positions.
+            given |= {"packing": packing, "attention_mask": NO_MASK}
+        hidden = model(**given, position_ids=position_ids, use_cache=False).last_hidden_state
         return self.lm.lm_head(hidden.flatten(0, 1)[target_index], target_ids, reduction)
+
+    def lower(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) to (B, T, H): what the block `entry` is given."""
+        model = below(self.lm.transformer, self.entry)
+        return model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
     def plain_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A state dict of this module as one of the transformers model: its names, tied weights once, and the pause
@@ -180,6 +192,31 @@ class CausalLM(nn.Module):
             table[self.lm.transformer.wte.pause_id] = row[0].to(table.dtype)
             state["transformer.wte.weight"] = table
         return state
+
+
+class NoPositions(nn.Module):
+    """In the place of position embeddings that the vectors hold already."""
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) to a () zero."""
+        return position_ids.new_zeros(())
+
+
+def below(transformer: GPT2Model, block: int) -> GPT2Model:
+    """Embeddings and blocks below one, the very modules; its output is what that block is given."""
+    return with_parts(transformer, h=transformer.h[:block], ln_f=nn.Identity())
+
+
+def above(transformer: GPT2Model, block: int) -> GPT2Model:
+    """A block and those above it, the very modules; what the block is given comes as `inputs_embeds`."""
+    return with_parts(transformer, h=transformer.h[block:], wpe=NoPositions(), drop=nn.Identity())
+
+
+def with_parts(module: GPT2Model, **parts: nn.Module) -> GPT2Model:
+    """A module beside one that shares all but some parts with it."""
+    other = copy.copy(module)
+    other._modules = module._modules | parts
+    return other
 
 
 def build(config: GPT2Config, seed: int) -> GPT2LMHeadModel:

@@ -266,6 +266,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass; transformers renamed the call in 5.23."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # It also lets all embeddings' outputs require gradients: the backward pass would cross frozen layers for nothing.
+    model.disable_input_require_grads()
 
 
 def own_values(config: PreTrainedConfig) -> dict[str, int | float | str]:

@@ -9,6 +9,7 @@ import torch
 
 from kozero.config import BatchSizes
 from kozero.data.batch import Batch, deal
+from kozero.data.hidden import HiddenStore
 from kozero.data.packing import Packing, packing_of
 from kozero.data.rows import Fit, epoch_order, fit, grouped_order, pack
 from kozero.data.store import TokenStore
@@ -22,8 +23,8 @@ class PackedBatch(Batch):
     """B rows of T tokens, N positions that predict something.
 
     `inputs`: input_ids (B, T), position_ids (B, T) that restart at every text of a row, target_index (N,) places in
-    the flattened (B * T) positions, target_ids (N,) what they must predict. `texts` (N,) tells for each of them the
-    number of its text.
+    the flattened (B * T) positions, target_ids (N,) what they must predict, and where frozen layers are not computed
+    anew, hidden (B, T, H), what they give. `texts` (N,) tells for each target the number of its text.
     """
 
     texts: torch.Tensor
@@ -42,12 +43,14 @@ class PackedBatch(Batch):
 
 @dataclass
 class Text:
-    """One text of a row: its ids, what each position predicts, its number, and how many of its ids are pauses."""
+    """One text of a row: its ids, what each position predicts, its number, how many of its ids are pauses, and if known
+    the (T, H) outputs of frozen layers."""
 
     ids: np.ndarray
     predicts: np.ndarray
     number: int
     num_pauses: int = 0
+    hidden: torch.Tensor | None = None
 
 
 def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) -> PackedBatch:
@@ -77,9 +80,22 @@ def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) 
         "position_ids": torch.from_numpy(positions),
         "target_index": torch.from_numpy(index),
         "target_ids": torch.from_numpy(predicts.ravel()[index]),
-    }
+    } | lay_hidden(rows, length)
     texts = torch.from_numpy(numbers.ravel()[index])
     return PackedBatch(inputs, (len(index),), num_tokens, texts, packing_of(positions))
+
+
+def lay_hidden(rows: Sequence[Sequence[Text]], length: int) -> dict[str, torch.Tensor]:
+    """`hidden` (B, T, H) of texts that know it, 0 behind the last one of a row."""
+    known = [[text.hidden for text in row if text.hidden is not None] for row in rows]
+    some = next((vectors for row in known for vectors in row), None)
+    if some is None:
+        return {}
+    hidden = some.new_zeros(len(rows), length, some.shape[1])
+    for laid, row in zip(hidden, known, strict=True):
+        if row:
+            torch.cat(row, out=laid[: sum(map(len, row))])
+    return {"hidden": hidden}
 
 
 @dataclass
@@ -93,6 +109,7 @@ class TrainingRows:
     seed: int
     schedule: Schedule | None = None  # None: always all
     ranked: np.ndarray | None = None  # see Prefixes
+    hidden: HiddenStore | None = None  # of frozen layers that are not computed anew
     rows: list[np.ndarray] = field(init=False)
     length: np.ndarray = field(init=False)
 
@@ -155,7 +172,10 @@ class TrainingRows:
     def texts(self, row: int, pauses: Pauses | None = None, epoch: int = 0) -> list[Text]:
         """The texts of a row."""
         prefixes = Prefixes(self.store, self.fit.cut, self.ranked)
-        return [prefixes.text(int(number), pauses or self.pauses, epoch) for number in self.rows[row]]
+        texts = [prefixes.text(int(number), pauses or self.pauses, epoch) for number in self.rows[row]]
+        for text in texts if self.hidden else ():
+            text.hidden = self.hidden.of(text.number)
+        return texts
 
 
 @dataclass(frozen=True)
