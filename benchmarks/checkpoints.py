@@ -7,8 +7,6 @@ its first step, and one with it in the background; rounds follow each other, fig
 the call that saves, "lost" what the block takes longer than that without, the end of the writing included.
 """
 
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -16,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from contest import Reported, report, table
 
 from kozero import distributed
 from kozero.checkpoint import Checkpoints, RunState, file_sizes
-from kozero.config import TrainingArguments, arg, at_least, describe_run, parse_arguments
+from kozero.config import TrainingArguments, arg, at_least, parse_arguments
 from kozero.data.batches import Batch, Text, collate
 from kozero.engines import EngineSettings, build_engine
 from kozero.engines.base import Engine
@@ -30,16 +28,16 @@ from models.language_model import random_weights, read_config
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Reported):
     """What to run."""
 
     config_file: str = arg("models/kogpt2_config.json", "model JSON")
     rounds: int = arg(3, "times that each way is measured")
     steps: int = arg(12, "optimizer updates of a block")
     tokens: int = arg(64, "tokens of a step")
-    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "rounds", "steps", "tokens")
 
 
@@ -66,13 +64,10 @@ def main() -> None:
     print(
         f"checkpoint of {size / 2**30:.2f} GiB, {arguments.steps} steps a block, medians of {arguments.rounds} rounds"
     )
-    print("| | block, s | stall, s | lost, s |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['name']} | {row['block']:.2f} | {row['stall']:.2f} | {row['lost']:.2f} |")
-    if arguments.output_file:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": torch.get_num_threads()}
-        told = describe_run(arguments) | {"machine": machine, "bytes": size, "rows": rows}
-        Path(arguments.output_file).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    columns = ("block", "stall", "lost")
+    cells = [(row["name"], *(f"{row[name]:.2f}" for name in columns)) for row in rows]
+    print(table(("", *(f"{name}, s" for name in columns)), cells))
+    report(arguments, rows, bytes=size)
 
 
 def block(engine: Engine, batch: Batch, steps: int, checkpoints: Checkpoints | None) -> tuple[float, float]:

@@ -7,20 +7,18 @@ Each figure is forward + backward. Two versions take turns, so that a busy machi
 the same weights and must give the same outputs and gradients before any time is taken.
 """
 
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from contest import Reported, report, table
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from kozero.config import arg, at_least, describe_run, parse_arguments
+from kozero.config import arg, at_least, parse_arguments
 from kozero.errors import require, run_main
 from kozero.json_files import check_keys, read_json_object
 from models.mix_lm import MixedConvolution, MixFeedForward, MixLmConfig, MixLmEncoder
@@ -29,7 +27,7 @@ TOLERANCE = 1e-4  # of outputs and gradients in 32 bit, relative to the largest 
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Reported):
     """What to measure."""
 
     config_file: str = arg("models/mix_lm_config.json", "model JSON")
@@ -38,7 +36,10 @@ class BenchmarkArguments:
     repeats: int = arg(15, "timed passes of each version")
     bf16: bool = arg(False, "autocast to bfloat16")
     encoder: bool = arg(False, "measure the whole encoder beside BERT too")
-    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "batch_size", "length", "repeats")
 
 
 class MaskedConvolution(nn.Module):
@@ -79,32 +80,18 @@ class MaskedConvolution(nn.Module):
 def main() -> None:
     """Measure, print a Markdown table."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/mix_lm.py", description=__doc__)
-    at_least(1, arguments, "batch_size", "length", "repeats")
     values = read_json_object(arguments.config_file)
     check_keys(values, {"model_type", *(field.name for field in fields(MixLmConfig))}, arguments.config_file)
     config = MixLmConfig(**values | {"dropout_prob": 0.0})
     limit = config.max_position_embeddings
     require(arguments.length <= limit, f"--length {arguments.length}: max_position_embeddings is {limit}")
     rows = convolution_rows(config, arguments) + (encoder_rows(config, arguments) if arguments.encoder else [])
-    print("| forward + backward | parameters | median ms | quartiles ms | times as fast |\n|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['name']} | {row['parameters']:,} | {row['median_ms']:.1f} | "
-            f"{row['quartiles_ms'][0]:.1f} - {row['quartiles_ms'][1]:.1f} | {row['ratio']:.2f} |"
-        )
-    if arguments.output_file:
-        write(Path(arguments.output_file), arguments, rows)
-
-
-def write(path: Path, arguments: BenchmarkArguments, rows: list[dict]) -> None:
-    """JSON beside the figures: machine, versions, settings."""
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "system": platform.platform(),
-        "threads": torch.get_num_threads(),
-    }
-    text = json.dumps(describe_run(arguments) | {"machine": machine, "rows": rows}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    print(table(
+        ("forward + backward", "parameters", "median ms", "quartiles ms", "times as fast"),
+        [(row["name"], f"{row['parameters']:,}", f"{row['median_ms']:.1f}",
+          "{:.1f} - {:.1f}".format(*row["quartiles_ms"]), f"{row['ratio']:.2f}") for row in rows],
+    ))  # fmt: skip
+    report(arguments, rows)
 
 
 def convolution_rows(config: MixLmConfig, arguments: BenchmarkArguments) -> list[dict]:

@@ -11,21 +11,19 @@ On a CPU, glibc maps memory anew for every tensor above 32 MiB, which stacked we
 single experts are not; MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000 takes that out.
 """
 
-import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from contest import Reported, report, table
 from torch import nn
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from kozero.config import arg, at_least, describe_run, parse_arguments
+from kozero.config import arg, at_least, parse_arguments
 from kozero.errors import require, run_main
 from models.transformer import SwitchFeedForward, TransformerConfig, has_grouped_product, router_losses
 
@@ -34,7 +32,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}  # of the largest output
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Reported):
     """What to measure."""
 
     batch_size: int = arg(8, "rows")
@@ -46,9 +44,9 @@ class BenchmarkArguments:
     dtype: str = arg("fp32", "precision; bf16 and fp16 by autocast", choices=list(DTYPES))
     rounds: int = arg(7, "timed passes of each layer")
     seed: int = arg(0, "seed of weights and tokens")
-    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "batch_size", "seq_length", "rounds")
 
 
@@ -114,18 +112,14 @@ def main() -> None:
     dropped = check(layers, hidden, arguments.dtype)
     seconds = measure(layers, hidden, arguments)
     rows = [summary(name, times, seconds["ours"]) for name, times in seconds.items()]
-    print("| layer | forward + backward, ms | middle half, ms | time through ours |")
-    print("|---|---|---|---|")
-    for row in rows:
-        low, high = row["quartiles_ms"]
-        print(f"| {row['name']} | {row['median_ms']:.1f} | {low:.1f} to {high:.1f} | {row['ratio']:.2f} |")
+    print(table(
+        ("layer", "forward + backward, ms", "middle half, ms", "time through ours"),
+        [(row["name"], f"{row['median_ms']:.1f}", "{:.1f} to {:.1f}".format(*row["quartiles_ms"]),
+          f"{row['ratio']:.2f}") for row in rows],
+    ))  # fmt: skip
     product = "grouped" if has_grouped_product(hidden.to(DTYPES[arguments.dtype]), layers["ours"].w_in) else "batched"
     print(f"\nOurs multiplies by {product} products here; {dropped:.1%} of the tokens were dropped.")
-    if arguments.output_file:
-        machine = {"processor": platform.processor() or platform.machine(), "system": platform.platform()}
-        machine |= {"device": device, "threads": torch.get_num_threads()}
-        found = {"machine": machine, "product": product, "dropped": dropped, "rows": rows}
-        Path(arguments.output_file).write_text(json.dumps(describe_run(arguments) | found, indent=2) + "\n")
+    report(arguments, rows, product=product, dropped=dropped)
 
 
 def build(arguments: BenchmarkArguments, device: str) -> dict[str, nn.Module]:
