@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import statistics
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,13 @@ def compete(contenders: Sequence[Contender], rounds: int, port: int = 29_640) ->
             for process in side.processes:
                 process.kill()
                 process.join()
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it returned."""
+    begin = time.perf_counter()
+    found = work()
+    return time.perf_counter() - begin, found
 
 
 def median(values: Sequence[float]) -> float:

@@ -12,13 +12,12 @@ import os
 import resource
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contest import Block, Contender, Reported, compete, median, report, table
+from contest import Block, Contender, Reported, compete, median, report, table, timed
 
 from finetune.arguments import DataArguments
 from finetune.data import SAMPLE_TOKENIZER, cached_store, sources
@@ -85,13 +84,6 @@ def figures(name: str, blocks: list[dict[str, Any]], size: int) -> dict[str, Any
         "peak_mib": max(block["peak_mib"] for block in later),
         "blocks": blocks,
     }
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and what it returned."""
-    begin = time.perf_counter()
-    found = work()
-    return time.perf_counter() - begin, found
 
 
 def peak_mib() -> float:

@@ -165,6 +165,9 @@ SIDE_BY_SIDE = {  # rows of their tables; each compares losses, tokens or weight
     "zero.py --config_file models/tiny_config.json --stages 2 --length 16 --updates 1 --rounds 1": 4,
     "data.py --rounds 1 --batches 3": 6,
     "checkpoints.py --config_file models/tiny_config.json --rounds 1 --steps 2": 6,
+    "growth.py --of data --sizes 1,4 --reviews 100 --rounds 1": 6,
+    "growth.py --of ranks --sizes 1,2 --stage 2 --config_file models/tiny_config.json --rows 2 --rounds 1": 4,
+    "growth.py --of length --sizes 16,32 --config_file models/tiny_config.json --text_length 8 --rounds 1": 6,
 }
 
 
