@@ -7,6 +7,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+import torch
 
 from kozero.config import arg, parse_arguments
 from kozero.data.batches import collate
@@ -62,8 +63,21 @@ def test_where_a_report_cannot_be_written_nothing_is_measured(contest, monkeypat
     assert parsed(contest, monkeypatch).output_file is None
 
 
+def test_runs_of_entry_points_are_a_table_and_a_report(contest, script, monkeypatch, tmp_path, capsys):
+    row = {"name": "zero2", "losses": [8.25, 7.5], "norms": [1.5, 2.0]}
+    row |= {"peak_gib": 0.5, "formula_gib": 0.25, "speed": 1234.4}
+    script("runs").show([row], parsed(contest, monkeypatch, "--output_file", tmp_path / "found.json"))
+    header, rule, line = capsys.readouterr().out.strip().splitlines()
+    assert line == "| zero2 | 8.250000 7.500000 | 1.500000 2.000000 | 0.50 | 0.25 | 1,234 |"
+    assert header.count("|") == rule.count("|") == line.count("|")
+    assert json.loads((tmp_path / "found.json").read_text())["rows"] == [row]
+
+
 MISTAKES = {
     "checkpoints --steps 0": "--steps 0: must be 1 or more",
+    "encoders --encoders bert": "--encoders bert: 'bert' is none of transformer, mix_lm",
+    "encoders --length 1024": "--length 1024: transformer has 512 positions",
+    "encoders --layers -1": "--layers -1: must be 0 or more",
     "growth --of length --sizes 128,2048": "--sizes 128,2048: the model has 1024 positions",
     "growth --of ranks --length 2048": "--length 2048: the model has 1024 positions",
     "growth --of ranks --rows 6": "--rows 6: cannot be shared evenly by 4 ranks",
@@ -125,3 +139,52 @@ def test_other_work_at_one_size_is_told(script):
     check([{"size": 16, "targets": 32}, {"size": 16, "targets": 32}, {"size": 32, "targets": 64}], "length")
     with pytest.raises(UserError, match="unequal numbers of targets"):
         check([{"size": 16, "targets": 32}, {"size": 16, "targets": 30}], "length")
+
+
+TINY = [f"--{name}_config=models/{name}_tiny_config.json" for name in ("transformer", "mix_lm")]
+TINY += ["--layers", "0", "--rows", "2", "--length", "24"]
+
+
+def passed(script, encoder, side):
+    """Losses and gradient norm of a tiny side of benchmarks/encoders.py in one pass, and its parameters."""
+    encoders = script("encoders")
+    (arguments,) = parse_arguments(encoders.BenchmarkArguments, prog="", description="", argv=TINY)
+    config = encoders.config_of(arguments, encoder)
+    config.vocab_size = 512
+    module = encoders.SIDES[encoder][side](config).train()
+    batch = next(encoders.batches(arguments, config.vocab_size, 0))
+    losses = module(**batch.inputs)
+    losses.sum().backward()
+    norm = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
+    return losses.detach(), norm, sum(p.numel() for p in module.parameters())
+
+
+SWITCH_SIDES = ("loop over experts", "batched products", "transformers' Switch layer")
+
+
+@pytest.mark.parametrize(
+    "encoder, side", [*(("transformer", side) for side in SWITCH_SIDES), ("mix_lm", "masked large kernel")]
+)
+def test_another_layer_of_the_same_weights_changes_no_loss_and_no_gradient(script, encoder, side):
+    losses, norm, number = passed(script, encoder, "this project")
+    found, found_norm, found_number = passed(script, encoder, side)
+    torch.testing.assert_close(found, losses)
+    torch.testing.assert_close(found_norm, norm)
+    assert found_number >= number  # a masked kernel has taps that count for nothing
+
+
+@pytest.mark.parametrize("encoder", ["transformer", "mix_lm"])
+def test_a_head_at_hidden_tokens_changes_no_loss_of_bert(script, encoder):
+    everywhere = passed(script, encoder, "BertForMaskedLM")
+    torch.testing.assert_close(passed(script, encoder, "BertForMaskedLM, head at hidden tokens"), everywhere)
+
+
+def test_a_layer_that_learns_something_else_is_told(script):
+    rows = [{"name": f"{name}: {side}", "losses": [8.0], "norms": [norm]} for name, side, norm in [
+        ("transformer", "this project", 1.0), ("transformer", "loop over experts", 1.0005),
+        ("transformer", "BertForMaskedLM", 3.0), ("mix_lm", "this project", 2.0),
+    ]]  # fmt: skip
+    script("encoders").check(rows)
+    rows.append({"name": "mix_lm: masked large kernel", "losses": [8.0], "norms": [2.01]})
+    with pytest.raises(UserError, match="mix_lm: masked large kernel: norms"):
+        script("encoders").check(rows)
