@@ -2,7 +2,7 @@
 language modelling on full rows of random tokens.
 
     python benchmarks/encoders.py --output_file encoders.json
-    python benchmarks/encoders.py --encoders transformer --layers 2 --bf16
+    python benchmarks/encoders.py --config_files models/mix_lm_config.json --layers 2 --bf16
 
 Beside each encoder stand the same encoder with the layer that it is about replaced, and transformers' BertForMaskedLM.
 
@@ -36,11 +36,10 @@ from kozero.config import TrainingArguments, arg, at_least, parse_arguments
 from kozero.data.batch import Batch
 from kozero.engines import EngineSettings, build_engine
 from kozero.errors import require, run_main
-from kozero.json_files import check_keys
+from kozero.json_files import check_keys, read_json_object
 from kozero.pause import IGNORE
-from models.encoders import ENCODERS, build_encoder, config_file_of
+from models.encoders import ENCODERS, build_encoder, name_in_config
 from models.heads import ROUTER
-from models.language_model import read_model_json
 from models.mix_lm import MixedConvolution, MixLmConfig
 from models.transformer import SwitchFeedForward, TransformerConfig, router_losses
 from pretrain.objectives import EncoderPretraining
@@ -55,9 +54,9 @@ BERT = "BertForMaskedLM"
 class BenchmarkArguments(Reported):
     """What to measure."""
 
-    encoders: str = arg("transformer,mix_lm", "which, by comma")
-    transformer_config: str = arg(str(config_file_of("transformer")), "model JSON")
-    mix_lm_config: str = arg(str(config_file_of("mix_lm")), "model JSON")
+    config_files: str = arg(
+        "models/transformer_config.json,models/mix_lm_config.json", "model JSONs of encoders, by comma"
+    )
     layers: int = arg(4, "layers of every side; 0: those of the JSON")
     rows: int = arg(8, "rows of an update")
     length: int = arg(128, "tokens of a row")
@@ -69,28 +68,31 @@ class BenchmarkArguments(Reported):
         super().__post_init__()
         at_least(1, self, "rows", "length", "updates", "rounds")
         at_least(0, self, "layers")
-        unknown = [name for name in self.encoders.split(",") if name not in ENCODERS]
-        require(not unknown, f"--encoders {self.encoders}: {''.join(unknown[:1])!r} is none of {', '.join(ENCODERS)}")
-        for name in self.encoders.split(","):
-            positions = config_of(self, name).max_position_embeddings
-            require(self.length <= positions, f"--length {self.length}: {name} has {positions} positions")
+        for path in self.config_files.split(","):
+            config = config_of(self, path)
+            limit = config.max_position_embeddings
+            require(self.length <= limit, f"--length {self.length}: {path} has {limit} positions")
+            blocks = len(config.kernel_sizes) * config.n_experts if isinstance(config, MixLmConfig) else 1
+            even = config.hidden_size % blocks == config.ff_dim % blocks == 0  # for a grouped kernel
+            require(even, f"{path}: hidden_size and ff_dim must be multiples of {blocks}: kernel sizes x n_experts")
 
 
-def config_of(arguments: BenchmarkArguments, name: str) -> PreTrainedConfig:
+def config_of(arguments: BenchmarkArguments, path: str) -> PreTrainedConfig:
     """An encoder's config without dropout."""
-    path, kind = Path(getattr(arguments, f"{name}_config")), ENCODERS[name][0]
-    values = read_model_json(path, kind.model_type)
-    check_keys(values, set(kind().to_dict()) | set(kind.attribute_map), str(path))
+    kind = ENCODERS[name_in_config(Path(path))][0]
+    values = read_json_object(path)
+    check_keys(values, set(kind().to_dict()) | set(kind.attribute_map), path)
     layers = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
     return kind(**values | layers | {"dropout_prob": 0.0})
 
 
 def main() -> None:
-    """Measure an encoder after the other, check, print a Markdown table."""
+    """Measure one encoder after the other, check, print a Markdown table."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/encoders.py", description=__doc__)
     rows = []
-    for encoder in arguments.encoders.split(","):
-        sides = [Contender(f"{encoder}: {side}", measured, (arguments, encoder, side)) for side in SIDES[encoder]]
+    for path in arguments.config_files.split(","):
+        name = Path(path).stem.removesuffix("_config")
+        sides = [Contender(f"{name}: {side}", measured, (arguments, path, side)) for side in sides_of(path)]
         found = [figures(name, blocks) for name, blocks in compete(sides, arguments.rounds).items()]
         rows += [row | {"ratio": row["speed"] / found[0]["speed"]} for row in found]
     print(table(
@@ -113,20 +115,25 @@ def check(rows: list[dict[str, Any]]) -> None:
     """Sides with the same weights have learnt the same."""
     first: dict[tuple[str, bool], dict[str, Any]] = {}
     for row in rows:
-        encoder, side = row["name"].split(": ")
-        expected = first.setdefault((encoder, side.startswith(BERT)), row)
+        name, side = row["name"].split(": ")
+        expected = first.setdefault((name, side.startswith(BERT)), row)
         for kind in ("losses", "norms"):
             same = np.allclose(row[kind], expected[kind], rtol=TOLERANCE)
             require(same, f"{row['name']}: {kind} {row[kind]}, of {expected['name']}: {expected[kind]}")
 
 
-def measured(arguments: BenchmarkArguments, encoder: str, side: str) -> Block:
+def sides_of(path: str) -> dict[str, Callable[[PreTrainedConfig], nn.Module]]:
+    """What is measured of the encoder that a config describes."""
+    return SIDES[name_in_config(Path(path))]
+
+
+def measured(arguments: BenchmarkArguments, path: str, side: str) -> Block:
     """A side in its process."""
     distributed.setup()
-    config = config_of(arguments, encoder)
+    config = config_of(arguments, path)
     training = TrainingArguments(bf16=arguments.bf16)
-    engine = build_engine(SIDES[encoder][side](config), training, EngineSettings())
-    routed = encoder == "transformer" and not side.startswith(BERT)
+    engine = build_engine(sides_of(path)[side](config), training, EngineSettings())
+    routed = isinstance(config, TransformerConfig) and not side.startswith(BERT)
     stream = batches(arguments, config.vocab_size, len(ROUTER) * routed)
     parameters = sum(p.numel() for p in engine.module.parameters())
 

@@ -75,8 +75,9 @@ def test_runs_of_entry_points_are_a_table_and_a_report(contest, script, monkeypa
 
 MISTAKES = {
     "checkpoints --steps 0": "--steps 0: must be 1 or more",
-    "encoders --encoders bert": "--encoders bert: 'bert' is none of transformer, mix_lm",
-    "encoders --length 1024": "--length 1024: transformer has 512 positions",
+    "encoders --config_files models/tiny_config.json": "--config_file models/tiny_config.json: model_type 'gpt2'; "
+    "'kozero_transformer' or 'kozero_mix_lm' is needed here",
+    "encoders --length 1024": "--length 1024: models/transformer_config.json has 512 positions",
     "encoders --layers -1": "--layers -1: must be 0 or more",
     "growth --of length --sizes 128,2048": "--sizes 128,2048: the model has 1024 positions",
     "growth --of ranks --length 2048": "--length 2048: the model has 1024 positions",
@@ -141,17 +142,14 @@ def test_other_work_at_one_size_is_told(script):
         check([{"size": 16, "targets": 32}, {"size": 16, "targets": 30}], "length")
 
 
-TINY = [f"--{name}_config=models/{name}_tiny_config.json" for name in ("transformer", "mix_lm")]
-TINY += ["--layers", "0", "--rows", "2", "--length", "24"]
-
-
 def passed(script, encoder, side):
     """Losses and gradient norm of a tiny side of benchmarks/encoders.py in one pass, and its parameters."""
     encoders = script("encoders")
-    (arguments,) = parse_arguments(encoders.BenchmarkArguments, prog="", description="", argv=TINY)
-    config = encoders.config_of(arguments, encoder)
+    path = f"models/{encoder}_tiny_config.json"
+    arguments = encoders.BenchmarkArguments(config_files=path, layers=0, rows=2, length=24)
+    config = encoders.config_of(arguments, path)
     config.vocab_size = 512
-    module = encoders.SIDES[encoder][side](config).train()
+    module = encoders.sides_of(path)[side](config).train()
     batch = next(encoders.batches(arguments, config.vocab_size, 0))
     losses = module(**batch.inputs)
     losses.sum().backward()
