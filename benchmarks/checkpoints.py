@@ -78,8 +78,9 @@ def main() -> None:
     positions = read_config(Path(arguments.config_file)).n_positions
     require(arguments.tokens <= positions, f"--tokens {arguments.tokens}: the model has {positions} positions")
     with tempfile.TemporaryDirectory(prefix="kozero-checkpoints-") as folder:
-        told = [(name, (arguments, Path(folder) / str(number))) for number, name in enumerate(SIDES)]
-        blocks = compete([Contender(name, measured, (name, *rest)) for name, rest in told], arguments.rounds)
+        places = {name: Path(folder) / str(number) for number, name in enumerate(SIDES)}
+        sides = [Contender(name, measured, (name, arguments, place)) for name, place in places.items()]
+        blocks = compete(sides, arguments.rounds)
     rows = [figures(name, found) for name, found in blocks.items()]
     print(f"{arguments.steps} steps of {arguments.tokens} tokens, medians of {arguments.rounds} blocks (least to most)")
     print(table(

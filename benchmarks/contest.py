@@ -176,8 +176,8 @@ def report(arguments: Reported, rows: list[dict[str, Any]], **more: Any) -> None
 
 
 def without_folders(value: Any) -> Any:
-    """The last two parts of a path, of `--flag=PATH` too: a report names no folders of a machine."""
+    """The last two parts of each path in PATH,PATH or --flag=PATH: a report names no folders of a machine."""
     if not isinstance(value, str):
         return value
-    flag, equals, path = value.rpartition("=")
-    return flag + equals + "/".join(path.split("/")[-2:])
+    flag, equals, paths = value.rpartition("=")
+    return flag + equals + ",".join("/".join(path.split("/")[-2:]) for path in paths.split(","))

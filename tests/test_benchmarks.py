@@ -56,6 +56,17 @@ def test_a_report_says_everything_but_the_folders_of_the_machine(contest, monkey
     assert found["machine"]["processor"] and found["versions"]["torch"]
 
 
+@pytest.mark.parametrize(
+    "value, told",
+    {
+        "/a/b/c/d.json": "c/d.json", "a/b": "a/b", "--flag=/a/b/c": "--flag=b/c", "/x/a/b,/x/c/d": "a/b,c/d",
+        "kozero,padded": "kozero,padded", "": "", 3: 3, None: None,
+    }.items(),
+)  # fmt: skip
+def test_paths_keep_two_parts(contest, value, told):
+    assert contest.without_folders(value) == told
+
+
 def test_where_a_report_cannot_be_written_nothing_is_measured(contest, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output_file .*file: cannot be written"):
