@@ -1,108 +1,233 @@
-"""What a checkpoint costs the training, written at once and in the background.
+"""What a checkpoint costs the training: this project's, written at once and in the background, beside `torch.save` of
+the same state and DeepSpeed's save_checkpoint (ZeRO-1), each on one rank with the same weights, batch and rate.
 
     python benchmarks/checkpoints.py --config_file models/kogpt2_config.json --output_file checkpoints.json
 
-One rank without sharding, random tokens. A round is a block of steps without a checkpoint, one with a checkpoint after
-its first step, and one with it in the background; rounds follow each other, figures are medians over rounds. "Stall" is
-the call that saves, "lost" what the block takes longer than that without, the end of the writing included.
+A block is some steps without a checkpoint, then as many with one after the first of them. "Call" is the call that
+saves; a peer's leaves its files in the memory of the system, and what brings them to the disk (fsync of each file and
+folder) follows before the next step. "On the disk" is the time from the beginning of the call to the end of that;
+training waits for it except in the background. "Lost" is what the second half of a block takes longer than the first.
+The disk is that of temporary files (TMPDIR). Before anything is measured every side loads what it has saved into an
+engine of other weights: weights, moments and counts must be equal bit by bit. The losses of all sides must agree.
 """
 
-import json
-import platform
-import statistics
+import gc
+import os
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from contest import Block, Contender, Reported, compete, median, report, table
 
 from kozero import distributed
-from kozero.checkpoint import Checkpoints, RunState, file_sizes
-from kozero.config import TrainingArguments, arg, at_least, describe_run, parse_arguments
+from kozero.checkpoint import Checkpoints, RunState
+from kozero.config import BatchSizes, TrainingArguments, arg, at_least, parse_arguments
 from kozero.data.batches import Batch, Text, collate
-from kozero.engines import EngineSettings, build_engine
+from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
-from kozero.errors import run_main
-from models.causal_lm import CausalLM
-from models.language_model import random_weights, read_config
+from kozero.errors import require, run_main
+from kozero.memory import trim_heap
+from models.causal_lm import CausalLM, build
+from models.language_model import read_config, set_dropout
+from runs import ROOT
+
+RATE = 1e-5
+TOLERANCE = 1e-3  # of the sides' losses, relative
+TIMES = ("call", "disk", "without", "lost")  # of a block, in seconds
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Reported):
     """What to run."""
 
     config_file: str = arg("models/kogpt2_config.json", "model JSON")
-    rounds: int = arg(3, "times that each way is measured")
-    steps: int = arg(12, "optimizer updates of a block")
+    steps: int = arg(6, "optimizer updates of half a block")
     tokens: int = arg(64, "tokens of a step")
-    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
+    rounds: int = arg(3, "blocks of each side that count; one more before them warms up")
 
     def __post_init__(self) -> None:
-        at_least(1, self, "rounds", "steps", "tokens")
+        super().__post_init__()
+        at_least(1, self, "steps", "tokens", "rounds")
+
+
+@dataclass
+class Way:
+    """How an engine is saved to a folder.
+
+    save: the call, which begins to fill the folder; settle: waits until all of it is on the disk; load: reads it into
+    another engine; waits: training stands still until it is settled.
+    """
+
+    save: Callable[[], Any]
+    settle: Callable[[], Any]
+    load: Callable[[Engine], Any]
+    waits: bool = True
 
 
 def main() -> None:
-    """Measure, print a Markdown table."""
+    """Measure, check, print a Markdown table."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/checkpoints.py", description=__doc__)
+    positions = read_config(Path(arguments.config_file)).n_positions
+    require(arguments.tokens <= positions, f"--tokens {arguments.tokens}: the model has {positions} positions")
+    with tempfile.TemporaryDirectory(prefix="kozero-checkpoints-") as folder:
+        places = {name: Path(folder) / str(number) for number, name in enumerate(SIDES)}
+        sides = [Contender(name, measured, (name, arguments, place)) for name, place in places.items()]
+        blocks = compete(sides, arguments.rounds)
+    rows = [figures(name, found) for name, found in blocks.items()]
+    print(f"{arguments.steps} steps of {arguments.tokens} tokens, medians of {arguments.rounds} blocks (least to most)")
+    print(table(
+        ("checkpoint", "GiB", "MB/s", "call, s", "on the disk, s", "steps without, s", "lost, s"),
+        [(row["name"], f"{row['gib']:.2f}", f"{row['mb_per_s']:.0f}",
+          *("{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in TIMES)) for row in rows],
+    ))  # fmt: skip
+    report(arguments, rows)
+    for row in rows:
+        require(not row["unequal"], f"{row['name']}: loaded with other numbers: {', '.join(row['unequal'][:3])}")
+        near = np.allclose(row["losses"], rows[0]["losses"], rtol=TOLERANCE)
+        require(near, f"{row['name']}: losses {row['losses']}, the first side's are {rows[0]['losses']}")
+
+
+def figures(name: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """A side's row: (median, least, most) of each time in seconds; its first block warmed up."""
+    found = {key: [block[key] for block in blocks[1:]] for key in TIMES}
+    return {
+        "name": name, "gib": blocks[-1]["bytes"] / 2**30,
+        **{key: (median(times), min(times), max(times)) for key, times in found.items()},
+        "mb_per_s": blocks[-1]["bytes"] / 1e6 / median(found["disk"]),
+        "unequal": blocks[0]["unequal"], "losses": blocks[0]["losses"],
+    }  # fmt: skip
+
+
+def measured(name: str, arguments: BenchmarkArguments, folder: Path) -> Block:
+    """A side in its process: what it saves is looked at, then its blocks."""
     distributed.setup()
     config = read_config(Path(arguments.config_file))
-    module = CausalLM(random_weights(config, 0, arguments.config_file), [], None)
-    engine = build_engine(module, TrainingArguments(), EngineSettings())
     ids = np.random.default_rng(0).integers(0, config.vocab_size, arguments.tokens + 1)
     batch = collate([[Text(ids[:-1], ids[1:], 0)]])
-    engine.train_step([batch], 1e-5)  # the optimizer's states are there then
-    with tempfile.TemporaryDirectory(prefix="kozero-checkpoints-") as folder:
-        ways = {None: None} | {
-            mode: Checkpoints(Path(folder) / name, 1, mode) for mode, name in ((False, "once"), (True, "background"))
-        }
-        found = {mode: [] for mode in ways}
-        for _ in range(arguments.rounds):
-            for mode, checkpoints in ways.items():
-                found[mode].append(block(engine, batch, arguments.steps, checkpoints))
-        size = sum(file_sizes(ways[False].newest()).values())
-    rows = summary(found)
-    print(
-        f"checkpoint of {size / 2**30:.2f} GiB, {arguments.steps} steps a block, medians of {arguments.rounds} rounds"
+    ds_config, way_of = SIDES[name]
+    engine = engine_of(arguments, ds_config, seed=0)
+    engine.train_step([batch], RATE)  # the optimizer's states are there then
+    way = way_of(engine, folder)
+    way.save()
+    way.settle()
+    unequal = unequal_after_loading(engine, way, engine_of(arguments, ds_config, seed=1))
+    shutil.rmtree(folder)
+    gc.collect()
+    trim_heap()  # of what the other engine held
+
+    def block() -> dict[str, Any]:
+        without, _ = timed_steps(engine, batch, arguments.steps)
+        found = saving_steps(engine, way, batch, arguments.steps)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shutil.rmtree(folder)
+        lost = found.pop("seconds") - without
+        return found | {"without": without, "lost": lost, "bytes": size, "unequal": unequal}
+
+    return block
+
+
+def timed_steps(engine: Engine, batch: Batch, number: int) -> tuple[float, list[float]]:
+    """Seconds of some steps, and their losses."""
+    begin = time.perf_counter()
+    losses = [engine.train_step([batch], RATE).loss for _ in range(number)]
+    return time.perf_counter() - begin, losses
+
+
+def saving_steps(engine: Engine, way: Way, batch: Batch, number: int) -> dict[str, Any]:
+    """The same with a checkpoint after the first, and to the end of its writing."""
+
+    def settled() -> float:
+        way.settle()
+        return time.perf_counter()
+
+    with ThreadPoolExecutor(1) as watcher:
+        begin = time.perf_counter()
+        first = engine.train_step([batch], RATE).loss
+        saving = time.perf_counter()
+        way.save()
+        called = time.perf_counter()
+        writing = watcher.submit(settled)
+        if way.waits:
+            writing.result()
+        _, losses = timed_steps(engine, batch, number - 1)
+        disk = writing.result()
+        end = time.perf_counter()
+    return {"call": called - saving, "disk": disk - saving, "seconds": end - begin, "losses": [first, *losses]}
+
+
+def unequal_after_loading(engine: Engine, way: Way, twin: Engine) -> list[str]:
+    """Names of the tensors that are not the same in another engine, which loads what this one has saved."""
+    way.load(twin)
+    (own,), (loaded,) = ([v for k, v in e.snapshot().items() if k.endswith(".safetensors")] for e in (engine, twin))
+    return sorted(own.keys() ^ loaded.keys()) or [name for name in own if not torch.equal(own[name], loaded[name])]
+
+
+def engine_of(arguments: BenchmarkArguments, ds_config: str | None, seed: int) -> Engine:
+    """Random weights under a DeepSpeed JSON, or under PyTorch alone."""
+    training = TrainingArguments(deepspeed_config=ds_config, per_device_train_batch_size=1)
+    lm = build(read_config(Path(arguments.config_file)), seed)
+    set_dropout(lm, 0.0)
+    return build_engine(CausalLM(lm, []), training, prepare_engine(training, BatchSizes(1, 1, 1)))
+
+
+def kozero(in_background: bool, engine: Engine, folder: Path) -> Way:
+    """This project's checkpoint."""
+    checkpoints = Checkpoints(folder, 1, in_background)
+    return Way(
+        save=lambda: checkpoints.save(engine, RunState(step=1), {}, best=False),
+        settle=checkpoints.finish,
+        load=lambda twin: checkpoints.load(checkpoints.newest(), twin, {}),
+        waits=not in_background,
     )
-    print("| | block, s | stall, s | lost, s |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['name']} | {row['block']:.2f} | {row['stall']:.2f} | {row['lost']:.2f} |")
-    if arguments.output_file:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": torch.get_num_threads()}
-        told = describe_run(arguments) | {"machine": machine, "bytes": size, "rows": rows}
-        Path(arguments.output_file).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
-def block(engine: Engine, batch: Batch, steps: int, checkpoints: Checkpoints | None) -> tuple[float, float]:
-    """Seconds of some steps with a checkpoint after the first, and of the call that saves."""
-    began, stall = time.perf_counter(), 0.0
-    for step in range(steps):
-        engine.train_step([batch], 1e-5)
-        if step == 0 and checkpoints:
-            saving = time.perf_counter()
-            checkpoints.save(engine, RunState(step=1), {}, best=False)
-            stall = time.perf_counter() - saving
-    if checkpoints:
-        checkpoints.finish()
-    return time.perf_counter() - began, stall
+def torch_save(engine: Engine, folder: Path) -> Way:
+    """What a loop of one's own does."""
+    path = folder / "checkpoint.pt"
+
+    def save() -> None:
+        folder.mkdir()
+        torch.save({"model": engine.module.state_dict(), "optimizer": engine.optimizer.state_dict()}, path)
+
+    def load(twin: Engine) -> None:
+        saved = torch.load(path)
+        twin.module.load_state_dict(saved["model"])
+        twin.optimizer.load_state_dict(saved["optimizer"])
+
+    return Way(save, lambda: to_disk(folder), load)
 
 
-def summary(found: dict[bool | None, list[tuple[float, float]]]) -> list[dict]:
-    """A row a way."""
-    names = {None: "no checkpoint", False: "written at once", True: "in the background (--async_save)"}
-    blocks = {mode: statistics.median(seconds for seconds, _ in times) for mode, times in found.items()}
-    return [
-        {
-            "name": names[mode],
-            "block": blocks[mode],
-            "stall": statistics.median(stall for _, stall in times),
-            "lost": blocks[mode] - blocks[None],
-        }
-        for mode, times in found.items()
-    ]
+def deepspeed(engine: Engine, folder: Path) -> Way:
+    """DeepSpeed's own."""
+    return Way(
+        save=lambda: engine.engine.save_checkpoint(str(folder)),
+        settle=lambda: to_disk(folder),
+        load=lambda twin: twin.engine.load_checkpoint(str(folder)),
+    )
 
+
+def to_disk(folder: Path) -> None:
+    """Wait until a folder and all that is in it are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+SIDES = {  # name: (DeepSpeed JSON, way to save)
+    "kozero, at once": (None, partial(kozero, False)),
+    "kozero, in the background (--async_save)": (None, partial(kozero, True)),
+    "torch.save, then fsync": (None, torch_save),
+    "DeepSpeed save_checkpoint, then fsync": (str(ROOT / "ds_configs/zero1.json"), deepspeed),
+}
 
 if __name__ == "__main__":
     run_main(main)

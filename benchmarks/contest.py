@@ -8,7 +8,9 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,24 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from kozero.config import describe_run
+import torch
+
+from kozero.config import arg, describe_run
 from kozero.errors import require
+from kozero.folder import new_file
 
 Block = Callable[[], dict[str, Any]]  # one block of work: its figures
+
+
+@dataclass
+class Reported:
+    """What every benchmark takes."""
+
+    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
+
+    def __post_init__(self) -> None:
+        if self.output_file:
+            new_file("--output_file", Path(self.output_file))
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,13 @@ def compete(contenders: Sequence[Contender], rounds: int, port: int = 29_640) ->
                 process.join()
 
 
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it returned."""
+    begin = time.perf_counter()
+    found = work()
+    return time.perf_counter() - begin, found
+
+
 def median(values: Sequence[float]) -> float:
     """Of some figures."""
     return statistics.median(values)
@@ -137,11 +160,24 @@ def machine() -> dict[str, Any]:
         flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
         units = [unit for unit in ("avx512_bf16", "amx_bf16") if unit in flags.split()]
         name = ", ".join([*names[:1], f"{len(names)} cores", *units])
-    return {"processor": name, "system": platform.platform()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"processor": name, "device": device, "system": platform.platform()}
 
 
-def report(output_file: str | None, arguments: Any, rows: Any) -> None:
-    """Write rows with machine, versions and settings."""
-    if output_file:
-        text = json.dumps(describe_run(arguments) | {"machine": machine(), "rows": rows}, indent=2, ensure_ascii=False)
-        Path(output_file).write_text(text + "\n", encoding="utf-8")
+def report(arguments: Reported, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write rows, and what else was found, with machine, versions and settings, if --output_file asks for it."""
+    if not arguments.output_file:
+        return
+    run = describe_run(arguments)
+    run["arguments"] = {name: without_folders(value) for name, value in run["arguments"].items()}
+    run["command"] = shlex.join(map(without_folders, shlex.split(run["command"])))
+    text = json.dumps(run | {"machine": machine()} | more | {"rows": rows}, indent=2, ensure_ascii=False)
+    Path(arguments.output_file).write_text(text + "\n", encoding="utf-8")
+
+
+def without_folders(value: Any) -> Any:
+    """The last two parts of each path in PATH,PATH or --flag=PATH: a report names no folders of a machine."""
+    if not isinstance(value, str):
+        return value
+    flag, equals, paths = value.rpartition("=")
+    return flag + equals + ",".join("/".join(path.split("/")[-2:]) for path in paths.split(","))

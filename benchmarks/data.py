@@ -12,13 +12,12 @@ import os
 import resource
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contest import Block, Contender, compete, median, report, table
+from contest import Block, Contender, Reported, compete, median, report, table, timed
 
 from finetune.arguments import DataArguments
 from finetune.data import SAMPLE_TOKENIZER, cached_store, sources
@@ -34,7 +33,7 @@ ROWS = 32  # of a batch
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Reported):
     """What to run. Without --train_file: the sample data."""
 
     train_file: str | None = arg(None, "TSV of NSMC")
@@ -42,9 +41,9 @@ class BenchmarkArguments:
     row_length: int = arg(256, "tokens of a packed row")
     batches: int = arg(200, "batches of 32 that a loader makes in a block")
     rounds: int = arg(3, "blocks of each side that count; one more before them warms up")
-    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "row_length", "batches", "rounds")
 
 
@@ -67,7 +66,7 @@ def main() -> None:
         [(row["name"], f"{row['mb_per_s']:.2f}", f"{row['warm']:.3f}", f"{row['texts_per_s']:,.0f}",
           f"{row['tokens_per_s']:,.0f}", f"{row['peak_mib']:.0f}") for row in rows],
     ))  # fmt: skip
-    report(arguments.output_file, arguments, rows)
+    report(arguments, rows)
     for row in rows[1:]:
         require(row["tokens"] == rows[0]["tokens"], f"{row['name']}: {row['tokens']:,} tokens, {rows[0]['tokens']:,}")
 
@@ -85,13 +84,6 @@ def figures(name: str, blocks: list[dict[str, Any]], size: int) -> dict[str, Any
         "peak_mib": max(block["peak_mib"] for block in later),
         "blocks": blocks,
     }
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and what it returned."""
-    begin = time.perf_counter()
-    found = work()
-    return time.perf_counter() - begin, found
 
 
 def peak_mib() -> float:

@@ -13,19 +13,20 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from contest import Reported
 from transformers import GPT2Config
 
 from kozero.config import arg, at_least, parse_arguments
 from kozero.errors import run_main
 from kozero.json_files import read_json_object
 from kozero.plan import ModelShape, state_bytes
-from runs import ROOT, flags, measured, report
+from runs import ROOT, flags, measured, show
 
 STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero2_offload": 2, "zero3_offload": 3}
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Reported):
     """What to run."""
 
     config_file: str = arg("models/small_config.json", "model JSON")
@@ -35,16 +36,16 @@ class BenchmarkArguments:
     micro_batch: int = arg(1, "rows of one forward pass on one rank")
     dtype: str = arg("fp32", "precision", choices=["fp32", "bf16", "fp16"])
     freeze: str | None = arg(None, "as in finetune/train.py")
-    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "ranks", "steps", "micro_batch")
 
 
 def main() -> None:
     """Run all, print a Markdown table."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/engines.py", description=__doc__)
-    report([run(name, arguments) for name in STAGES], arguments, arguments.output_file)
+    show([run(name, arguments) for name in STAGES], arguments)
 
 
 def run(name: str, arguments: BenchmarkArguments) -> dict:

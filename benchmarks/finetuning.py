@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import Block, Contender, compete, median, report, table
+from contest import Block, Contender, Reported, compete, median, report, table
 
 from finetune.arguments import DataArguments, ModelArguments
 from finetune.data import cached_store, sources
@@ -38,7 +38,7 @@ Pairs = list[tuple[list[int], list[int]]]  # ids of a text, and the same with IG
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Reported):
     """What to run. Without --train_file: the sample data."""
 
     config_file: str = arg("models/kogpt2_config.json", "model JSON")
@@ -54,9 +54,9 @@ class BenchmarkArguments:
     bf16: bool = arg(False, "compute in bfloat16")
     tolerance: float = arg(0.02, "of the losses after the first block, relative")
     sides: str = arg("kozero,padded,dynamic,grouped,packed", "which, by comma")
-    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "texts", "batch_size", "length", "row_length", "rounds")
         unknown = [side for side in self.sides.split(",") if side not in SIDES]
         require(not unknown, f"--sides {self.sides}: {''.join(unknown[:1])} is none of {', '.join(SIDES)}")
@@ -101,7 +101,7 @@ def main() -> None:
         [(row["name"], f"{row['speed']:.1f}", "{:.1f} to {:.1f}".format(*row["spread"]),
           f"{row['speed'] / ours['speed']:.2f}", f"{row['losses'][0]:.4f}", f"{row['held_out']:.4f}") for row in rows],
     ))  # fmt: skip
-    report(arguments.output_file, arguments, rows)
+    report(arguments, rows)
     for row in rows:
         off = abs(row["held_out"] / ours["held_out"] - 1)
         require(off <= arguments.tolerance, f"{row['name']}: loss {row['held_out']:.4f} is {off:.1%} from the first's")

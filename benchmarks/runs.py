@@ -5,13 +5,13 @@ Its neighbours import it by its bare name: they are scripts, and another package
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from kozero.config import describe_run
+from contest import Reported, report, table
+
 from kozero.errors import require
 
 ROOT = Path(__file__).parent.parent
@@ -43,18 +43,16 @@ def flags(values: dict[str, Any]) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
-def report(rows: list[dict[str, Any]], arguments: Any, output_file: str | None) -> None:
-    """Print the rows as a Markdown table, and write them with machine, versions and settings."""
-    print("| engine | losses | gradient norms | peak GiB (rank 0) | states by formula, GiB | tokens/s |")
-    print("|---|---|---|---|---|---|")
+def show(rows: list[dict[str, Any]], arguments: Reported) -> None:
+    """Print the rows as a Markdown table, and write them."""
+    cells = []
     for row in rows:
         losses, norms = (" ".join(f"{value:.6f}" for value in row[name]) for name in ("losses", "norms"))
-        figures = f"{row['peak_gib']:.2f} | {row['formula_gib']:.2f} | {row['speed']:,.0f}"
-        print(f"| {row['name']} | {losses} | {norms} | {figures} |")
-    if output_file:
-        machine = {"processor": platform.processor() or platform.machine(), "system": platform.platform()}
-        text = json.dumps(describe_run(arguments) | {"machine": machine, "rows": rows}, indent=2)
-        Path(output_file).write_text(text + "\n", encoding="utf-8")
+        figures = (f"{row['peak_gib']:.2f}", f"{row['formula_gib']:.2f}", f"{row['speed']:,.0f}")
+        cells.append((row["name"], losses, norms, *figures))
+    columns = ("engine", "losses", "gradient norms", "peak GiB (rank 0)", "states by formula, GiB", "tokens/s")
+    print(table(columns, cells))
+    report(arguments, rows)
 
 
 def python(entry: str) -> list[str]:

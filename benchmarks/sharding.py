@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from contest import Reported
 from safetensors import safe_open
 
 from kozero.config import arg, at_least, parse_arguments
 from kozero.errors import run_main
 from kozero.plan import state_bytes
 from pretrain.arguments import MODELS
-from runs import flags, measured, python, report
+from runs import flags, measured, python, show
 
 ROWS = {  # name: (ZeRO stage, entry, its flags)
     "train": (0, "pretrain/train.py", []),
@@ -32,7 +33,7 @@ ROWS = {  # name: (ZeRO stage, entry, its flags)
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Reported):
     """What to run."""
 
     model: str = arg("causal_lm", "architecture", choices=list(MODELS))
@@ -42,16 +43,16 @@ class BenchmarkArguments:
     steps: int = arg(5, "optimizer updates of each run")
     micro_batch: int = arg(1, "rows of one forward pass on one rank")
     max_seq_length: int = arg(64, "tokens of a row")
-    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "ranks", "steps", "micro_batch")
 
 
 def main() -> None:
     """Run all, print a Markdown table."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/sharding.py", description=__doc__)
-    report([run(name, arguments) for name in ROWS], arguments, arguments.output_file)
+    show([run(name, arguments) for name in ROWS], arguments)
 
 
 def run(name: str, arguments: BenchmarkArguments) -> dict:

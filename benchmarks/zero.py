@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contest import Block, Contender, compete, median, report, table
+from contest import Block, Contender, Reported, compete, median, report, table
 from torch.nn.parallel import DistributedDataParallel
 
 from kozero import distributed
@@ -28,7 +28,7 @@ from models.language_model import read_config, set_dropout
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Reported):
     """What to run."""
 
     config_file: str = arg("models/kogpt2_config.json", "model JSON")
@@ -41,9 +41,9 @@ class BenchmarkArguments:
     rounds: int = arg(3, "blocks of each side that count; one more before them warms up")
     bf16: bool = arg(False, "compute in bfloat16")
     tolerance: float = arg(0.01, "of the losses of the first block, relative")
-    output_file: str | None = arg(None, "JSON for machine, versions, settings and rows")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "ranks", "micro_batch", "accumulation", "length", "updates", "rounds")
         known = {"0", "1", "2", "3"}
         require(set(self.stages.split(",")) <= known, f"--stages {self.stages}: must be numbers from 0 to 3, by comma")
@@ -66,7 +66,7 @@ def main() -> None:
         [(row["stage"], row["name"], f"{row['speed']:.0f}", "{:.0f} to {:.0f}".format(*row["spread"]),
           " ".join(f"{loss:.4f}" for loss in row["losses"])) for row in rows],
     ))  # fmt: skip
-    report(arguments.output_file, arguments, rows)
+    report(arguments, rows)
     for ours, peer in zip(rows[::2], rows[1::2], strict=True):
         near = np.allclose(ours["losses"], peer["losses"], rtol=arguments.tolerance)
         require(near, f"ZeRO-{ours['stage']}: losses {ours['losses']} and {peer['losses']} differ")

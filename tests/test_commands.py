@@ -160,16 +160,15 @@ def test_readme_commands_of_pre_training_run_one_after_the_other(tmp_path):
     assert "BM25" in (tmp_path / "runs/vectors/retrieval.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_what_a_checkpoint_costs_is_measured():
-    done = shell("python benchmarks/checkpoints.py --config_file models/tiny_config.json --rounds 1 --steps 2")
-    assert done.returncode == 0 and done.stdout.count("\n| ") == 4, done.stderr
-
-
-SIDE_BY_SIDE = {  # rows of their tables; each compares losses or tokens itself
+SIDE_BY_SIDE = {  # rows of their tables; each compares losses, tokens or weights itself
     "finetuning.py --config_file models/tiny_config.json --texts 16 --rounds 1 --sides kozero,grouped,packed": 5,
     "zero.py --config_file models/tiny_config.json --stages 2 --length 16 --updates 1 --rounds 1": 4,
     "data.py --rounds 1 --batches 3": 6,
+    "checkpoints.py --config_file models/tiny_config.json --rounds 1 --steps 2": 6,
+    "growth.py --of data --sizes 1,4 --reviews 100 --rounds 1": 6,
+    "growth.py --of ranks --sizes 1,2 --stage 2 --config_file models/tiny_config.json --rows 2 --rounds 1": 4,
+    "growth.py --of length --sizes 16,32 --config_file models/tiny_config.json --text_length 8 --rounds 1": 6,
+    "encoders.py --config_files models/mix_lm_tiny_config.json --layers 0 --rounds 1": 6,
 }
 
 

@@ -1,0 +1,199 @@
+"""What the benchmarks share. That each runs, and that its sides do the same work, is in test_commands.py."""
+
+import json
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+
+from kozero.config import arg, parse_arguments
+from kozero.data.batches import collate
+from kozero.data.readers import read_tsv
+from kozero.errors import UserError
+from tests.helpers import ROOT
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """One of them by its bare name, as the others find it."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.chdir(ROOT)
+    return import_module
+
+
+@pytest.fixture
+def contest(script):
+    return script("contest")
+
+
+def parsed(contest, monkeypatch, *flags):
+    @dataclass
+    class Arguments(contest.Reported):
+        train_file: str | None = arg(None, "file")
+        rounds: int = arg(3, "blocks")
+
+    monkeypatch.setattr(sys, "argv", ["benchmarks/any.py", *map(str, flags)])
+    return parse_arguments(Arguments, prog="any", description="")[0]
+
+
+@pytest.mark.parametrize("form", ["--train_file={}", "--train_file {}"])
+def test_a_report_says_everything_but_the_folders_of_the_machine(contest, monkeypatch, tmp_path, form):
+    path, out = tmp_path / "data of mine/nsmc/ratings_train.txt", tmp_path / "new/found.json"
+    flags = [word.format(path) for word in form.split()]
+    arguments = parsed(contest, monkeypatch, *flags, f"--output_file={out}")
+    contest.report(arguments, [{"name": "한 줄", "speed": 1.5}], product="grouped")
+    text = out.read_text(encoding="utf-8")
+    found = json.loads(text)
+    assert str(tmp_path) not in text and "data of mine" not in text
+    given = {"train_file": "nsmc/ratings_train.txt", "output_file": "new/found.json", "rounds": 3}
+    assert found["arguments"] == given
+    written = form.format("nsmc/ratings_train.txt")
+    assert found["command"].endswith(f"benchmarks/any.py {written} --output_file=new/found.json")
+    assert found["rows"] == [{"name": "한 줄", "speed": 1.5}] and found["product"] == "grouped"
+    assert found["machine"]["processor"] and found["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    "value, told",
+    {
+        "/a/b/c/d.json": "c/d.json", "a/b": "a/b", "--flag=/a/b/c": "--flag=b/c", "/x/a/b,/x/c/d": "a/b,c/d",
+        "kozero,padded": "kozero,padded", "": "", 3: 3, None: None,
+    }.items(),
+)  # fmt: skip
+def test_paths_keep_two_parts(contest, value, told):
+    assert contest.without_folders(value) == told
+
+
+def test_where_a_report_cannot_be_written_nothing_is_measured(contest, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output_file .*file: cannot be written"):
+        parsed(contest, monkeypatch, "--output_file", tmp_path / "file/found.json")
+    assert parsed(contest, monkeypatch).output_file is None
+
+
+def test_runs_of_entry_points_are_a_table_and_a_report(contest, script, monkeypatch, tmp_path, capsys):
+    row = {"name": "zero2", "losses": [8.25, 7.5], "norms": [1.5, 2.0]}
+    row |= {"peak_gib": 0.5, "formula_gib": 0.25, "speed": 1234.4}
+    script("runs").show([row], parsed(contest, monkeypatch, "--output_file", tmp_path / "found.json"))
+    header, rule, line = capsys.readouterr().out.strip().splitlines()
+    assert line == "| zero2 | 8.250000 7.500000 | 1.500000 2.000000 | 0.50 | 0.25 | 1,234 |"
+    assert header.count("|") == rule.count("|") == line.count("|")
+    assert json.loads((tmp_path / "found.json").read_text())["rows"] == [row]
+
+
+MISTAKES = {
+    "checkpoints --steps 0": "--steps 0: must be 1 or more",
+    "encoders --config_files models/tiny_config.json": "--config_file models/tiny_config.json: model_type 'gpt2'; "
+    "'kozero_transformer' or 'kozero_mix_lm' is needed here",
+    "encoders --length 1024": "--length 1024: models/transformer_config.json has 512 positions",
+    "encoders --layers -1": "--layers -1: must be 0 or more",
+    "growth --of length --sizes 128,2048": "--sizes 128,2048: the model has 1024 positions",
+    "growth --of ranks --length 2048": "--length 2048: the model has 1024 positions",
+    "growth --of ranks --rows 6": "--rows 6: cannot be shared evenly by 4 ranks",
+    "growth --sizes 10": "--sizes 10: must be two numbers above 0 or more, by comma",
+    "growth --sizes 0,10": "--sizes 0,10: must be two numbers above 0 or more, by comma",
+    "growth --sizes 1,1.5": "--sizes 1,1.5: must be two numbers above 0 or more, by comma",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line_before_anything_is_measured(script, command):
+    name, *flags = command.split()
+    with pytest.raises(UserError) as error:
+        parse_arguments(script(name).BenchmarkArguments, prog=name, description="", argv=flags)
+    assert str(error.value) == MISTAKES[command]
+
+
+def test_exponents_are_those_of_powers_and_the_first_block_is_left_out(script):
+    def blocks(size):
+        later = [{"seconds": 3 * size**2 * noise, "mib": 5.0, "peak_mib": 300} for noise in (0.5, 1, 4)]
+        return [{"work": {"seconds": 1e9, "mib": 1e9, "peak_mib": 1e9}}, *({"work": block} for block in later)]
+
+    first, *rows = script("growth").rows_of([(size, blocks(size)) for size in (1, 10, 40)])
+    assert first["time_exponent"] is None and first["seconds"] == 3 and first["spread"] == (1.5, 12)
+    assert [row["time_exponent"] for row in rows] == pytest.approx([2, 2])
+    assert [row["memory_exponent"] for row in rows] == pytest.approx([0, 0])
+
+
+def test_what_took_no_memory_has_no_exponent(script):
+    sizes = {1: 0.0, 2: -0.5, 4: 3.0}
+    found = [(size, [{"work": {"seconds": 1.0, "mib": mib, "peak_mib": 1}}] * 2) for size, mib in sizes.items()]
+    assert [row["memory_exponent"] for row in script("growth").rows_of(found)] == [None] * 3
+
+
+def test_a_table_is_made_longer_by_its_own_rows(script, tmp_path):
+    (tmp_path / "a").write_bytes("id\tdocument\tlabel\n1\t좋다\t1\r\n2\t나쁘다\t0".encode())
+    script("growth").lengthen(tmp_path / "a", tmp_path / "b", 5)
+    rows = [row for _, row in read_tsv(tmp_path / "b", ("document",))]
+    assert [row["document"] for row in rows] == ["좋다", "나쁘다", "좋다", "나쁘다", "좋다"]
+
+
+@pytest.mark.parametrize("length", [4, 5, 20])
+def test_texts_of_any_length_predict_the_same_tokens_of_a_row(script, length):
+    row = np.arange(100, 121)
+    found = script("growth").texts(row, length)
+    assert max(len(text.ids) for text in found) == length
+    batch = collate([found], 20)
+    assert batch.inputs["input_ids"].tolist() == [row[:-1].tolist()]
+    assert batch.inputs["target_ids"].tolist() == row[1:].tolist()
+    assert batch.inputs["position_ids"].tolist() == [[k % length for k in range(20)]]
+
+
+def test_other_work_at_one_size_is_told(script):
+    check = script("growth").check
+    losses = [{"size": 1, "losses": [8.0, 7.0]}, {"size": 2, "losses": [8.0, 7.01]}]
+    check(losses, "ranks")
+    with pytest.raises(UserError, match="2 ranks: losses"):
+        check([losses[0], {"size": 2, "losses": [8.0, 7.5]}], "ranks")
+    check([{"size": 16, "targets": 32}, {"size": 16, "targets": 32}, {"size": 32, "targets": 64}], "length")
+    with pytest.raises(UserError, match="unequal numbers of targets"):
+        check([{"size": 16, "targets": 32}, {"size": 16, "targets": 30}], "length")
+
+
+def passed(script, encoder, side):
+    """Losses and gradient norm of a tiny side of benchmarks/encoders.py in one pass, and its parameters."""
+    encoders = script("encoders")
+    path = f"models/{encoder}_tiny_config.json"
+    arguments = encoders.BenchmarkArguments(config_files=path, layers=0, rows=2, length=24)
+    config = encoders.config_of(arguments, path)
+    config.vocab_size = 512
+    module = encoders.sides_of(path)[side](config).train()
+    batch = next(encoders.batches(arguments, config.vocab_size, 0))
+    losses = module(**batch.inputs)
+    losses.sum().backward()
+    norm = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
+    return losses.detach(), norm, sum(p.numel() for p in module.parameters())
+
+
+SWITCH_SIDES = ("loop over experts", "batched products", "transformers' Switch layer")
+
+
+@pytest.mark.parametrize(
+    "encoder, side", [*(("transformer", side) for side in SWITCH_SIDES), ("mix_lm", "masked large kernel")]
+)
+def test_another_layer_of_the_same_weights_changes_no_loss_and_no_gradient(script, encoder, side):
+    losses, norm, number = passed(script, encoder, "this project")
+    found, found_norm, found_number = passed(script, encoder, side)
+    torch.testing.assert_close(found, losses)
+    torch.testing.assert_close(found_norm, norm)
+    assert found_number >= number  # a masked kernel has taps that count for nothing
+
+
+@pytest.mark.parametrize("encoder", ["transformer", "mix_lm"])
+def test_a_head_at_hidden_tokens_changes_no_loss_of_bert(script, encoder):
+    everywhere = passed(script, encoder, "BertForMaskedLM")
+    torch.testing.assert_close(passed(script, encoder, "BertForMaskedLM, head at hidden tokens"), everywhere)
+
+
+def test_a_layer_that_learns_something_else_is_told(script):
+    rows = [{"name": f"{name}: {side}", "losses": [8.0], "norms": [norm]} for name, side, norm in [
+        ("transformer", "this project", 1.0), ("transformer", "loop over experts", 1.0005),
+        ("transformer", "BertForMaskedLM", 3.0), ("mix_lm", "this project", 2.0),
+    ]]  # fmt: skip
+    script("encoders").check(rows)
+    rows.append({"name": "mix_lm: masked large kernel", "losses": [8.0], "norms": [2.01]})
+    with pytest.raises(UserError, match="mix_lm: masked large kernel: norms"):
+        script("encoders").check(rows)
