@@ -40,9 +40,9 @@ def profiled(update: Callable[[], Any], updates: int) -> dict[str, Any]:
         which the profiler slows down. `largest`: (name, calls, milliseconds).
     """
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
-    with profile(activities=activities):  # the first one loads libraries
+    with profile(activities=activities, acc_events=True):  # the first one loads libraries
         update()
-    with profile(activities=activities) as found:
+    with profile(activities=activities, acc_events=True) as found:
         begin = time.perf_counter()
         for _ in range(updates):
             update()

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -18,7 +20,6 @@ from kozero.freeze import apply_plan, compile_plan, step_flops
 from kozero.plan import ModelShape
 from models.causal_lm import CausalLM, build
 from tests.helpers import ROOT
-from tests.test_commands import shell
 
 TINY = ("--config_file", ROOT / "models/tiny_config.json", "--length", 16, "--updates", 2, "--rounds", 1)
 
@@ -117,11 +118,12 @@ def test_the_model_learns_what_it_repeats(one_rank, benchmark, monkeypatch, caps
 
 @pytest.mark.slow
 def test_zero_2_and_checkpoints_of_activations_take_the_same_step(tmp_path):
-    rows = []
+    rows, env = [], os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for name, flags in (("plain", ""), ("zero2", "--deepspeed_config ds_configs/zero2.json --gradient_checkpointing")):
         file = tmp_path / f"{name}.json"
-        done = shell(f"python benchmarks/step.py {' '.join(map(str, TINY))} {flags} --output_file {file}")
-        assert done.returncode == 0, done.stderr
+        told = [*map(str, TINY), *flags.split(), "--output_file", str(file)]
+        done = subprocess.run([sys.executable, "benchmarks/step.py", *told], cwd=ROOT, env=env, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
         rows += json.loads(file.read_text())["rows"]
     plain, sharded = ([loss for block in row["blocks"] for loss in block["losses"]] for row in rows)
     assert sharded == pytest.approx(plain, abs=1e-4)
