@@ -127,6 +127,8 @@ def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
         config_file=arguments.config_file, tokenizer_name_or_path=arguments.tokenizer_name_or_path, dropout=0.0
     )
     model = load_model(told, PauseArguments(), False, seed=0)
+    longest, positions = max(arguments.length, arguments.row_length), model.config.n_positions
+    require(longest <= positions, f"--length, --row_length {longest}: the model has {positions} positions")
     model.module.lm.config.activation_function = "gelu_new"  # as KoGPT2 and most GPT-2 say
     spare = range(model.config.vocab_size - len(model.tokenizer))  # ours never predicts rows without a token
     model.tokenizer.add_tokens([f"<spare{number}>" for number in spare])
