@@ -127,6 +127,8 @@ def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
         config_file=arguments.config_file, tokenizer_name_or_path=arguments.tokenizer_name_or_path, dropout=0.0
     )
     model = load_model(told, PauseArguments(), False, seed=0)
+    longest, positions = max(arguments.length, arguments.row_length), model.config.n_positions
+    require(longest <= positions, f"--length, --row_length {longest}: the model has {positions} positions")
     model.module.lm.config.activation_function = "gelu_new"  # as KoGPT2 and most GPT-2 say
     spare = range(model.config.vocab_size - len(model.tokenizer))  # ours never predicts rows without a token
     model.tokenizer.add_tokens([f"<spare{number}>" for number in spare])
@@ -202,8 +204,9 @@ def score(lm: torch.nn.Module, work: Work) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
         for ids, labels in work.held_out:
-            logits = lm(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-            total += F.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum").item()
+            logits = lm(input_ids=torch.tensor([ids], device=lm.device)).logits[0, :-1].float()
+            wanted = torch.tensor(labels[1:], device=lm.device)
+            total += F.cross_entropy(logits, wanted, reduction="sum").item()
             count += sum(label != IGNORE for label in labels[1:])
     lm.train()
     return total / count
@@ -222,6 +225,8 @@ class Clock:
                 self.begin = self.begin or time.perf_counter()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if torch.cuda.is_available():  # which has been told of the update and may not have made it yet
+                    torch.cuda.synchronize()
                 self.end = time.perf_counter()
 
         return Callback()
@@ -229,12 +234,16 @@ class Clock:
 
 def settings(work: Work, rows: int, updates: int) -> dict[str, Any]:
     """Arguments of a peer's trainer, as close to ours as they get; the rest are its defaults."""
+    from transformers import TrainingArguments as PeerArguments
+
+    known = PeerArguments.__dataclass_fields__
+    recomputing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
     return {
         "output_dir": str(Path(work.model).parent / "peer"), "per_device_train_batch_size": rows,
         "max_steps": updates, "learning_rate": work.learning_rate, "lr_scheduler_type": "constant",
         "weight_decay": 0.01, "max_grad_norm": 1.0, "bf16": work.bf16, "use_cpu": not torch.cuda.is_available(),
         "report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0,
-        "remove_unused_columns": False, "activation_checkpointing": False,
+        "remove_unused_columns": False, recomputing: False,
     }  # fmt: skip
 
 

@@ -174,13 +174,13 @@ def own_loop(arguments: BenchmarkArguments) -> Block:
     device, dtype = distributed.device(), torch.bfloat16 if arguments.bf16 else torch.float32
 
     def update(micro_batches: list[np.ndarray]) -> float:
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for k, rows in enumerate(micro_batches):
             ddp.require_backward_grad_sync = k == len(micro_batches) - 1  # what no_sync does
             with torch.autocast(device.type, dtype, enabled=arguments.bf16):
                 loss = ddp(**peer_inputs(rows, device)).loss / len(micro_batches)
             loss.backward()
-            total += loss.detach().cpu()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

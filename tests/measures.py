@@ -76,6 +76,22 @@ END = 43  # ends three of the five texts, one rank's sooner than the other's
 # What the processes do ---------------------------------------------------------------------------------------------
 
 
+def told(name: str, shape: tuple[int, int] = FOUR_BY_TWO, **other: Any) -> TrainingArguments:
+    """What the command line says, with the same rows in a step on one rank as on two."""
+    return arguments(name, (shape[0], shape[1] * 2 // distributed.world_size()), **other)
+
+
+def logits_of(engine: Engine) -> torch.Tensor:
+    """(2, 10, V) by a part of the module, on the CPU."""
+    ids = ids_to_compare().to(distributed.device())
+    return engine.module.lm(input_ids=ids).logits.detach().to("cpu", copy=True)
+
+
+def on_last_rank() -> bool:
+    """Where a loss is spoiled: on one rank of several."""
+    return distributed.rank() == distributed.world_size() - 1
+
+
 def train(engine: Engine, sizes: Any, rows_of_steps: list[list[Row]], optim: str, first: int = 0) -> list:
     """Losses and norms of steps, whose rates go on from step `first`."""
     done = []
@@ -92,8 +108,9 @@ def curve(done: list) -> dict[str, list]:
 
 def case(name: str, optim: str, shape: tuple[int, int], freeze: str | None, rows: list, **other: Any) -> dict:
     """One training."""
-    engine, sizes = engine_for(name, toy(freeze), arguments(name, shape, optim=optim, **other))
+    engine, sizes = engine_for(name, toy(freeze), told(name, shape, optim=optim, **other))
     done = curve(train(engine, sizes, rows, optim)) | {"state": engine.full_state_dict()}
+    done["devices"] = {p.device.type for p in engine.module.parameters()}
     if name in SHARDINGS:
         done["held"] = held(engine)
     engine.close()
@@ -115,8 +132,8 @@ def without_targets() -> list[list[Row]]:
 
 
 def skips(name: str, dtype: str) -> dict:
-    """A good step, three with an infinite loss in the first micro batch of rank 1 alone, and two good ones."""
-    said = arguments(name, optim="adamw", bf16=dtype == "bf16", fp16=dtype == "fp16")
+    """A good step, three with an infinite loss in the first micro batch of the last rank alone, and two good ones."""
+    said = told(name, optim="adamw", bf16=dtype == "bf16", fp16=dtype == "fp16")
     module = toy()
     module.poison = 1.0
     module.register_forward_hook(poisoned)
@@ -125,7 +142,7 @@ def skips(name: str, dtype: str) -> dict:
     done = train(engine, sizes, good[:1], "adamw")
     before, mine = engine.full_state_dict(), shards(module)
     for _ in range(3):
-        module.poison = math.inf if distributed.rank() == 1 else 1.0
+        module.poison = math.inf if on_last_rank() else 1.0
         done += train(engine, sizes, good[1:2], "adamw", first=1)
     after, mine_after = engine.full_state_dict(), shards(module)
     done += train(engine, sizes, good[1:], "adamw", first=1)
@@ -146,9 +163,9 @@ def shards(module: torch.nn.Module) -> list[torch.Tensor]:
     return [getattr(p, "_local_tensor", p).clone() for p in held]
 
 
-def evaluation(name: str, shape: tuple[int, int] = FOUR_BY_TWO) -> dict:
+def evaluation(name: str) -> dict:
     """Two steps, texts and choices, two steps."""
-    engine, sizes = engine_for(name, toy(), arguments(name, shape, optim="sgd"))
+    engine, sizes = engine_for(name, toy(), told(name, optim="sgd"))
     rows = steps()
     done = train(engine, sizes, rows[:2], "sgd")
     texts = write(engine, Spelling(END), prompts(), 1, max_new_tokens=8, do_sample=False)
@@ -161,14 +178,14 @@ def evaluation(name: str, shape: tuple[int, int] = FOUR_BY_TWO) -> dict:
 
 def exported(name: str, freeze: str | None, folder: Path) -> dict:
     """Train, export, and the logits of the live model."""
-    engine, sizes = engine_for(name, toy(freeze), arguments(name, optim="sgd"))
+    engine, sizes = engine_for(name, toy(freeze), told(name, optim="sgd"))
     train(engine, sizes, steps(3), "sgd")
     state = engine.full_state_dict()
     if distributed.is_main():
         pause = {"token": "w4", "token_id": PAUSE, "placement": "append", "num_pauses": 2, "num_inference_pauses": 2}
         export(folder, LanguageModel(engine.module, word_tokenizer(VOCAB - 3), {}), state, pause, "# card")
     with engine.evaluating():
-        logits = engine.module.lm(input_ids=ids_to_compare()).logits.clone()
+        logits = logits_of(engine)
     engine.close()
     return {"logits": logits}
 
@@ -177,7 +194,7 @@ def recomputed(name: str) -> dict:
     """A training whose activations are computed once more in the backward pass."""
     module = toy()
     module.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine, sizes = engine_for(name, module, arguments(name, optim="sgd"))
+    engine, sizes = engine_for(name, module, told(name, optim="sgd"))
     done = curve(train(engine, sizes, steps(), "sgd"))
     engine.close()
     return done
@@ -186,12 +203,12 @@ def recomputed(name: str) -> dict:
 def evaluated_first(name: str) -> dict:
     """Parts of the module are called before anything has trained, and between steps: once more on rank 0 than on the
     others, where ranks may evaluate on their own."""
-    engine, sizes = engine_for(name, toy(), arguments(name, (4, 1), optim="sgd"))
+    engine, sizes = engine_for(name, toy(), told(name, (4, 1), optim="sgd"))
     calls = 1 if engine.lockstep or distributed.is_main() else 0
     done, logits = [], []
     for k, rows in enumerate(steps()):
         with engine.evaluating():
-            logits += [engine.module.lm(input_ids=ids_to_compare()).logits.clone() for _ in range(calls)]
+            logits += [logits_of(engine) for _ in range(calls)]
         done += train(engine, sizes, [rows], "sgd", first=k)
     engine.close()
     return curve(done) | {"logits": logits[:1]}
@@ -200,11 +217,11 @@ def evaluated_first(name: str) -> dict:
 def reloaded(name: str, folder: Path) -> dict:
     """Two steps, a checkpoint, two steps, back to the checkpoint and the same two steps once more; the logits at the
     checkpoint, before and after going back to it."""
-    engine, sizes = engine_for(name, toy(RESUME_FREEZE), arguments(name, optim="adamw"))
+    engine, sizes = engine_for(name, toy(RESUME_FREEZE), told(name, optim="adamw"))
 
     def logits() -> torch.Tensor:
         with engine.evaluating():
-            return engine.module.lm(input_ids=ids_to_compare()).logits.clone()
+            return logits_of(engine)
 
     rows = steps()
     done = train(engine, sizes, rows[:2], "adamw")
@@ -222,7 +239,7 @@ def reloaded(name: str, folder: Path) -> dict:
 def two_objectives(name: str, optim: str) -> dict:
     """A training with two objectives, in which the experts of rank 1 have no tokens; with SGD activations are computed
     twice."""
-    engine, sizes = engine_for(name, two_tasks(recompute=optim == "sgd"), arguments(name, optim=optim))
+    engine, sizes = engine_for(name, two_tasks(recompute=optim == "sgd"), told(name, optim=optim))
     done = []
     for k, some in enumerate(examples()):
         done.append(engine.train_step(deal_examples(some, sizes), RATES[optim] * SHAPE[k]))
@@ -240,7 +257,7 @@ def late_gradient(name: str) -> list[float]:
 
 def resume_arguments(name: str, dtype: str, folder: Path) -> TrainingArguments:
     """A run with dropout (see `toy`), accumulation and freezing, with a checkpoint in its middle."""
-    return arguments(
+    return told(
         name,
         output_dir=str(folder),
         optim="adamw",
@@ -262,7 +279,7 @@ def trainer_for(engine: Engine, sizes: Any, said: TrainingArguments) -> Trainer:
 
     def evaluate(log: RunLog, step: int) -> dict[str, float]:
         with engine.evaluating() as model:
-            loss = model(**held_out.inputs).item()
+            loss = model(**held_out.to(distributed.device())).item()
         return {"loss": loss, "score": float(-step)}
 
     return Trainer(engine, training_rows(), said, sizes, evaluate, "score", run={"seed": SEED})
@@ -281,7 +298,7 @@ def fit(
 
         def spoil(module: CausalLM, args: tuple) -> None:
             calls.extend([module.training] * module.training)
-            module.poison = math.inf if distributed.rank() == 1 and len(calls) in (3, 5) else 1.0
+            module.poison = math.inf if on_last_rank() and len(calls) in (3, 5) else 1.0
 
         module.register_forward_pre_hook(spoil)
         module.register_forward_hook(poisoned)
@@ -382,8 +399,8 @@ def measure_alone() -> dict[tuple[str, str], Any]:
     torch.set_num_threads(1)  # a second one only gets in the way of other processes
     found = {}
     for name in ENGINES:
-        found[name, "sgd"] = attempt(case, name, "sgd", (2, 4), None, steps())
-        found[name, "evaluation"] = attempt(evaluation, name, (2, 4))
+        found[name, "sgd"] = attempt(case, name, "sgd", FOUR_BY_TWO, None, steps())
+        found[name, "evaluation"] = attempt(evaluation, name)
         found[name, "late gradient"] = attempt(late_gradient, name)
     return found
 

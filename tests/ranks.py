@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks and bring back what each returned."""
+"""Run a function on several ranks and bring back what each returned: of gloo, where GPUs are visible of NCCL."""
 
 import os
 import socket
@@ -8,10 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
 from kozero import distributed
+
+# Of a law that two ranks show, and one where there is one GPU: NCCL takes no two ranks of it.
+RANKS = min(2, torch.cuda.device_count() or 2)
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2) -> list[Any]:
@@ -19,6 +23,9 @@ def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2) -> 
 
     The function must be importable (at the top of a module) and its result must pickle.
     """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < world_size:
+        pytest.skip(f"{world_size} ranks need as many GPUs, {gpus} visible; CUDA_VISIBLE_DEVICES= runs them on the CPU")
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         mp.spawn(work, args=(function, args, world_size, port, folder), nprocs=world_size, join=True)
@@ -35,6 +42,9 @@ def work(rank: int, function: Callable, args: tuple, world_size: int, port: int,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    if torch.cuda.is_available():  # what is compared bit by bit must not depend on which kernel thread was the first
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         distributed.setup(60)
         torch.save(function(*args), Path(folder) / f"{rank}.pt")

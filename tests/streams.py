@@ -7,7 +7,8 @@ from unittest.mock import patch
 
 import torch
 
-os.environ["ENABLE_NCCL_BASE_COLLECTIVES"] = "0"  # gloo lacks them; fairscale reads it when it is imported
+if not torch.cuda.is_available():  # gloo lacks them; fairscale reads it when it is imported
+    os.environ["ENABLE_NCCL_BASE_COLLECTIVES"] = "0"
 
 STREAMS = ("fp32_to_fp16", "all_gather", "post_backward")  # those that fairscale makes where there is CUDA
 
