@@ -51,7 +51,7 @@ class HiddenStore:
 
     def begin(self, shard: int) -> int:
         """Where a shard begins among all tokens."""
-        return int(self.first[self.texts(shard)[0]])
+        return int(self.first[np.searchsorted(self.shard, shard)])
 
     def num_tokens(self, shard: int) -> int:
         """Tokens of a shard."""
