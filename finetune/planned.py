@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from kozero.data.packing import Packing
 from kozero.footprint import Footprint, Setting, ZeroSizes, footprint
 from kozero.freeze import apply_plan, compile_plan, count_parameters, skipped_layers
 from kozero.trace import Traced, trace
@@ -83,9 +85,10 @@ class PlannedModel:
         rows = (micro, self.length)
         places = max(1, int(micro * self.length * self.predicted))
 
-        def inputs() -> dict[str, torch.Tensor]:
+        def inputs() -> dict[str, Any]:
             names = {"input_ids": rows, "position_ids": rows, "target_index": places, "target_ids": places}
-            return {name: torch.zeros(size, dtype=torch.long) for name, size in names.items()}
+            found = {name: torch.zeros(size, dtype=torch.long) for name, size in names.items()}
+            return found | ({"packing": two_texts(*rows)} if self.on_gpu else {})
 
         return trace(
             lambda: self.module(half if half and cast else torch.float32, checkpointing), inputs,
@@ -108,6 +111,12 @@ class PlannedModel:
             moments=self.moments,
         )
         return footprint(setting, self.traced(micro, stage > 0, setting.gradient_share, checkpointing))
+
+
+def two_texts(num_rows: int, length: int) -> Packing:
+    """A packing of two texts a row: attention keeps copies of its inputs, which one text a row does without."""
+    half, some = -(-length // 2), torch.zeros(num_rows * length, dtype=torch.long)
+    return Packing(((2 * num_rows, half),), torch.zeros(2 * num_rows * half, dtype=torch.long), some, some[:0])
 
 
 class KernelDropout(nn.Dropout):

@@ -75,7 +75,7 @@ class Live(TorchDispatchMode):
 
 def trace(
     build: Callable[[], nn.Module],
-    inputs: Callable[[], Mapping[str, torch.Tensor]],
+    inputs: Callable[[], Mapping[str, Any]],
     *,
     autocast: torch.dtype | None,
     gradient_share: float,
@@ -93,7 +93,8 @@ def trace(
     """
     with FakeTensorMode():
         module, batch = build().train(), inputs()
-        live = Live([*module.parameters(), *module.buffers(), *batch.values()], width, gradient_share)
+        given = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+        live = Live([*module.parameters(), *module.buffers(), *given], width, gradient_share)
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(live.keep_gradient)

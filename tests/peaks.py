@@ -13,7 +13,8 @@ from transformers import GPT2Config
 from finetune.planned import PlannedModel
 from kozero import distributed
 from kozero.config import BatchSizes, TrainingArguments
-from kozero.data.batch import Batch
+from kozero.data.batches import PackedBatch
+from kozero.data.packing import packing_of
 from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
 
@@ -93,17 +94,18 @@ def step(engine: Engine, case: Case) -> None:
     engine.train_step([batch(case) for _ in range(case.accumulation)], 1e-4)
 
 
-def batch(case: Case) -> Batch:
+def batch(case: Case) -> PackedBatch:
     """Rows of two texts each, every token predicted."""
     ids = torch.randint(1, 2048, (case.micro, case.length))
     places = torch.arange(ids.numel())
+    positions = torch.arange(case.length // 2).repeat(case.micro, 2)
     inputs = {
         "input_ids": ids,
-        "position_ids": torch.arange(case.length // 2).repeat(case.micro, 2),
+        "position_ids": positions,
         "target_index": places,
         "target_ids": ids.flatten(),
     }
-    return Batch(inputs, (len(places),), len(places))
+    return PackedBatch(inputs, (len(places),), len(places), places, packing_of(positions.numpy()))
 
 
 def living() -> set[int]:
