@@ -21,6 +21,10 @@ from kozero.orphan import end_with_launcher
 
 T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+FROM_MKL = (
+    torch.exp, torch.log, torch.log2, torch.log10, torch.sqrt, torch.sin, torch.cos, torch.tan, torch.tanh, torch.asin,
+    torch.acos, torch.atan, torch.erf, torch.erfc, torch.erfinv, torch.lgamma,
+)  # fmt: skip
 
 # Of ranks that wait for one of them to read, download or tokenise, which may take as long as it likes. A rank that
 # dies meanwhile ends the wait at once: its connections close.
@@ -49,6 +53,7 @@ def setup(timeout_seconds: float = 600.0) -> None:
         # Ranks of one machine share its cores; more threads than cores slows every rank down.
         torch.set_num_threads(max(1, usable_cores() // local_world_size()))
         keep_freed_memory()
+        resolve_kernels()
         # oneDNN keeps what it prepared for 1,024 shapes. Where every batch has new shapes those lie scattered between
         # tensors, and a process grew by 9 MiB a step (fully_shard, MLM + ICT); not with 128, which hold those of a step
         # (KoGPT2 has about 30; with 16 they drove each other out, and a step of 1.8 s spent 0.16 on preparing).
@@ -99,6 +104,15 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def resolve_kernels() -> None:
+    """Call each function of FROM_MKL on one number. MKL looks for a kernel at the first call, and of two threads that
+    make it together one may get that of lower accuracy (pytorch#188792, torch 2.13): in one run of twenty half of the
+    first exp was off by 1e-4, so that the run was equal to no other."""
+    for dtype in (torch.float32, torch.float64):
+        for function in FROM_MKL:
+            function(torch.ones(1, dtype=dtype))
 
 
 def shutdown() -> None:
