@@ -58,6 +58,9 @@ class TrainingArguments:
     bf16: bool = arg(False, "compute in bfloat16, keep 32-bit master weights")
     fp16: bool = arg(False, "compute in float16 with a dynamic loss scale, keep 32-bit master weights")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
+    torch_compile: bool = arg(
+        False, "compile the layers: stage 0, runs of 1,000 updates or more; takes a C++ compiler and a minute or more"
+    )
     seed: int = arg(42, "seed of weights, data order and dropout")
     logging_steps: int = arg(10, "optimizer updates between two points of the curves")
     eval_steps: int = arg(0, "optimizer updates between two evaluations; 0: at every tenth of the run")
@@ -99,6 +102,10 @@ class TrainingArguments:
         require(self.adam_epsilon > 0, f"--adam_epsilon {self.adam_epsilon}: must be above 0")
         check_seed(self.seed)
         require(not (self.fp16 and self.bf16), "--fp16 and --bf16: choose one of the two")
+        require(
+            not (self.torch_compile and self.gradient_checkpointing),
+            "--torch_compile and --gradient_checkpointing: layers that are computed twice stay uncompiled; choose one",
+        )
 
     @property
     def dtype(self) -> str:

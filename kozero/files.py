@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kozero.folder import write_text
 
+TENSORS = ".safetensors"
 PIECE = 2**24  # bytes that are hashed while they are written
 DTYPES = {  # as safetensors names them
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -25,7 +25,7 @@ def write_file(path: Path, value: Any) -> dict[str, Any]:
     """Write tensors (.safetensors) or plain values (.json), wait until they are on the disk, and return what
     `fingerprint` does. Neither form can hold code."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
+    if path.suffix == TENSORS:
         return write_tensors(path, value)
     write_text(path, json.dumps(value))
     return fingerprint(path)
@@ -97,9 +97,14 @@ def sync_folder(folder: Path) -> None:
 
 def tensor_bytes(files: Mapping[str, Any]) -> int:
     """Bytes of all tensors of some files."""
-    return sum(leaf.nbytes for leaf in tree_leaves(dict(files)) if isinstance(leaf, torch.Tensor))
+    return sum(tensor.nbytes for name, value in files.items() if name.endswith(TENSORS) for tensor in value.values())
 
 
-def on_host(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in the memory of the machine, which a next step does not change."""
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), dict(values))
+def on_host(files: Mapping[str, Any]) -> dict[str, Any]:
+    """The files with their tensors copied to the memory of the machine, where a next step does not change them."""
+    return {name: copied(value) if name.endswith(TENSORS) else value for name, value in files.items()}
+
+
+def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -51,4 +51,5 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 def check_keys(keys: Any, known: Any, where: str) -> None:
     """Refuse the first unknown key, naming the nearest known one."""
     for key in keys:
-        require(key in known, f"{where}: unknown key {key!r}{nearest(key, known)}")
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, known)}")

@@ -20,6 +20,7 @@ from kozero.stop import Stop
 from kozero.watch import Watch
 
 MAX_EPOCHS_PER_STEP = 100  # a larger step is a slip of the keyboard
+LEAST_COMPILED = 1000  # updates of a run that is worth compiling for
 
 
 @dataclass
@@ -107,6 +108,8 @@ class Trainer:
         self.total_steps = total_steps(arguments, len(rows), sizes)
         self.lr_at = schedule(arguments, arguments.scheduler_num_steps or self.total_steps)
         warn_of_endless_warmup(arguments, self.lr_at, self.total_steps)
+        if arguments.torch_compile:
+            compile_long(engine, self.total_steps)
         self.every = Intervals.of(arguments, self.total_steps)
         self.output_dir = Path(arguments.output_dir)
         self.checkpoints = Checkpoints(self.output_dir, arguments.save_total_limit, arguments.async_save)
@@ -256,6 +259,16 @@ class Trainer:
                 "and exports the last one"
             )
         self.engine.load(best)
+
+
+def compile_long(engine: Engine, total_steps: int) -> None:
+    """Compile where the run is long enough, whatever is left of it: a resumed run computes as it began."""
+    if total_steps >= LEAST_COMPILED:
+        engine.compile_layers()
+    else:
+        distributed.say(
+            f"--torch_compile is left out: {total_steps:,} updates are over before it pays, at about {LEAST_COMPILED:,}"
+        )
 
 
 def warn_of_endless_warmup(arguments: TrainingArguments, lr_at: Callable[[int], float], total_steps: int) -> None:

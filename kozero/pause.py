@@ -105,17 +105,22 @@ class Pauses:
             epoch: random places are drawn anew in each.
         """
         length = len(prefix)
+        if self.appends(marks):
+            return counted(np.full(self.num, length), length)
         if self.placement == "prepend":
             return counted(np.zeros(self.num, dtype=np.int64), length)
         if self.placement == "random":
             # Drawn by content: a prefix has the same places whatever the batch, the rank or the number of its row.
             rng = np.random.default_rng([self.seed, 6, epoch, zlib.crc32(prefix.astype(np.int64).tobytes())])
             return self.off_characters(prefix, random_gaps(length, self.num, rng))
-        marked = self.placement not in ("append", "filler") and marks is not None and len(marks) > 0
-        if not marked or not self.num:
-            return counted(np.full(self.num, length), length)
         ranked = self.placement == "least_confident"
         return self.off_characters(prefix, counted(spread(marks, self.num, ranked), length))
+
+    def appends(self, marks: np.ndarray | None) -> bool:
+        """Whether all pauses stand behind the prefix."""
+        if not self.num or self.placement in ("append", "filler"):
+            return True
+        return self.placement not in ("prepend", "random") and (marks is None or not len(marks))
 
     def off_characters(self, ids: np.ndarray, gaps: np.ndarray) -> np.ndarray:
         """Pauses before tokens that begin within a character go before that character."""
@@ -139,10 +144,9 @@ class Pauses:
         Returns: ids (P + num + T,) and next tokens of the same shape: the next id where that is a token of the
         target, IGNORE elsewhere. Without prefix and pauses the first target token is predicted by nothing.
         """
-        ids = np.concatenate([prefix, target])
-        predicts = np.full(len(ids), IGNORE, dtype=np.int64)
-        first = max(len(prefix), 1)
-        predicts[first - 1 : -1] = ids[first:]
+        if self.appends(marks):  # as inserting them does, in a fifth of the time
+            return followed(np.concatenate([prefix, np.full(self.num, self.token_id)]), target)
+        ids, predicts = followed(prefix, target)
         gaps = np.concatenate([self.gaps(prefix, marks, epoch), np.zeros(len(target), dtype=np.int64)])
         return insert(ids, predicts, gaps, self.token_id, IGNORE if len(prefix) else int(target[0]))
 
@@ -164,6 +168,15 @@ def schedule(name: str, num: int, seed: int, total_rows: int) -> Schedule:
     if name == "curriculum":
         return lambda consumed: min(num, (num + 1) * 2 * consumed // max(1, total_rows))
     return lambda consumed: num
+
+
+def followed(prefix: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(P + T,) ids of (P,) and (T,) tokens, and the next id where that is one of the target, IGNORE elsewhere."""
+    ids = np.concatenate([prefix, target])
+    predicts = np.full(len(ids), IGNORE, dtype=np.int64)
+    first = max(len(prefix), 1)
+    predicts[first - 1 : -1] = ids[first:]
+    return ids, predicts
 
 
 def insert(

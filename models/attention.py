@@ -37,6 +37,7 @@ def attend(
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **rest)
 
 
+@torch.compiler.disable  # its shapes are those of a batch's texts: each batch would be compiled anew
 def attend_by_text(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scaling: float | None, packing: Packing
 ) -> torch.Tensor:

@@ -63,17 +63,19 @@ def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) 
     predicts = np.full((len(rows), length), IGNORE, dtype=np.int64)
     numbers = np.zeros((len(rows), length), dtype=np.int64)
     num_tokens = 0
+    positions[:] = np.arange(length)
     for r, row in enumerate(rows):
-        at = 0
-        for text in row:
-            end = at + len(text.ids)
-            ids[r, at:end], predicts[r, at:end], numbers[r, at:end] = text.ids, text.predicts, text.number
-            positions[r, at:end] = np.arange(end - at)
-            at = end
+        if not row:
+            continue
+        lengths = np.array([len(text.ids) for text in row])
+        used, starts = lengths.sum(), np.cumsum(lengths) - lengths
+        ids[r, :used] = np.concatenate([text.ids for text in row])
+        predicts[r, :used] = np.concatenate([text.predicts for text in row])
+        numbers[r, :used] = np.repeat([text.number for text in row], lengths)
         # Padding continues the last text: causal attention hides it, and a row of one text needs no mask matrix.
-        last = len(row[-1].ids) if row else 0
-        positions[r, at:] = np.arange(last, last + length - at)
-        num_tokens += at - sum(text.num_pauses for text in row)
+        lengths[-1] += length - used
+        positions[r] -= np.repeat(starts, lengths)
+        num_tokens += int(used) - sum(text.num_pauses for text in row)
     index = np.flatnonzero(predicts != IGNORE)
     inputs = {
         "input_ids": torch.from_numpy(ids),
@@ -192,8 +194,8 @@ class Prefixes:
 
     def parts(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(P,) what the model reads, context cut and prompt whole, and (T,) what it must write."""
-        start, context_end, prompt_end, target_end = (int(place) for place in self.store.rows[number, :4])
-        first, last = (int(place) for place in self.cut[number])
+        start, context_end, prompt_end, target_end = self.store.rows[number, :4].tolist()
+        first, last = self.cut[number].tolist()
         tokens = self.store.tokens
         prefix = [tokens[start + first : start + last], tokens[context_end:prompt_end]]
         return np.concatenate(prefix).astype(np.int64), tokens[prompt_end:target_end].astype(np.int64)

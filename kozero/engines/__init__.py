@@ -48,6 +48,19 @@ def prepare_engine(
         sharding: what an entry that knows no DeepSpeed asks for; else --deepspeed_config decides.
         trains: see `resolve`.
     """
+    settings = settings_of(arguments, sizes, sharding, trains)
+    require(
+        settings.engine == "plain" or not arguments.torch_compile,
+        f"--torch_compile: ZeRO-{settings.stage} calls Python around every layer, which compiled layers gain nothing "
+        "from; leave it out, or choose stage 0",
+    )
+    return settings
+
+
+def settings_of(
+    arguments: TrainingArguments, sizes: BatchSizes, sharding: Sharding | None, trains: bool
+) -> EngineSettings:
+    """The engine that was asked for."""
     if sharding:
         return prepare_sharding(arguments, sharding)
     if not arguments.deepspeed_config:

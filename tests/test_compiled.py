@@ -1,0 +1,102 @@
+"""--torch_compile: the layers of a compiled engine compute what they did, and are compiled once."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from kozero import distributed
+from kozero.config import BatchSizes, TrainingArguments
+from kozero.engines import Sharding, build_engine, prepare_engine
+from kozero.errors import UserError
+from kozero.loop import LEAST_COMPILED, compile_long
+from tests.toys import arguments, deal, steps, toy
+
+
+@pytest.fixture(autouse=True)
+def traced_alone(monkeypatch, one_rank):
+    """Traced as for the compiler and then run by PyTorch: code is not what these tests are about, and takes minutes."""
+    monkeypatch.setattr("kozero.engines.plain.COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class OnGpu:
+    """A batch that brings its packing, as it would to a GPU."""
+
+    def __init__(self, batch):
+        self.batch, self.num_targets = batch, batch.num_targets
+
+    def to(self, device):
+        return self.batch.to(device) | {"packing": self.batch.packing}
+
+
+def batches(packed):
+    """The micro batches of each step, all of new texts."""
+    sizes = BatchSizes(4, 2, 1)
+    dealt = [deal(rows, sizes) for rows in steps()]
+    return [[OnGpu(batch) for batch in step] for step in dealt] if packed else dealt
+
+
+def built():
+    said = arguments("plain", shape=(4, 2))
+    return build_engine(toy(), said, prepare_engine(said, BatchSizes(4, 2, 1)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_compiled_engine_trains_as_an_uncompiled_one(packed):
+    found = []
+    for compiled in (False, True):
+        engine = built()
+        if compiled:
+            engine.compile_layers()
+        stats = [engine.train_step(batch, 0.01) for batch in batches(packed)]
+        found.append(([(s.loss, s.grad_norm) for s in stats], engine.full_state_dict()))
+    (curve, weights), (other_curve, others) = found
+    assert other_curve == [pytest.approx(point, abs=1e-5) for point in curve]
+    assert weights.keys() == others.keys()
+    assert all(torch.allclose(weights[name], others[name], atol=1e-5) for name in weights)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_new_texts_and_evaluations_compile_nothing_anew(packed):
+    engine = built()
+    engine.compile_layers()
+    first, *others = batches(packed)
+    engine.train_step(first, 0.01)
+    graphs = counters["stats"]["unique_graphs"]
+    for step in others:
+        engine.train_step(step, 0.01)
+    with engine.evaluating() as module:
+        for length in (5, 9, 14):
+            module.lm(torch.arange(length)[None])
+    assert counters["stats"]["unique_graphs"] == graphs > 0
+
+
+def test_short_runs_are_not_compiled(capsys):
+    class Recorder:
+        compiled = 0
+
+        def compile_layers(self):
+            self.compiled += 1
+
+    engine = Recorder()
+    compile_long(engine, LEAST_COMPILED - 1)
+    assert not engine.compiled and "--torch_compile is left out: 999 updates" in capsys.readouterr().out
+    compile_long(engine, LEAST_COMPILED)
+    assert engine.compiled == 1
+
+
+@pytest.mark.parametrize("sharding", [Sharding("oss", 1), Sharding("fsdp", 3), None])
+def test_stages_that_shard_refuse(sharding):
+    said = TrainingArguments(torch_compile=True, deepspeed_config=None if sharding else "ds_configs/zero2.json")
+    with pytest.raises(UserError, match=r"--torch_compile: ZeRO-[123] .* choose stage 0"):
+        prepare_engine(said, BatchSizes(8, 1, distributed.world_size()), sharding)
+
+
+def test_recomputed_layers_are_refused():
+    """A checkpoint is one piece for the compiler, and attention by text interrupts it: nothing would be compiled."""
+    with pytest.raises(UserError, match=r"--torch_compile and --gradient_checkpointing: .* choose one"):
+        TrainingArguments(torch_compile=True, gradient_checkpointing=True)
