@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 source scripts/setup.sh dev
 ruff check .
 ruff format --check .
-python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
+python -m pytest -n logical --maxprocesses 4 --dist loadgroup "$@"

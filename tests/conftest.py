@@ -9,6 +9,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_modifyitems(items):
+    """A file's tests stay in one process, which makes their fixtures once; slow ones go wherever there is time."""
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture
 def one_rank(monkeypatch):
     """A process group of this process alone; what a run does to leave it does nothing."""

@@ -13,7 +13,11 @@ import pytest
 
 from tests.hosts import Host, hosts, possible
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not possible(), reason="network namespaces need root and `ip`")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("hosts"),  # one network
+    pytest.mark.skipif(not possible(), reason="network namespaces need root and `ip`"),
+]
 ROOT = Path(__file__).parent.parent
 PORT = 29_777
 RUN = {
