@@ -33,7 +33,6 @@ from tests.streams import streams_that_do_nothing
 from tests.toys import (
     CAPACITY,
     EIGHT_BY_ONE,
-    ENGINES,
     FOUR_BY_TWO,
     GLOBAL_BATCH,
     LAYERS,
@@ -346,12 +345,12 @@ def settle() -> None:
     gc.freeze()
 
 
-def measure(folder: Path) -> dict[tuple[str, str], Any]:
+def measure(names: list[str], folder: Path) -> dict[tuple[str, str], Any]:
     """Everything by (engine, what)."""
     settle()
     found = {}
     rows = steps()
-    for name in ENGINES:
+    for name in names:
         for what, (optim, shape, freeze) in CASES.items():
             found[name, what] = attempt(case, name, optim, shape, freeze, rows)
         found[name, "no targets"] = attempt(case, name, "sgd", FOUR_BY_TWO, None, without_targets())
@@ -381,11 +380,11 @@ def checkpoint_of(folder: Path, name: str, dtype: str) -> Path:
     return folder / f"{name}-{dtype}" / "checkpoints" / f"step-{RESUME_AT:06d}"
 
 
-def measure_resumed(folder: Path) -> dict[tuple[str, str], Any]:
+def measure_resumed(names: list[str], folder: Path) -> dict[tuple[str, str], Any]:
     """The same runs from their checkpoints, by (engine, dtype)."""
     settle()
     found = {}
-    for name in ENGINES:
+    for name in names:
         for dtype in DTYPES:
             again = folder / f"{name}-{dtype}-resumed"
             found[name, dtype] = attempt(fit, name, dtype, again, checkpoint_of(folder, name, dtype), seed=SEED + 1)
@@ -393,12 +392,12 @@ def measure_resumed(folder: Path) -> dict[tuple[str, str], Any]:
     return found
 
 
-def measure_alone() -> dict[tuple[str, str], Any]:
+def measure_alone(names: list[str]) -> dict[tuple[str, str], Any]:
     """One process, where a rank has the micro batches of both."""
     settle()
     torch.set_num_threads(1)  # a second one only gets in the way of other processes
     found = {}
-    for name in ENGINES:
+    for name in names:
         found[name, "sgd"] = attempt(case, name, "sgd", FOUR_BY_TWO, None, steps())
         found[name, "evaluation"] = attempt(evaluation, name)
         found[name, "late gradient"] = attempt(late_gradient, name)

@@ -1,5 +1,6 @@
 """Run a function on several ranks and bring back what each returned: of gloo, where GPUs are visible of NCCL."""
 
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -13,6 +14,13 @@ import torch
 import torch.multiprocessing as mp
 
 from kozero import distributed
+
+# Processes are forked from one that has imported what follows: 7 s of a processor less for each. Not with a GPU, for
+# what a process has asked of CUDA its forks cannot use.
+START = "spawn" if torch.cuda.is_available() else "forkserver"
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["tests.ranks", "transformers.models.gpt2.modeling_gpt2", "kozero.engines.deepspeed", "kozero.engines.fsdp"]
+)
 
 # Of a law that two ranks show, and one where there is one GPU: NCCL takes no two ranks of it.
 RANKS = min(2, torch.cuda.device_count() or 2)
@@ -28,13 +36,17 @@ def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2) -> 
         pytest.skip(f"{world_size} ranks need as many GPUs, {gpus} visible; CUDA_VISIBLE_DEVICES= runs them on the CPU")
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        mp.spawn(work, args=(function, args, world_size, port, folder), nprocs=world_size, join=True)
+        told = (function, args, dict(os.environ), world_size, port, folder)
+        mp.start_processes(work, told, world_size, start_method=START)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def work(rank: int, function: Callable, args: tuple, world_size: int, port: int, folder: str) -> None:
-    """One rank."""
-    os.environ |= {
+def work(
+    rank: int, function: Callable, args: tuple, environment: dict, world_size: int, port: int, folder: str
+) -> None:
+    """One rank. The environment is that of now, not of when the first process was forked."""
+    os.environ.clear()
+    os.environ |= environment | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

@@ -42,6 +42,7 @@ from tests.toys import (
     NUM_PAUSES,
     PAUSE,
     RATES,
+    SELDOM,
     SHARDINGS,
     VOCAB,
     greedy,
@@ -53,6 +54,7 @@ from tests.toys import (
 )
 from tests.two_tasks import reference_of_two
 
+pytestmark = pytest.mark.xdist_group("engines")  # whose processes measure once
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # of 32 bit; the references are computed on a CPU
 
 # Tests: training ---------------------------------------------------------------------------------------------------
@@ -65,9 +67,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(folder):
+def names(request):
+    """Engines of the tests that are to run."""
+    calls = [item.callspec for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return [name for name in ENGINES if name in {call.params.get("name") for call in calls}]
+
+
+@pytest.fixture(scope="module")
+def both(names, folder):
     """What the ranks measured."""
-    return run_ranks(measure, folder, world_size=RANKS)
+    return run_ranks(measure, names, folder, world_size=RANKS)
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +92,16 @@ def elsewhere(both):
 
 
 @pytest.fixture(scope="module")
-def resumed(both, folder):
+def resumed(both, names, folder):
     """The runs that were resumed in new processes."""
-    found = run_ranks(measure_resumed, folder, world_size=RANKS)[0]
+    found = run_ranks(measure_resumed, names, folder, world_size=RANKS)[0]
     return lambda *key: whole(found[key])
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(names):
     """What one process measured."""
-    found = run_ranks(measure_alone, world_size=1)[0]
+    found = run_ranks(measure_alone, names, world_size=1)[0]
     return lambda *key: whole(found[key])
 
 
@@ -128,7 +137,12 @@ def freeze_of(what: str) -> str | None:
     return CASES[what][2] if what in CASES else HALF_CASES.get(what)
 
 
-every_engine = pytest.mark.parametrize("name", ENGINES)
+def some(names):
+    """Engines as parameters, those that another one is near to for the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in names]
+
+
+every_engine = pytest.mark.parametrize("name", some(ENGINES))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 halves = pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 
@@ -178,7 +192,7 @@ def test_all_ranks_tell_the_same(measured, elsewhere, name):
         assert all(here[key] == there[key] for key in ("loss", "grad_norm", "applied", "loss_scale"))
 
 
-@pytest.mark.parametrize("name", [name for name in ENGINES if "offload" not in name])
+@pytest.mark.parametrize("name", some(name for name in ENGINES if "offload" not in name))
 def test_the_parameters_lie_on_the_device(measured, name):
     assert measured(name, "sgd")["devices"] == {"cuda" if torch.cuda.is_available() else "cpu"}
 
@@ -231,7 +245,7 @@ def test_sixteen_bits_stay_close_to_thirty_two(measured, name, dtype):
 
 @pytest.mark.skipif(RANKS == 1, reason="one rank shares nothing")
 @pytest.mark.parametrize("what", ["adamw", "adamw, parts frozen"])
-@pytest.mark.parametrize("name", SHARDINGS)
+@pytest.mark.parametrize("name", some(SHARDINGS))
 def test_two_ranks_share_optimizer_states_from_stage_1_and_parameters_from_stage_2(measured, elsewhere, name, what):
     parameters = [p.numel() for p in toy(CASES[what][2]).parameters()]
     trained = [p.numel() for p in toy(CASES[what][2]).parameters() if p.requires_grad]
@@ -394,21 +408,22 @@ def test_the_exported_model_gives_the_logits_of_the_live_one(measured, elsewhere
 # Tests: evaluation --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[(name, world) for name in ENGINES for world in (1, 2)], ids=lambda p: f"{p[0]}-{p[1]}")
-def evaluated(request, measured, alone):
+@pytest.fixture(params=[1, 2])
+def evaluated(request, measured, alone, name):
     """What an engine wrote and chose, on one rank and on two."""
-    name, world = request.param
-    return measured(name, "evaluation") if world == 2 else alone(name, "evaluation")
+    return measured(name, "evaluation") if request.param == 2 else alone(name, "evaluation")
 
 
-def test_texts_are_those_of_greedy_writing_text_by_text(evaluated):
+@every_engine
+def test_texts_are_those_of_greedy_writing_text_by_text(evaluated, name):
     wanted = [" ".join(map(str, until(greedy(trained_lm(), prompt, 8), END))) for prompt in prompts()]
     assert len({len(text.split()) for text in wanted}) > 2  # some end early
     assert evaluated["texts"] == wanted
     assert evaluated["in pairs"] == wanted
 
 
-def test_choices_are_those_of_scoring_text_by_text(evaluated):
+@every_engine
+def test_choices_are_those_of_scoring_text_by_text(evaluated, name):
     data, chosen = choices(), []
     for k in range(6):
         scores = []
@@ -425,7 +440,8 @@ def test_choices_are_those_of_scoring_text_by_text(evaluated):
     assert evaluated["scores"]["accuracy"] == pytest.approx(right / 7)
 
 
-def test_evaluation_changes_nothing_in_training(evaluated):
+@every_engine
+def test_evaluation_changes_nothing_in_training(evaluated, name):
     losses, norms, _ = expected("sgd")
     assert close(evaluated["loss"], losses)
     assert close(evaluated["grad_norm"], norms)

@@ -157,11 +157,11 @@ def test_what_is_proposed_fits_and_a_larger_micro_batch_does_not(monkeypatch, ca
     """The proposal, planned again as told; the micro batch is not bounded by the update."""
     only(monkeypatch, "zero0", "zero1")
     machine = ("--device_gib", 0.05, "--reserve_gib", 0, "--bf16")
-    out = call(monkeypatch, capsys, *TINY, *machine, "--per_device_train_batch_size", 4096)
+    out = call(monkeypatch, capsys, *TINY, *machine, "--per_device_train_batch_size", 512)
     assert "does not fit into the GPU" in out
     proposed = out.split("proposed: ")[1].splitlines()[0].split()
     again = call(monkeypatch, capsys, *TINY, *machine, *proposed)
-    assert "rows): fits" in again and "4096 rows an update" in out
+    assert "rows): fits" in again and "512 rows an update" in out
     place = proposed.index("--per_device_train_batch_size") + 1
     proposed[place] = str(2 * int(proposed[place]))
     assert "does not fit" in call(monkeypatch, capsys, *TINY, *machine, *proposed).split("as told")[1].splitlines()[0]

@@ -35,6 +35,7 @@ SHARDINGS = {
     "fairscale_fsdp3_wrap": Sharding("fairscale_fsdp", 3, auto_wrap=True),  # without: its root stays whole, stage 2
 }
 ENGINES = [*SHARDINGS, *STAGES]
+SELDOM = {"fsdp2", "fsdp3", "fairscale_fsdp2", "zero2_offload", "zero3_offload"}  # near another one: for slow tests
 PAUSE, NUM_PAUSES, CAPACITY = 7, 2, 32
 LAYERS, VOCAB = 2, 96
 GLOBAL_BATCH = 8
