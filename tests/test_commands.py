@@ -112,17 +112,27 @@ def test_every_model_config_builds_a_model_of_the_size_that_is_planned(config):
     assert sum(p.numel() for p in model.parameters()) == ModelShape.of(values).parameters
 
 
+RUN = f"finetune/train.py --config_file models/tiny_config.json --dropout 0 --logging_steps 1 {SHORT} --num_pauses 2"
+RUN += " --freeze wte,wpe,h.0"
+
+
+@pytest.fixture(scope="module")
+def plain_losses(tmp_path_factory):
+    """Of RUN in one process without DeepSpeed."""
+    folder = tmp_path_factory.mktemp("plain")
+    done = shell(f"python {RUN} --per_device_train_batch_size 2 --output_dir {folder}/run --cache_dir {folder}/cache")
+    assert done.returncode == 0, done.stderr
+    return losses(folder / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DS_CONFIGS)
-def test_every_deepspeed_json_trains_through_the_deepspeed_launcher(name, tmp_path):
-    shared = f"--config_file models/tiny_config.json --dropout 0 --cache_dir {tmp_path}/cache --logging_steps 1"
-    run = f"finetune/train.py {shared} {SHORT} --num_pauses 2 --freeze wte,wpe,h.0"
-    done = shell(f"deepspeed --num_gpus 2 {run} --deepspeed_config ds_configs/{name} --output_dir {tmp_path}/run")
+def test_every_deepspeed_json_trains_through_the_deepspeed_launcher(name, plain_losses, tmp_path):
+    told = f"{RUN} --deepspeed_config ds_configs/{name} --output_dir {tmp_path}/run --cache_dir {tmp_path}/cache"
+    done = shell(f"deepspeed --num_gpus 2 {told}")
     assert done.returncode == 0, done.stdout + done.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
-    plain = shell(f"python {run} --per_device_train_batch_size 2 --output_dir {tmp_path}/plain")
-    assert plain.returncode == 0, plain.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), abs=2e-5)
+    assert losses(tmp_path / "run") == pytest.approx(plain_losses, abs=2e-5)
 
 
 OFFLINE = [
