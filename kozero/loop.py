@@ -7,12 +7,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
+
 from kozero import distributed
 from kozero.checkpoint import Checkpoints, RunState, content_damage, damage, step_of
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.ahead import Ahead
 from kozero.data.batch import Rows
 from kozero.engines.base import Engine, StepStats
+from kozero.engines.units import compile_layers
 from kozero.errors import Diverged, Stopped, UserError, require
 from kozero.optim import schedule
 from kozero.runlog import RunLog, peak_memory_gib
@@ -109,7 +112,7 @@ class Trainer:
         self.lr_at = schedule(arguments, arguments.scheduler_num_steps or self.total_steps)
         warn_of_endless_warmup(arguments, self.lr_at, self.total_steps)
         if arguments.torch_compile:
-            compile_long(engine, self.total_steps)
+            compile_long(engine.module, self.total_steps)
         self.every = Intervals.of(arguments, self.total_steps)
         self.output_dir = Path(arguments.output_dir)
         self.checkpoints = Checkpoints(self.output_dir, arguments.save_total_limit, arguments.async_save)
@@ -261,13 +264,13 @@ class Trainer:
         self.engine.load(best)
 
 
-def compile_long(engine: Engine, total_steps: int) -> None:
+def compile_long(module: nn.Module, total_steps: int) -> None:
     """Compile where the run is long enough, whatever is left of it: a resumed run computes as it began."""
     if total_steps >= LEAST_COMPILED:
-        engine.compile_layers()
+        compile_layers(module)
     else:
         distributed.say(
-            f"--torch_compile is left out: {total_steps:,} updates are over before it pays, at about {LEAST_COMPILED:,}"
+            f"--torch_compile is left out: it does not pay below {LEAST_COMPILED:,} updates, here {total_steps:,}"
         )
 
 

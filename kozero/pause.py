@@ -144,7 +144,7 @@ class Pauses:
         Returns: ids (P + num + T,) and next tokens of the same shape: the next id where that is a token of the
         target, IGNORE elsewhere. Without prefix and pauses the first target token is predicted by nothing.
         """
-        if self.appends(marks):  # as inserting them does, in a fifth of the time
+        if self.appends(marks):  # as inserting them does, in a third of the time
             return followed(np.concatenate([prefix, np.full(self.num, self.token_id)]), target)
         ids, predicts = followed(prefix, target)
         gaps = np.concatenate([self.gaps(prefix, marks, epoch), np.zeros(len(target), dtype=np.int64)])

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from kozero import distributed
 
-# Processes are forked from one that has imported what follows: 7 s of a processor less for each. Not with a GPU, for
+# Processes are forked from one that has imported what follows, which takes seconds. Not with a GPU, for
 # what a process has asked of CUDA its forks cannot use.
 START = "spawn" if torch.cuda.is_available() else "forkserver"
 multiprocessing.get_context("forkserver").set_forkserver_preload(

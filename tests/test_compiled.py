@@ -15,7 +15,7 @@ from tests.toys import arguments, deal, steps, toy
 @pytest.fixture(autouse=True)
 def traced_alone(monkeypatch, one_rank):
     """Traced as for the compiler and then run by PyTorch: code is not what these tests are about, and takes minutes."""
-    monkeypatch.setattr("kozero.engines.plain.COMPILER", "aot_eager")
+    monkeypatch.setattr("kozero.engines.units.COMPILER", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -39,18 +39,19 @@ def batches(packed):
     return [[OnGpu(batch) for batch in step] for step in dealt] if packed else dealt
 
 
-def built():
-    said = arguments("plain", shape=(4, 2))
-    return build_engine(toy(), said, prepare_engine(said, BatchSizes(4, 2, 1)))
+def built(compiled=True):
+    said = arguments("plain", shape=(4, 2), torch_compile=compiled)
+    engine = build_engine(toy(), said, prepare_engine(said, BatchSizes(4, 2, 1)))
+    if compiled:
+        compile_long(engine.module, LEAST_COMPILED)
+    return engine
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_compiled_engine_trains_as_an_uncompiled_one(packed):
     found = []
     for compiled in (False, True):
-        engine = built()
-        if compiled:
-            engine.compile_layers()
+        engine = built(compiled)
         stats = [engine.train_step(batch, 0.01) for batch in batches(packed)]
         found.append(([(s.loss, s.grad_norm) for s in stats], engine.full_state_dict()))
     (curve, weights), (other_curve, others) = found
@@ -63,7 +64,6 @@ def test_a_compiled_engine_trains_as_an_uncompiled_one(packed):
 @pytest.mark.parametrize("packed", [False, True])
 def test_new_texts_and_evaluations_compile_nothing_anew(packed):
     engine = built()
-    engine.compile_layers()
     first, *others = batches(packed)
     engine.train_step(first, 0.01)
     graphs = counters["stats"]["unique_graphs"]
@@ -75,18 +75,14 @@ def test_new_texts_and_evaluations_compile_nothing_anew(packed):
     assert counters["stats"]["unique_graphs"] == graphs > 0
 
 
-def test_short_runs_are_not_compiled(capsys):
-    class Recorder:
-        compiled = 0
-
-        def compile_layers(self):
-            self.compiled += 1
-
-    engine = Recorder()
-    compile_long(engine, LEAST_COMPILED - 1)
-    assert not engine.compiled and "--torch_compile is left out: 999 updates" in capsys.readouterr().out
-    compile_long(engine, LEAST_COMPILED)
-    assert engine.compiled == 1
+def test_short_runs_are_not_compiled(monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr("kozero.loop.compile_layers", compiled.append)
+    module = torch.nn.Linear(1, 1)
+    compile_long(module, LEAST_COMPILED - 1)
+    assert not compiled and "--torch_compile is left out" in capsys.readouterr().out
+    compile_long(module, LEAST_COMPILED)
+    assert compiled == [module]
 
 
 @pytest.mark.parametrize("sharding", [Sharding("oss", 1), Sharding("fsdp", 3), None])

@@ -77,10 +77,6 @@ class Engine(ABC):
     def set_loss_scale_state(self, state: dict[str, float]) -> None:
         """The reverse."""
 
-    def compile_layers(self) -> None:
-        """Let torch.compile have each layer, for training alone. Only at stage 0: see `prepare_engine`."""
-        raise NotImplementedError
-
     def snapshot(self) -> dict[str, Any]:
         """What `load` needs to go on exactly: tensors and plain values, by name of the file that this rank writes them
         to (see kozero.files.write_file). The tensors are those of the engine, which a next step changes."""

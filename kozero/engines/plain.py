@@ -12,20 +12,17 @@ from kozero.config import TrainingArguments
 from kozero.engines.base import cpu_copy
 from kozero.engines.pieces import Piece
 from kozero.engines.torch_engine import TorchEngine
-from kozero.engines.units import layers
 from kozero.optim import build_optimizer, parameter_groups
-
-COMPILER = "inductor"
 
 
 class PlainEngine(TorchEngine):
     """All weights, gradients and optimizer states on every rank."""
 
     sharded = False
-    compiled = False
 
     def __init__(self, module: nn.Module, arguments: TrainingArguments) -> None:
         super().__init__(arguments)
+        self.compiled = arguments.torch_compile
         self.module = module.to(self.device)
         self.wrap(parameter_groups(module, arguments.weight_decay), arguments)
 
@@ -41,15 +38,9 @@ class PlainEngine(TorchEngine):
         """Gradients travel once, with the last micro batch."""
         return nullcontext() if last or self.wrapped is self.module else self.wrapped.no_sync()
 
-    def compile_layers(self) -> None:
-        """In place, so that names stay. Layers of one kind share what is compiled."""
-        for siblings, name in layers(self.module):
-            siblings[int(name)].compile(backend=COMPILER)
-        self.compiled = True
-
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """Not compiled: every length of a text would be anew."""
+        """Without compiled layers, which every new length of a text would compile anew."""
         eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with eager, super().evaluating() as module:
             yield module

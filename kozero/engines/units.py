@@ -1,9 +1,17 @@
-"""Which parts of a module are gathered by themselves when parameters are sharded."""
+"""Which parts of a module are gathered by themselves when parameters are sharded, and compiled by themselves."""
 
 from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
+
+COMPILER = "inductor"
+
+
+def compile_layers(module: nn.Module) -> None:
+    """Let torch.compile have each layer, in place, so that names stay. Layers of one kind share what is compiled."""
+    for siblings, name in layers(module):
+        siblings[int(name)].compile(backend=COMPILER)
 
 
 def layers(module: nn.Module) -> list[tuple[nn.ModuleList, str]]:
