@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from kozero import distributed
 from kozero.config import arg, describe_run
 from kozero.errors import require
 from kozero.folder import new_file
@@ -77,8 +78,9 @@ class Running:
         return found
 
 
-def start(contender: Contender, port: int) -> Running:
+def start(contender: Contender) -> Running:
     """Its processes, loaded."""
+    port = distributed.free_port()
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], []
     for rank in range(contender.ranks):
@@ -98,10 +100,7 @@ def serve(contender: Contender, rank: int, port: int, pipe: Connection) -> None:
     os.environ.pop("LOCAL_RANK", None)  # of who started us; libraries take it for a launcher's
     try:
         if contender.ranks > 1:
-            os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(contender.ranks),
-                "LOCAL_WORLD_SIZE": str(contender.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
+            os.environ |= distributed.described(rank, contender.ranks, port)
         block = contender.build(*contender.arguments)
         pipe.send({})
         while pipe.recv() == "go":
@@ -113,13 +112,13 @@ def serve(contender: Contender, rank: int, port: int, pipe: Connection) -> None:
     os._exit(0)  # libraries' threads may abort at exit
 
 
-def compete(contenders: Sequence[Contender], rounds: int, port: int = 29_640) -> dict[str, list[dict[str, Any]]]:
+def compete(contenders: Sequence[Contender], rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Figures of every block, by contender; the first of each warms up."""
     sides = []
     try:
-        for k, contender in enumerate(contenders):
+        for contender in contenders:
             print(f"loading {contender.name}", flush=True)
-            sides.append(start(contender, port + k))
+            sides.append(start(contender))
         found: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
         for number in range(rounds + 1):
             for side in sides if number % 2 else sides[::-1]:

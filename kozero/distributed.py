@@ -6,6 +6,7 @@ A run always has a process group, also with one rank, so that nothing else asks 
 import ctypes
 import os
 import random
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -147,6 +148,19 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """Number of processes of this machine; the deepspeed launcher names it only through LOCAL_SIZE."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+
+
+def free_port() -> int:
+    """A TCP port that nobody uses now."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def described(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives to a rank of this machine."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def is_main() -> bool:

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +16,8 @@ from kozero import distributed
 from kozero.errors import EXIT_INTERRUPTED, GRACE_SECONDS, require, run_main
 
 RANKS_PER_CORE = 4  # more of them is a slip of the keyboard
+# A fork has the libraries that this process took seconds to import; what it has asked of CUDA, a fork cannot use.
+START = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
 
 
 def check_nproc(nproc: int) -> None:
@@ -38,14 +39,15 @@ def check_nproc(nproc: int) -> None:
 def run_ranks(main: Callable[[], None], nproc: int) -> None:
     """Run `main` on the ranks of this machine and end with the exit code of the first that failed.
 
-    Under torchrun or deepspeed this process is one of them. `main` must be importable, since the others are started
-    afresh.
+    Under torchrun or deepspeed this process is one of them. `main` must be importable, since where there are GPUs the
+    others are started afresh.
     """
     wanted = nproc or torch.cuda.device_count() or 1
     if "WORLD_SIZE" in os.environ or wanted == 1:
         run_main(main)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells whom it ends: not for users
-    ranks = mp.spawn(one_rank, args=(main, wanted, free_port(), sys.argv, os.getpid()), nprocs=wanted, join=False)
+    told = (main, wanted, distributed.free_port(), sys.argv, os.getpid())
+    ranks = mp.start_processes(one_rank, told, nprocs=wanted, join=False, start_method=START)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: pass_on(number, ranks.processes))
     try:
@@ -79,9 +81,7 @@ def one_rank(rank: int, main: Callable[[], None], world_size: int, port: int, ar
     if os.getppid() != starter:
         os._exit(EXIT_INTERRUPTED)
     sys.argv = argv
-    described = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ |= {name: str(value) for name, value in described.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= distributed.described(rank, world_size, port)
     run_main(partial(end_silently, main))
 
 
@@ -97,10 +97,3 @@ def end_silently(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_INTERRUPTED)
-
-
-def free_port() -> int:
-    """A TCP port that nobody uses now."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

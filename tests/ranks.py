@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -35,7 +34,7 @@ def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2) -> 
     if 0 < gpus < world_size:
         pytest.skip(f"{world_size} ranks need as many GPUs, {gpus} visible; CUDA_VISIBLE_DEVICES= runs them on the CPU")
     with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
+        port = distributed.free_port()
         told = (function, args, dict(os.environ), world_size, port, folder)
         mp.start_processes(work, told, world_size, start_method=START)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
@@ -46,14 +45,7 @@ def work(
 ) -> None:
     """One rank. The environment is that of now, not of when the first process was forked."""
     os.environ.clear()
-    os.environ |= environment | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= environment | distributed.described(rank, world_size, port)
     if torch.cuda.is_available():  # what is compared bit by bit must not depend on which kernel thread was the first
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -65,10 +57,3 @@ def work(
         traceback.print_exc()
         raise
     os._exit(0)  # the interpreter's teardown may abort, see kozero.errors.run_main
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

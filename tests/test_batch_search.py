@@ -4,7 +4,7 @@ that a run which looked for its batch is the run that was given it."""
 import json
 import math
 import re
-import subprocess
+import shlex
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +24,7 @@ from pretrain import run as pretraining
 from pretrain.data import full_rows, make_rows, open_shards
 from tests.helpers import ROOT
 from tests.ranks import run_ranks
+from tests.scripts import run_script
 
 GIB = 2**30
 
@@ -333,8 +334,7 @@ def test_two_ranks_under_deepspeed_find_a_batch_and_train_as_if_given_it(tmp_pat
         told = ["--model_name", "hong", "--config_file", "models/transformer_tiny_config.json", "--nproc", 2, *SIZES]
         told += ["--corpus_path", tmp_path / "corpus.txt", "--deepspeed_config", f"ds_configs/{stage}.json"]
         told += ["--output_dir", tmp_path / name, "--cache_dir", tmp_path / "cache", "--train_batch_size", size]
-        command = [sys.executable, "pretrain/train.py", *map(str, told)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = run_script(shlex.join(["pretrain/train.py", *map(str, told)]))
         assert done.returncode == 0, done.stderr
         return done.stdout
 

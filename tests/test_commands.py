@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from finetune import demo, evaluate, generate, sentiment, train
 from kozero.config import parse_arguments
+from kozero.distributed import free_port
 from kozero.errors import UserError
 from kozero.plan import ModelShape
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
@@ -21,7 +22,7 @@ from scripts import plan
 from scripts.select_topic import SelectionArguments
 from scripts.train_tokenizer import TokenizerArguments
 from tests.helpers import gpt2_configs
-from tests.ranks import free_port
+from tests.scripts import run_script
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = {
@@ -49,7 +50,9 @@ def commands(readme):
 
 
 def shell(command, timeout=300):
-    """Run a command line in the root with this Python's tools first on the path."""
+    """Run a command line in the root with this Python's tools first on the path; a script in a fork of a process."""
+    if command.startswith("python "):
+        return run_script(command.removeprefix("python "), timeout=timeout)
     path = f"export PATH={Path(sys.executable).parent}:$PATH"
     for launcher in ("deepspeed ", "torchrun "):  # another run on this machine may hold the default port
         command = command.replace(launcher, f"{launcher}--master_port {free_port()} ", 1)

@@ -31,7 +31,7 @@ from kozero.pause import InferencePauseArguments
 from tests.browser import CHROMIUM, Browser
 from tests.helpers import ROOT, export_paused, interruptible
 
-SECONDS = 60  # that a server may take to start, or a page to answer, on a busy machine
+SECONDS = 180  # that a server may take to start, or a page to answer, on a busy machine
 SHORT = DecodingArguments(max_new_tokens=8)
 LONG = DecodingArguments(max_new_tokens=8000, temperature=0)  # half a minute of a tiny model
 

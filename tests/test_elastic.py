@@ -13,6 +13,12 @@ from tests.toys import RATES, SHAPE, arguments, deal, engine_for, save, steps, t
 pytestmark = pytest.mark.slow
 FREEZE = "h.0,wte"
 NAMES = ["plain", "oss", "fsdp2_wrap", "fsdp3_wrap", "fairscale_fsdp3_wrap", "zero1", "zero2", "zero3", "zero3_offload"]
+# One checkpoint is read like another, so not every pair: from each go on itself, the plain engine and a neighbour, and
+# from the plain engine all.
+PAIRS = [
+    (saved, name)
+    for k, saved in enumerate(NAMES) for name in NAMES if name in (saved, "plain", NAMES[k - 1]) or saved == "plain"
+]  # fmt: skip
 SHAPES = {1: (2, 4), 2: (2, 2)}  # micro batch and accumulation by number of ranks: 8 rows either way
 
 
@@ -39,7 +45,7 @@ def run_and_save(folder: Path) -> dict[str, list[float]]:
 
 def go_on(folder: Path) -> dict[tuple[str, str], list[float]]:
     """The last two steps from the checkpoints, by (saved by, goes on)."""
-    return {(saved, name): losses(name, 2, 4, load=folder / saved) for saved in NAMES for name in NAMES}
+    return {(saved, name): losses(name, 2, 4, load=folder / saved) for saved, name in PAIRS}
 
 
 def scales(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
@@ -74,6 +80,5 @@ def test_a_loss_scale_goes_on_under_another_engine(tmp_path):
 def test_a_run_goes_on_on_other_ranks_under_another_engine(tmp_path, before, after):
     expected = run_ranks(run_and_save, tmp_path, world_size=before)[0]
     found = run_ranks(go_on, tmp_path, world_size=after)[0]
-    assert len(found) == len(NAMES) ** 2
     for (saved, name), values in found.items():
         assert values == pytest.approx(expected[saved], abs=2e-6), (saved, name)

@@ -19,7 +19,8 @@ from kozero import distributed
 from kozero.errors import UserError
 from models.encoders import build_encoder, export_encoder, read_encoder_config
 from tests.helpers import ROOT, SAMPLE_DATA, sample_tokenizer, toy_gpt2, word_tokenizer
-from tests.test_commands import losses, shell
+from tests.scripts import run_script
+from tests.test_commands import losses
 
 DEV = SAMPLE_DATA / "korquad/KorQuAD_v1.0_dev.json"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "ff_dim": 64, "max_position_embeddings": 160, "n_experts": 2}
@@ -288,12 +289,12 @@ def test_a_reader_without_a_head_is_not_scored(monkeypatch, shared, pretrained):
 def test_two_ranks_under_every_stage_learn_what_one_process_does(shared, tmp_path, task):
     told = f"--task {task} --config_file {shared}/mix_lm.json --cache_dir {shared}/cache --max_steps 3 --eval_steps 3"
     told += " --logging_steps 1 --learning_rate 0.01 --max_eval_samples 7"
-    alone = shell(f"python finetune/train.py {told} --train_batch_size 4 --output_dir {tmp_path}/alone")
+    alone = run_script(f"finetune/train.py {told} --train_batch_size 4 --output_dir {tmp_path}/alone")
     assert alone.returncode == 0, alone.stderr
     for name in ("plain", "zero1", "zero2", "zero3"):
         stage = "" if name == "plain" else f"--deepspeed_config ds_configs/{name}.json"
         run = f"finetune/train.py {told} {stage} --train_batch_size 2 --output_dir {tmp_path}/{name}"
-        done = shell(f"torchrun --nproc_per_node 2 {run}")
+        done = run_script(run, world_size=2)
         assert done.returncode == 0, done.stdout + done.stderr
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "alone"), abs=2e-5), name
         scores = [read(tmp_path / run / "scores.json")["scores"] for run in (name, "alone")]
@@ -304,11 +305,8 @@ def test_two_ranks_under_every_stage_learn_what_one_process_does(shared, tmp_pat
 @pytest.mark.slow
 def test_two_ranks_write_the_vectors_of_one_process(shared, pretrained, tmp_path):
     told = f"finetune/train.py --train_mode encoder --model_name_or_path {pretrained} --cache_dir {shared}/cache"
-    for command in (
-        f"python {told} --output_dir {tmp_path}/one",
-        f"torchrun --nproc_per_node 2 {told} --output_dir {tmp_path}/two",
-    ):
-        done = shell(command)
+    for world_size, name in ((1, "one"), (2, "two")):
+        done = run_script(f"{told} --output_dir {tmp_path}/{name}", world_size)
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = (np.load(tmp_path / name / "vectors.npy") for name in ("one", "two"))
     np.testing.assert_allclose(one, two, atol=1e-6)

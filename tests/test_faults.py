@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from kozero.checkpoint import damage
+from kozero.distributed import free_port
 from tests.helpers import ROOT, interruptible
-from tests.ranks import free_port
 
 pytestmark = pytest.mark.slow
 LAUNCHERS = {"deepspeed": ["deepspeed", "--num_gpus", "2"], "torchrun": ["torchrun", "--nproc_per_node", "2"]}

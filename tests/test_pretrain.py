@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from pretrain import launch, train, train_zero_one, train_zero_two
 from pretrain import run as pretraining
 from pretrain.model import card
 from tests.helpers import ROOT, interruptible, sample_tokenizer, toy_gpt2, word_tokenizer
+from tests.scripts import run_script
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -345,9 +347,7 @@ def test_every_entry_trains_alike_on_two_ranks(tmp_path, model):
         script = "train_zero_two" if name == "zero3" else "train" if name.startswith("ds") else name
         script = f"pretrain/{script}.py"
         told = [*shared, *map(str, SIZES), "--output_dir", str(tmp_path / name), "--cache_dir", str(tmp_path / "cache")]
-        done = subprocess.run(
-            [sys.executable, script, *told, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
-        )
+        done = run_script(shlex.join([script, *told, *flags]))
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == str(tmp_path / name / "hong/model")
         curves[name] = losses(tmp_path / name / "hong")
@@ -364,8 +364,7 @@ def test_a_run_goes_on_by_every_entry(tmp_path):
 
     def run(folder: str, entry: str, num: int, *flags: str) -> None:
         told = [*shared, "--num_steps", str(num), "--output_dir", str(tmp_path / folder), *flags]
-        command = [sys.executable, f"pretrain/{entry}.py", *told]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = run_script(shlex.join([f"pretrain/{entry}.py", *told]))
         assert done.returncode == 0, done.stderr
 
     run("straight", "train", 12, "--train_batch_size", "8")
