@@ -25,6 +25,10 @@ from kozero.config import arg, describe_run
 from kozero.errors import require
 from kozero.folder import new_file
 
+# Sides are forked from a process that has imported what takes longest. Not with a GPU, for what a process has asked of
+# CUDA its forks cannot use.
+START = "spawn" if torch.cuda.is_available() else "forkserver"
+
 Block = Callable[[], dict[str, Any]]  # one block of work: its figures
 
 
@@ -81,7 +85,8 @@ class Running:
 def start(contender: Contender) -> Running:
     """Its processes, loaded."""
     port = distributed.free_port()
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START)
+    context.set_forkserver_preload(["transformers.models.gpt2.modeling_gpt2"])
     processes, pipes = [], []
     for rank in range(contender.ranks):
         here, there = context.Pipe()

@@ -130,9 +130,10 @@ def plain_losses(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DS_CONFIGS)
-def test_every_deepspeed_json_trains_through_the_deepspeed_launcher(name, plain_losses, tmp_path):
+def test_every_deepspeed_json_trains_on_two_ranks(name, plain_losses, tmp_path):
+    """By the deepspeed launcher: the commands of the README, below."""
     told = f"{RUN} --deepspeed_config ds_configs/{name} --output_dir {tmp_path}/run --cache_dir {tmp_path}/cache"
-    done = shell(f"deepspeed --num_gpus 2 {told}")
+    done = run_script(told, world_size=2)
     assert done.returncode == 0, done.stdout + done.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert losses(tmp_path / "run") == pytest.approx(plain_losses, abs=2e-5)

@@ -72,7 +72,7 @@ def ranks(folder: Path) -> dict[str, psutil.Process]:
     return found
 
 
-def all_gone(folder: Path, seconds: float = 10) -> bool:
+def all_gone(folder: Path, seconds: float = 60) -> bool:
     """Whether every process of a run ends within some seconds."""
     end = time.monotonic() + seconds
     while members(folder) and time.monotonic() < end:
@@ -134,7 +134,7 @@ def test_a_rank_that_hangs_ends_the_other_when_its_time_is_over(tmp_path):
         ranks(tmp_path)["1"].suspend()
         began = time.monotonic()
         wait_for(run, "Timed out waiting 5000ms")
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
 
 
 def test_a_rank_that_dies_ends_the_other_with_its_error(tmp_path):
@@ -144,5 +144,5 @@ def test_a_rank_that_dies_ends_the_other_with_its_error(tmp_path):
         began = time.monotonic()
         told = run.stdout.read()
         assert run.wait() != 0 and all_gone(tmp_path)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     assert "exits with return code = -9" in told or "Connection closed by peer" in told or "reset by peer" in told

@@ -23,6 +23,7 @@ from scripts.pause_study import Step, check_all, run_all, steps
 from scripts.study import Study
 from scripts.study_report import Result, difference_table, pauses_table, score_table, write_report
 from tests.helpers import ROOT
+from tests.scripts import run_script
 
 SAMPLE = ROOT / "sample_data" / "study.json"
 
@@ -353,7 +354,7 @@ def test_the_shipped_study_goes_on_after_it_was_killed(monkeypatch, tmp_path):
     assert (tmp_path / "study/report.html").stat().st_size > 10_000
     step = steps(Study.read(path))[2]
     alone = [word.replace(str(tmp_path / "study/StdPT"), str(tmp_path / "alone")) for word in step.words]
-    subprocess.run([sys.executable, step.entry, *alone], cwd=ROOT, check=True, capture_output=True)
+    assert run_script(shlex.join([step.entry, *alone])).returncode == 0
     (folder,) = tmp_path.glob("alone*")
     scores = json.loads((folder / "nsmc/seed1/scores.json").read_text())
     assert scores == json.loads((step.folder / "scores.json").read_text())
