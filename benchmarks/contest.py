@@ -29,6 +29,9 @@ from kozero.folder import new_file
 # CUDA its forks cannot use.
 START = "spawn" if torch.cuda.is_available() else "forkserver"
 
+# What sides inherit: settings that a benchmark makes for its own process are not for those beside us.
+ENVIRONMENT = dict(os.environ)
+
 Block = Callable[[], dict[str, Any]]  # one block of work: its figures
 
 
@@ -74,8 +77,9 @@ class Running:
         """One of each rank."""
         found = []
         for process, pipe in zip(self.processes, self.pipes, strict=True):
-            while not pipe.poll(0.2):
-                require(process.is_alive(), f"{self.contender.name} ended with exit code {process.exitcode}")
+            while not pipe.poll(0.2):  # a process that has ended may have told why since
+                there = process.is_alive() or pipe.poll()
+                require(there, f"{self.contender.name} ended with exit code {process.exitcode}")
             found.append(pipe.recv())
         if failed := [answer for answer in found if isinstance(answer, str)]:
             raise RuntimeError(f"{self.contender.name} failed:\n{''.join(failed)}")
@@ -83,26 +87,25 @@ class Running:
 
 
 def start(contender: Contender) -> Running:
-    """Its processes, loaded."""
+    """Its processes, which load now: their first answers say that they have."""
     port = distributed.free_port()
     context = multiprocessing.get_context(START)
     context.set_forkserver_preload(["transformers.models.gpt2.modeling_gpt2"])
     processes, pipes = [], []
     for rank in range(contender.ranks):
         here, there = context.Pipe()
-        process = context.Process(target=serve, args=(contender, rank, port, there))
+        process = context.Process(target=serve, args=(contender, rank, port, ENVIRONMENT, there))
         process.start()
         there.close()
         processes.append(process)
         pipes.append(here)
-    running = Running(contender, processes, pipes)
-    running.answers()
-    return running
+    return Running(contender, processes, pipes)
 
 
-def serve(contender: Contender, rank: int, port: int, pipe: Connection) -> None:
+def serve(contender: Contender, rank: int, port: int, environment: dict[str, str], pipe: Connection) -> None:
     """A rank: load, then a block of work for every word."""
-    os.environ.pop("LOCAL_RANK", None)  # of who started us; libraries take it for a launcher's
+    os.environ.clear()
+    os.environ |= environment
     try:
         if contender.ranks > 1:
             os.environ |= distributed.described(rank, contender.ranks, port)
@@ -124,6 +127,7 @@ def compete(contenders: Sequence[Contender], rounds: int) -> dict[str, list[dict
         for contender in contenders:
             print(f"loading {contender.name}", flush=True)
             sides.append(start(contender))
+            sides[-1].answers()
         found: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
         for number in range(rounds + 1):
             for side in sides if number % 2 else sides[::-1]:
@@ -135,6 +139,11 @@ def compete(contenders: Sequence[Contender], rounds: int) -> dict[str, list[dict
             for process in side.processes:
                 process.kill()
                 process.join()
+
+
+def paired(speeds: Sequence[float], others: Sequence[float]) -> float:
+    """How many times as fast as the others: the median over rounds, whose blocks a busy machine slowed alike."""
+    return statistics.median(speed / other for speed, other in zip(speeds, others, strict=True))
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import Block, Contender, Reported, compete, median, report, table, timed
+from contest import Block, Contender, Reported, compete, median, paired, report, table, timed
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedConfig, SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
@@ -94,7 +94,7 @@ def main() -> None:
         name = Path(path).stem.removesuffix("_config")
         sides = [Contender(f"{name}: {side}", measured, (arguments, path, side)) for side in sides_of(path)]
         found = [figures(name, blocks) for name, blocks in compete(sides, arguments.rounds).items()]
-        rows += [row | {"ratio": row["speed"] / found[0]["speed"]} for row in found]
+        rows += [row | {"ratio": paired(row["speeds"], found[0]["speeds"])} for row in found]
     print(table(
         ("encoder", "parameters", "tokens/s", "least to most", "times ours", "loss", "gradient norm"),
         [(row["name"], f"{row['parameters']:,}", f"{row['speed']:,.0f}", "{:,.0f} to {:,.0f}".format(*row["spread"]),
@@ -108,7 +108,7 @@ def figures(name: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
     """A side's row; its first block warmed up."""
     speeds = [block["tokens"] / block["seconds"] for block in blocks[1:]]
     told = {key: blocks[0][key] for key in ("parameters", "losses", "norms")}
-    return {"name": name, "speed": median(speeds), "spread": (min(speeds), max(speeds))} | told
+    return {"name": name, "speeds": speeds, "speed": median(speeds), "spread": (min(speeds), max(speeds))} | told
 
 
 def check(rows: list[dict[str, Any]]) -> None:

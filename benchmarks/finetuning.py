@@ -5,11 +5,13 @@ longest of their batch, or grouped by length) and TRL's SFTTrainer with packing.
     python benchmarks/finetuning.py --task korquad --texts 24 --batch_size 4 --length 384 --row_length 384 --bf16
 
 All begin with the same random weights of --config_file, without dropout, and learn the same texts, each once in a
-block, about --batch_size of them in an update, with AdamW at one rate. Speed is real tokens (prompt, target and end; no
-padding) in the time from the beginning of a block's first update to the end of its last. After the first block every
-side scores other texts in 32 bit: losses within --tolerance say that they did the same work.
+block (ours fills its last update from the next epoch, and counts that), about --batch_size of them in an update, with
+AdamW at one rate. Speed is real tokens (prompt, target and end; no padding) in the time from the beginning of a block's
+first update to the end of its last; "times the first" is the median over rounds. After the first block every side
+scores other texts in 32 bit: losses within --tolerance say that they did the same work.
 """
 
+import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import Block, Contender, Reported, compete, median, report, table
+from contest import Block, Contender, Reported, compete, median, paired, report, table
+from transformers import TrainerCallback
 
 from finetune.arguments import DataArguments, ModelArguments
 from finetune.data import cached_store, sources
@@ -27,6 +30,7 @@ from finetune.setup import load_model
 from finetune.tasks import TASKS
 from kozero import distributed
 from kozero.config import BatchSizes, TrainingArguments, arg, at_least, parse_arguments
+from kozero.data.ahead import Ahead
 from kozero.data.batches import Prefixes, TrainingRows
 from kozero.data.rows import fit
 from kozero.engines import EngineSettings, build_engine
@@ -53,12 +57,18 @@ class BenchmarkArguments(Reported):
     learning_rate: float = arg(1e-4, "rate of every update")
     bf16: bool = arg(False, "compute in bfloat16")
     tolerance: float = arg(0.02, "of the losses after the first block, relative")
+    peer_arguments: str = arg("{}", 'JSON of more arguments of the peers\' trainers, such as {"torch_compile": true}')
     sides: str = arg("kozero,padded,dynamic,grouped,packed", "which, by comma")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, self, "texts", "batch_size", "length", "row_length", "rounds")
         unknown = [side for side in self.sides.split(",") if side not in SIDES]
+        try:
+            more = json.loads(self.peer_arguments)
+        except ValueError:
+            more = None
+        require(isinstance(more, dict), f"--peer_arguments {self.peer_arguments}: is no JSON object")
         require(not unknown, f"--sides {self.sides}: {''.join(unknown[:1])} is none of {', '.join(SIDES)}")
 
 
@@ -78,6 +88,7 @@ class Work:
     row_length: int
     learning_rate: float
     bf16: bool
+    peer_arguments: dict[str, Any]
 
     @property
     def tokens(self) -> int:
@@ -96,10 +107,12 @@ def main() -> None:
         blocks = compete([Contender(name, SIDES[name], (work,)) for name in names], arguments.rounds)
     rows = [figures(name, found) for name, found in blocks.items()]
     ours = rows[0]
+    for row in rows:
+        row["ratio"] = paired(row["speeds"], ours["speeds"])
     print(table(
         ("side", "real tokens/s", "least to most", "times the first", "loss of an update", "loss afterwards"),
         [(row["name"], f"{row['speed']:.1f}", "{:.1f} to {:.1f}".format(*row["spread"]),
-          f"{row['speed'] / ours['speed']:.2f}", f"{row['losses'][0]:.4f}", f"{row['held_out']:.4f}") for row in rows],
+          f"{row['ratio']:.2f}", f"{row['losses'][0]:.4f}", f"{row['held_out']:.4f}") for row in rows],
     ))  # fmt: skip
     report(arguments, rows)
     for row in rows:
@@ -112,6 +125,7 @@ def figures(name: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
     speeds = [block["tokens"] / block["seconds"] for block in blocks[1:]]
     return {
         "name": name,
+        "speeds": speeds,
         "speed": median(speeds),
         "spread": (min(speeds), max(speeds)),
         "losses": blocks[0]["losses"],
@@ -150,7 +164,7 @@ def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
     rows = max(1, round(arguments.batch_size * tokens / len(learn) / arguments.row_length))
     return Work(
         str(folder / "model"), learn, held_out, arguments.batch_size, arguments.length, rows, arguments.row_length,
-        arguments.learning_rate, arguments.bf16,
+        arguments.learning_rate, arguments.bf16, json.loads(arguments.peer_arguments),
     )  # fmt: skip
 
 
@@ -183,14 +197,15 @@ def kozero(work: Work) -> Block:
     sizes = BatchSizes(work.rows, 1, 1)
     training = TrainingArguments(per_device_train_batch_size=work.rows, bf16=work.bf16)
     engine = build_engine(model.module, training, EngineSettings())
-    consumed = 0
+    ahead, consumed = Ahead(rows, sizes, 0), 0
 
     def block() -> dict[str, Any]:
         nonlocal consumed
         losses, tokens, begin = [], 0, time.perf_counter()
         for _ in range(-(-len(rows) // work.rows)):
-            losses.append(engine.train_step(rows.step(consumed, sizes, 0), work.learning_rate).loss)
-            tokens += rows.num_tokens(consumed, work.rows)
+            batches, number = ahead.step(consumed)
+            losses.append(engine.train_step(batches, work.learning_rate).loss)
+            tokens += number
             consumed += work.rows
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "tokens": tokens, "losses": losses, "held_out": score(engine.module.lm, work)}
@@ -204,7 +219,8 @@ def score(lm: torch.nn.Module, work: Work) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
         for ids, labels in work.held_out:
-            logits = lm(input_ids=torch.tensor([ids], device=lm.device)).logits[0, :-1].float()
+            inputs = torch.tensor([ids], device=lm.device)
+            logits = type(lm).forward(lm, input_ids=inputs).logits[0, :-1]  # accelerate's own forward is in 16 bit
             wanted = torch.tensor(labels[1:], device=lm.device)
             total += F.cross_entropy(logits, wanted, reduction="sum").item()
             count += sum(label != IGNORE for label in labels[1:])
@@ -212,24 +228,20 @@ def score(lm: torch.nn.Module, work: Work) -> float:
     return total / count
 
 
-class Clock:
-    """Takes the time of a peer's updates. Its class is made when transformers is there."""
+class Clock(TrainerCallback):
+    """Takes the time of a peer's updates."""
 
-    def __new__(cls) -> Any:
-        from transformers import TrainerCallback
+    begin = end = 0.0
 
-        class Callback(TrainerCallback):
-            begin = end = 0.0
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The first one."""
+        self.begin = self.begin or time.perf_counter()
 
-            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                self.begin = self.begin or time.perf_counter()
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if torch.cuda.is_available():  # which has been told of the update and may not have made it yet
-                    torch.cuda.synchronize()
-                self.end = time.perf_counter()
-
-        return Callback()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The last one so far."""
+        if torch.cuda.is_available():  # which has been told of the update and may not have made it yet
+            torch.cuda.synchronize()
+        self.end = time.perf_counter()
 
 
 def settings(work: Work, rows: int, updates: int) -> dict[str, Any]:
@@ -244,7 +256,7 @@ def settings(work: Work, rows: int, updates: int) -> dict[str, Any]:
         "weight_decay": 0.01, "max_grad_norm": 1.0, "bf16": work.bf16, "use_cpu": not torch.cuda.is_available(),
         "report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0,
         "remove_unused_columns": False, recomputing: False,
-    }  # fmt: skip
+    } | work.peer_arguments  # fmt: skip
 
 
 def peer_block(trainer: Any, work: Work) -> Block:
@@ -278,8 +290,8 @@ def hf_trainer(work: Work, rule: str) -> Block:
         def filled(name: str, value: int) -> torch.Tensor:
             return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
 
-        masks = [{"mask": [1] * len(row["input_ids"])} for row in rows]
-        mask = torch.tensor([m["mask"] + [0] * (longest - len(m["mask"])) for m in masks])
+        lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+        mask = (torch.arange(longest) < lengths).long()
         return {"input_ids": filled("input_ids", 0), "attention_mask": mask, "labels": filled("labels", IGNORE)}
 
     torch.set_num_threads(distributed.usable_cores())
@@ -317,12 +329,13 @@ def packed(work: Work) -> Block:
     data = Dataset.from_list(
         [{"input_ids": ids, "completion_mask": [int(t != IGNORE) for t in labels]} for ids, labels in work.learn]
     )
-    updates = max(1, round(work.tokens / (work.rows * work.row_length)))
     arguments = SFTConfig(
-        **settings(work, work.rows, updates), packing=True, max_length=work.row_length, completion_only_loss=True,
+        **settings(work, work.rows, 1), packing=True, max_length=work.row_length, completion_only_loss=True,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(work.model)
-    return peer_block(SFTTrainer(lm, arguments, train_dataset=data, processing_class=tokenizer), work)
+    trainer = SFTTrainer(lm, arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.args.max_steps = -(-len(trainer.train_dataset) // work.rows)  # all rows, which are known only now
+    return peer_block(trainer, work)
 
 
 SIDES = {"kozero": kozero, "padded": padded, "dynamic": dynamic, "grouped": grouped, "packed": packed}

@@ -25,10 +25,12 @@ from finetune.planned import PlannedModel
 from finetune.ways import way
 from kozero import distributed
 from kozero.config import BatchSizes, TrainingArguments, arg, at_least, parse_arguments
+from kozero.data.ahead import Ahead
 from kozero.data.batches import TrainingRows
 from kozero.data.store import TokenStore
 from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine, StepStats
+from kozero.engines.units import compile_layers
 from kozero.errors import require, run_main
 from kozero.freeze import apply_plan, compile_plan, step_flops
 from kozero.memory import rank_memory
@@ -64,6 +66,7 @@ class StepArguments(Reported):
     deepspeed_config: str | None = arg(None, "DeepSpeed JSON; without it: plain PyTorch")
     updates: int = arg(10, "updates of a block")
     rounds: int = arg(5, "blocks that count; one more before them warms up")
+    torch_compile: bool = arg(False, "compile the layers, however few updates; see finetune/train.py")
     profile: bool = arg(False, "tell what operators take the time of an update")
 
     def __post_init__(self) -> None:
@@ -87,7 +90,7 @@ class StepArguments(Reported):
         return TrainingArguments(
             deepspeed_config=self.deepspeed_config, per_device_train_batch_size=micro,
             gradient_accumulation_steps=self.accumulation, bf16=self.bf16, fp16=self.fp16, learning_rate=1e-4,
-            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing=self.gradient_checkpointing, torch_compile=self.torch_compile,
         )  # fmt: skip
 
 
@@ -177,16 +180,16 @@ class Run:
         self.sizes = BatchSizes(micro, arguments.accumulation, 1)
         store = RandomTexts(arguments, self.sizes.global_batch * arguments.updates, config.vocab_size)
         self.rows = TrainingRows(store, Pauses(0, 0), arguments.length, "packed", seed=0)
-        self.consumed = 0
+        self.consumed, self.ahead = 0, Ahead(self.rows, self.sizes, 0)
         self.engine = engine_of(arguments, config, micro, self.sizes)
 
     def update(self) -> tuple[StepStats, float, int]:
-        """One of them; the seconds of making its batches, and its real tokens."""
+        """One of them; the seconds of waiting for its batches, and its real tokens."""
         begin = time.perf_counter()
-        batches = self.rows.step(self.consumed, self.sizes, 0)
+        batches, tokens = self.ahead.step(self.consumed)
         seconds = time.perf_counter() - begin
         self.consumed += self.sizes.global_batch
-        return self.engine.train_step(batches, 1e-4), seconds, sum(batch.num_tokens for batch in batches)
+        return self.engine.train_step(batches, 1e-4), seconds, tokens
 
     def block(self, updates: int) -> dict[str, Any]:
         """Some of them."""
@@ -218,7 +221,10 @@ def engine_of(arguments: StepArguments, config: Any, micro: int, sizes: BatchSiz
     apply_plan(compile_plan(arguments.freeze, config.n_layer, has_pause=False), module)
     if arguments.gradient_checkpointing:
         checkpoint_activations(module.lm)
-    return build_engine(module, training, settings)
+    engine = build_engine(module, training, settings)
+    if arguments.torch_compile:
+        compile_layers(engine.module)
+    return engine
 
 
 def measured(arguments: StepArguments, planned: PlannedModel, micro: int, limit: float) -> dict[str, Any]:

@@ -3,8 +3,9 @@ PyTorch's DistributedDataParallel: tokens per second of the same updates from th
 
     python benchmarks/zero.py --config_file models/kogpt2_config.json --bf16 --output_file zero.json
 
-Both sides get the same full rows of random tokens, all of which are predicted, so a peer has nothing to pad and nothing
-to leave out: what differs is the engine. Losses must agree.
+Both sides learn the same full rows of random tokens in every update, and predict all of them, so a peer has nothing to
+pad and nothing to leave out. What differs is the engine, and beside it attention and the head, which here has no whole
+logits. What distributed.setup says to the system (memory, oneDNN) holds for both. Losses must fall, and agree.
 """
 
 import time
@@ -37,14 +38,16 @@ class BenchmarkArguments(Reported):
     micro_batch: int = arg(2, "rows of one forward pass on one rank")
     accumulation: int = arg(2, "forward passes of an update")
     length: int = arg(128, "tokens of a row")
-    updates: int = arg(3, "updates of a block")
+    updates: int = arg(3, "updates of a block, 2 or more")
     rounds: int = arg(3, "blocks of each side that count; one more before them warms up")
     bf16: bool = arg(False, "compute in bfloat16")
-    tolerance: float = arg(0.01, "of the losses of the first block, relative")
+    learning_rate: float = arg(1e-4, "rate of every update")
+    tolerance: float = arg(0.002, "of the losses of the first block, relative; they must fall by five times as much")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "ranks", "micro_batch", "accumulation", "length", "updates", "rounds")
+        at_least(1, self, "ranks", "micro_batch", "accumulation", "rounds")
+        at_least(2, self, "length", "updates")
         known = {"0", "1", "2", "3"}
         require(set(self.stages.split(",")) <= known, f"--stages {self.stages}: must be numbers from 0 to 3, by comma")
 
@@ -68,8 +71,16 @@ def main() -> None:
     ))  # fmt: skip
     report(arguments, rows)
     for ours, peer in zip(rows[::2], rows[1::2], strict=True):
-        near = np.allclose(ours["losses"], peer["losses"], rtol=arguments.tolerance)
-        require(near, f"ZeRO-{ours['stage']}: losses {ours['losses']} and {peer['losses']} differ")
+        check(ours, peer, arguments.tolerance)
+
+
+def check(ours: dict[str, Any], peer: dict[str, Any], tolerance: float) -> None:
+    """Both have learnt the same. Losses that hardly move are equal whatever the sides do, and are refused."""
+    name, losses, others = f"ZeRO-{ours['stage']}", ours["losses"], peer["losses"]
+    fell = 1 - losses[-1] / losses[0]
+    told = f"{name}: losses {losses} hardly fall, so they show nothing; raise --learning_rate or --updates"
+    require(fell > 5 * tolerance, told)
+    require(np.allclose(losses, others, rtol=tolerance), f"{name}: losses {losses} and {others} differ")
 
 
 def figures(stage: int, name: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,10 +94,10 @@ def figures(stage: int, name: str, blocks: list[dict[str, Any]]) -> dict[str, An
 
 def updates(arguments: BenchmarkArguments, vocab_size: int) -> Iterator[list[np.ndarray]]:
     """The (rows, length) ids of this rank's micro batches, update after update."""
-    rng = np.random.default_rng(0)
     shape = (arguments.ranks, arguments.accumulation, arguments.micro_batch, arguments.length)
+    ids = np.random.default_rng(0).integers(0, vocab_size, shape)[distributed.rank()]
     while True:
-        yield list(rng.integers(0, vocab_size, shape)[distributed.rank()])
+        yield list(ids)
 
 
 def timed(arguments: BenchmarkArguments, update: Any, vocab_size: int) -> Block:
@@ -113,7 +124,7 @@ def model_of(arguments: BenchmarkArguments) -> Any:
 def told(arguments: BenchmarkArguments, stage: int) -> TrainingArguments:
     """The run as the command line would say it."""
     return TrainingArguments(
-        deepspeed_config=f"ds_configs/zero{stage}.json", bf16=arguments.bf16, learning_rate=1e-4,
+        deepspeed_config=f"ds_configs/zero{stage}.json", bf16=arguments.bf16, learning_rate=arguments.learning_rate,
         per_device_train_batch_size=arguments.micro_batch, gradient_accumulation_steps=arguments.accumulation,
     )  # fmt: skip
 
@@ -146,23 +157,23 @@ def accelerated(arguments: BenchmarkArguments, stage: int) -> Block:
     engine, optimizer = accelerator.prepare(lm, optimizer)
 
     def update(micro_batches: list[np.ndarray]) -> float:
-        total = 0.0
+        total = torch.zeros((), device=accelerator.device)
         for rows in micro_batches:
             with accelerator.accumulate(engine):
                 loss = engine(**peer_inputs(rows, accelerator.device)).loss
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-            total += accelerator.reduce(loss.detach(), "mean").item()
-        return total / len(micro_batches)
+            total += loss.detach()
+        return accelerator.reduce(total, "mean").item() / len(micro_batches)
 
     return timed(arguments, update, lm.config.vocab_size)
 
 
 def peer_inputs(rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
-    """What the transformers model takes: it shifts the labels itself, and the last token is predicted too."""
+    """What the transformers model takes: as many positions as ours, each with its label."""
     ids = torch.from_numpy(rows).to(device)
-    return {"input_ids": ids, "labels": ids, "use_cache": False}
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "shift_labels": ids[:, 1:], "use_cache": False}
 
 
 def own_loop(arguments: BenchmarkArguments) -> Block:
@@ -170,7 +181,7 @@ def own_loop(arguments: BenchmarkArguments) -> Block:
     distributed.setup()
     lm = model_of(arguments).to(distributed.device())
     ddp = DistributedDataParallel(lm)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=arguments.learning_rate, weight_decay=0.01, fused=True)
     device, dtype = distributed.device(), torch.bfloat16 if arguments.bf16 else torch.float32
 
     def update(micro_batches: list[np.ndarray]) -> float:

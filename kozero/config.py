@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from transformers import HfArgumentParser
 
 from kozero.errors import UserError, nearest, require
-from kozero.json_files import check_keys, read_json_object
+from kozero.json_files import check_keys, has_lone_surrogate, read_json_object
 
 LIBRARIES = (
     "torch", "deepspeed", "fairscale", "transformers", "datasets", "tokenizers", "safetensors", "tensorboard",
@@ -59,7 +59,7 @@ class TrainingArguments:
     fp16: bool = arg(False, "compute in float16 with a dynamic loss scale, keep 32-bit master weights")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     torch_compile: bool = arg(
-        False, "compile the layers: stage 0, runs of 1,000 updates or more; takes a C++ compiler and a minute or more"
+        False, "compile the layers: stage 0, runs of 2,000 updates or more; takes a C++ compiler and a minute or more"
     )
     seed: int = arg(42, "seed of weights, data order and dropout")
     logging_steps: int = arg(10, "optimizer updates between two points of the curves")
@@ -192,14 +192,9 @@ def tidy(arguments: Any) -> None:
         require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} {value}: must be finite")
         if isinstance(value, str):
             require(value != "", f"--{f.name}: is empty; give a value or leave it out")
-            require(value.isascii() or not has_lone_surrogate(value), f"--{f.name} {value!a}: is not UTF-8")
+            require(not has_lone_surrogate(value), f"--{f.name} {value!a}: is not UTF-8")
             if value.startswith("~/"):
                 setattr(arguments, f.name, str(Path(value).expanduser()))
-
-
-def has_lone_surrogate(text: str) -> bool:
-    """Whether a text holds half a character: a byte of the command line that was not UTF-8, or JSON's \\ud800."""
-    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def flags_of_file(path: str, parser: ArgumentParser) -> list[str]:

@@ -6,9 +6,11 @@ A run always has a process group, also with one rank, so that nothing else asks 
 import ctypes
 import os
 import random
+import signal
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -40,7 +42,6 @@ control: dist.ProcessGroup | None = None
 
 def setup(timeout_seconds: float = 600.0) -> None:
     """Join the process group that `torchrun` or `deepspeed` describes in the environment, or make one of one rank."""
-    global patient, background, control
     if dist.is_initialized():
         return
     end_with_launcher()
@@ -59,6 +60,28 @@ def setup(timeout_seconds: float = 600.0) -> None:
         # tensors, and a process grew by 9 MiB a step (fully_shard, MLM + ICT); not with 128, which hold those of a step
         # (KoGPT2 has about 30; with 16 they drove each other out, and a step of 1.8 s spent 0.16 on preparing).
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    with ended_by_interrupts():
+        make_groups(backend, timeout)
+
+
+@contextmanager
+def ended_by_interrupts() -> Iterator[None]:
+    """Ctrl-C, and the end of who started this rank, end it at once: it waits for the others in C++, where a signal that
+    Python is to handle would not be heard."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def make_groups(backend: str, timeout: timedelta) -> None:
+    """Wait for all ranks, and make the groups that they talk in."""
+    global patient, background, control
     if "WORLD_SIZE" in os.environ:
         if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise UserError(

@@ -2,10 +2,18 @@
 
 import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from kozero.errors import UserError, nearest, require
+
+HALF = re.compile("[\ud800-\udfff]")
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text holds half a character: a byte of the command line that was not UTF-8, or JSON's \\ud800."""
+    return HALF.search(text) is not None
 
 
 def not_utf8(content: bytes) -> str:

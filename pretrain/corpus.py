@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from os import SEEK_END
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -196,9 +196,12 @@ def write_shard(folder: Path, piece: Piece | HubPiece, tokenizer: Any, split: Sp
     sentences = numbered_sentences(piece.documents(), split, documents)
     with (folder / "tokens.bin").open("wb") as file:
         while batch := list(islice(sentences, ENCODE_SENTENCES)):
-            encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-            lengths.extend(len(ids) for ids in encoded)
-            file.write(np.fromiter((i for ids in encoded for i in ids), dtype).tobytes())
+            encoded = tokenizer(
+                batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+                return_token_type_ids=False, verbose=False,
+            )["input_ids"]  # fmt: skip
+            lengths.extend(map(len, encoded))
+            file.write(np.fromiter(chain.from_iterable(encoded), dtype).tobytes())
     ends = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.uint32), dtype=np.int64)])
     if ends[-1] == 0:
         (folder / "tokens.bin").write_bytes(dtype.type(0).tobytes())  # an empty file cannot be mapped

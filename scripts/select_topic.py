@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from finetune.bm25 import has_kiwi, search
-from kozero.config import arg, at_least, check_seed, has_lone_surrogate, parse_arguments
+from kozero.config import arg, at_least, check_seed, parse_arguments
 from kozero.data.cleaning import Cleaner
 from kozero.data.documents import SUFFIXES, Pool, documents
 from kozero.data.duplicates import duplicates
 from kozero.data.readers import text_files
 from kozero.errors import require, run_main
 from kozero.folder import writable_folder, write_text
-from kozero.json_files import read_json_object
+from kozero.json_files import has_lone_surrogate, read_json_object
 
 WORK = ".work-"
 FUSION = 60  # of reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009)

@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -34,8 +36,11 @@ def run_script(command: str, world_size: int = 1, timeout: float = 300) -> subpr
         try:
             codes = ends(running, end)
         finally:
-            for process in running:
+            for process in running:  # and what it started
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
+                process.join()
         out, err = (path.read_text(encoding="utf-8") for path in said)
         if codes is None:
             raise subprocess.TimeoutExpired(words, timeout, out, err)
@@ -58,6 +63,7 @@ def ends(running: list, end: float) -> list[int] | None:
 
 def work(words: list[str], environment: dict[str, str], said: list[Path]) -> None:
     """What Python does with a script: its arguments, its folder first on the path, its name."""
+    os.setsid()
     os.environ.clear()
     os.environ |= environment
     for number, path in enumerate(said, start=1):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -90,9 +91,12 @@ MISTAKES = {
     "'kozero_transformer' or 'kozero_mix_lm' is needed here",
     "encoders --length 1024": "--length 1024: models/transformer_config.json has 512 positions",
     "encoders --layers -1": "--layers -1: must be 0 or more",
+    "finetuning --peer_arguments [1]": "--peer_arguments [1]: is no JSON object",
+    "finetuning --peer_arguments {": "--peer_arguments {: is no JSON object",
     "growth --of length --sizes 128,2048": "--sizes 128,2048: the model has 1024 positions",
     "growth --of ranks --length 2048": "--length 2048: the model has 1024 positions",
     "growth --of ranks --rows 6": "--rows 6: cannot be shared evenly by 4 ranks",
+    "zero --updates 1": "--updates 1: must be 2 or more",
     "growth --sizes 10": "--sizes 10: must be two numbers above 0 or more, by comma",
     "growth --sizes 0,10": "--sizes 0,10: must be two numbers above 0 or more, by comma",
     "growth --sizes 1,1.5": "--sizes 1,1.5: must be two numbers above 0 or more, by comma",
@@ -105,6 +109,28 @@ def test_a_mistake_is_one_line_before_anything_is_measured(script, command):
     with pytest.raises(UserError) as error:
         parse_arguments(script(name).BenchmarkArguments, prog=name, description="", argv=flags)
     assert str(error.value) == MISTAKES[command]
+
+
+def test_how_many_times_as_fast_is_the_median_over_rounds(contest):
+    """By hand: 2, 1 and 4 times. The quotient of the medians would be 3."""
+    assert contest.paired([20.0, 30.0, 40.0], [10.0, 30.0, 10.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    "others, message",
+    [([10.0, 9.0, 8.01], None), ([10.0, 9.0, 8.1], "differ"), ([10.0, 10.0, 10.0], "differ")],
+)
+def test_engines_that_learn_otherwise_are_told(script, others, message):
+    check = script("zero").check
+    sides = [{"stage": 2, "losses": losses} for losses in ([10.0, 9.0, 8.0], others)]
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check(*sides, tolerance=0.002)
+
+
+def test_losses_that_hardly_fall_show_nothing(script):
+    same = {"stage": 1, "losses": [10.0, 9.95]}
+    with pytest.raises(UserError, match="hardly fall, so they show nothing"):
+        script("zero").check(same, same, tolerance=0.002)
 
 
 def test_exponents_are_those_of_powers_and_the_first_block_is_left_out(script):

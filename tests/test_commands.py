@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -176,7 +177,7 @@ def test_readme_commands_of_pre_training_run_one_after_the_other(tmp_path):
 
 SIDE_BY_SIDE = {  # rows of their tables; each compares losses, tokens or weights itself
     "finetuning.py --config_file models/tiny_config.json --texts 16 --rounds 1 --sides kozero,grouped,packed": 5,
-    "zero.py --config_file models/tiny_config.json --stages 2 --length 16 --updates 1 --rounds 1": 4,
+    "zero.py --config_file models/tiny_config.json --stages 2 --length 16 --learning_rate 0.001 --rounds 1": 4,
     "data.py --rounds 1 --batches 3": 6,
     "checkpoints.py --config_file models/tiny_config.json --rounds 1 --steps 2": 6,
     "growth.py --of data --sizes 1,4 --reviews 100 --rounds 1": 6,
@@ -245,6 +246,22 @@ def test_a_mistake_ends_every_launcher_with_one_line_and_no_traceback_of_ours(la
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "no.txt" in lines[0]
     assert 'File "' not in done.stderr.split("error: ")[0]
+
+
+# The others are started by the quickstart, test_demo.py, test_pretrain.py and test_faults.py.
+ALONE = [
+    "pretrain/train_zero_one.py", "pretrain/train_zero_two.py", "finetune/sentiment.py", "scripts/train_tokenizer.py",
+    "scripts/select_topic.py", "scripts/plan.py",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ALONE)
+def test_a_script_starts_in_a_process_that_has_imported_nothing(script):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    told = [sys.executable, script, "--help"]
+    done = subprocess.run(told, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"usage: {script}" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

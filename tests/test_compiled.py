@@ -6,9 +6,12 @@ from torch._dynamo.utils import counters
 
 from kozero import distributed
 from kozero.config import BatchSizes, TrainingArguments
+from kozero.data.batches import TrainingRows
 from kozero.engines import Sharding, build_engine, prepare_engine
 from kozero.errors import UserError
-from kozero.loop import LEAST_COMPILED, compile_long
+from kozero.loop import LEAST_COMPILED, Trainer, compile_long
+from kozero.pause import Pauses
+from tests.helpers import numbered_store
 from tests.toys import arguments, deal, steps, toy
 
 
@@ -83,6 +86,17 @@ def test_short_runs_are_not_compiled(monkeypatch, capsys):
     assert not compiled and "--torch_compile is left out" in capsys.readouterr().out
     compile_long(module, LEAST_COMPILED)
     assert compiled == [module]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_long_run_compiles_where_it_is_asked_to(monkeypatch, tmp_path, wanted):
+    compiled = []
+    monkeypatch.setattr("kozero.loop.compile_layers", compiled.append)
+    engine = built(compiled=False)
+    said = TrainingArguments(output_dir=str(tmp_path), max_steps=LEAST_COMPILED, torch_compile=wanted)
+    rows = TrainingRows(numbered_store(20), Pauses(7, 1), 16, "grouped", seed=0)
+    Trainer(engine, rows, said, BatchSizes(2, 1, 1), lambda log, step: {}, "", {})
+    assert compiled == [engine.module] * wanted
 
 
 @pytest.mark.parametrize("sharding", [Sharding("oss", 1), Sharding("fsdp", 3), None])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kozero.errors import UserError, first_line, require
-from kozero.json_files import not_utf8, read_json
+from kozero.json_files import has_lone_surrogate, not_utf8, read_json
 
 TEXT_SUFFIXES = (".txt", ".dat")
 
@@ -138,6 +138,6 @@ def text_field(where: str, row: Row, name: str) -> str:
         raise BadRow(f"{where}: no field {name!r}; found {', '.join(map(str, row))}")
     if not isinstance(row[name], str):
         raise BadRow(f"{where}: field {name!r} is {type(row[name]).__name__}, not text")
-    if not row[name].isascii() and any("\ud800" <= c <= "\udfff" for c in row[name]):
+    if has_lone_surrogate(row[name]):
         raise BadRow(f"{where}: field {name!r} holds half a character (a lone surrogate)")
     return row[name].strip()

@@ -188,24 +188,16 @@ def encode(
     rows: Iterable[TextRow], tokenizer: Any, marker: Marker | None = None
 ) -> Iterator[tuple[list[int], list[list[int]], list[int]]]:
     """Batches of (ids of all rows in turn, eight places a row, marks of all rows in turn)."""
-    rows = iter(rows)
+    rows, end = iter(rows), [tokenizer.eos_token_id]
     while batch := list(islice(rows, ENCODE_ROWS)):
-        contexts = tokenizer(
-            [row.context for row in batch],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        contexts = encode_distinct([row.context for row in batch], tokenizer, "input_ids", "offset_mapping")
         prompts = encode_texts([(row.prompt, bool(row.context)) for row in batch], tokenizer)
         targets = encode_texts([(row.target, bool(row.context or row.prompt)) for row in batch], tokenizer)
         ids: list[int] = []
         places, marks = [], []
-        for row, context, offsets, prompt, target in zip(
-            batch, contexts["input_ids"], contexts["offset_mapping"], prompts, targets, strict=True
-        ):
+        for row, (context, offsets), prompt, target in zip(batch, contexts, prompts, targets, strict=True):
             start, num_marks = len(ids), len(marks)
-            ids += context + prompt + target + [tokenizer.eos_token_id]
+            ids += context + prompt + target + end
             ends = [start + len(context), start + len(context) + len(prompt), len(ids)]
             marks += marks_of(row, offsets, tokenizer, marker) if marker else []
             places.append([start, *ends, *token_span(offsets, row.span), num_marks, len(marks)])
@@ -223,9 +215,21 @@ def marks_of(row: TextRow, offsets: list[tuple[int, int]], tokenizer: Any, marke
 
 def encode_texts(texts: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
     """Ids of (text, whether it follows other text). One that follows is encoded with the space before it, so that the
-    pieces' ids equal those of the joined text. Empty texts have no ids; a text that spells a special token is text."""
+    pieces' ids equal those of the joined text."""
     joined = [spaced(text, follows) for text, follows in texts]
-    return tokenizer(joined, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return [ids for (ids,) in encode_distinct(joined, tokenizer, "input_ids")]
+
+
+def encode_distinct(texts: list[str], tokenizer: Any, *names: str) -> list[tuple]:
+    """What the tokenizer calls `names` of each text. Equal texts (labels, the passage of several questions) are encoded
+    once. Empty texts have no ids; a text that spells a special token is text."""
+    distinct = list(dict.fromkeys(texts))
+    found = tokenizer(
+        distinct, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+        return_token_type_ids=False, return_offsets_mapping="offset_mapping" in names, verbose=False,
+    )  # fmt: skip
+    known = dict(zip(distinct, zip(*(found[name] for name in names), strict=True), strict=True))
+    return [known[text] for text in texts]
 
 
 def spaced(text: str, follows: bool) -> str:
