@@ -152,7 +152,10 @@ def accelerated(arguments: BenchmarkArguments, stage: int) -> Block:
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), deepspeed_plugin=DeepSpeedPlugin(resolved))
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), deepspeed_plugin=DeepSpeedPlugin(resolved),
+        gradient_accumulation_steps=arguments.accumulation,
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(lm.parameters(), lr=training.learning_rate, weight_decay=0.01, fused=True)
     engine, optimizer = accelerator.prepare(lm, optimizer)
 
@@ -173,7 +176,8 @@ def accelerated(arguments: BenchmarkArguments, stage: int) -> Block:
 def peer_inputs(rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
     """What the transformers model takes: as many positions as ours, each with its label."""
     ids = torch.from_numpy(rows).to(device)
-    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "shift_labels": ids[:, 1:], "use_cache": False}
+    labels = ids[:, 1:].contiguous()
+    return {"input_ids": ids[:, :-1], "labels": labels, "shift_labels": labels, "use_cache": False}
 
 
 def own_loop(arguments: BenchmarkArguments) -> Block:
