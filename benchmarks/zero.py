@@ -8,6 +8,7 @@ pad and nothing to leave out. What differs is the engine, and beside it attentio
 logits. What distributed.setup says to the system (memory, oneDNN) holds for both. Losses must fall, and agree.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -149,13 +150,15 @@ def accelerated(arguments: BenchmarkArguments, stage: int) -> Block:
     lm, training = model_of(arguments), told(arguments, stage)
     sizes = BatchSizes(arguments.micro_batch, arguments.accumulation, arguments.ranks)
     resolved = prepare_engine(training, sizes).resolved
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedType
     from accelerate.utils import DeepSpeedPlugin
 
+    if not torch.cuda.is_available():  # told by cpu=True, accelerate (1.15) leaves DeepSpeed out without a word
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), deepspeed_plugin=DeepSpeedPlugin(resolved),
-        gradient_accumulation_steps=arguments.accumulation,
-    )  # fmt: skip
+        deepspeed_plugin=DeepSpeedPlugin(resolved), gradient_accumulation_steps=arguments.accumulation
+    )
+    require(accelerator.distributed_type == DistributedType.DEEPSPEED, f"{accelerator.distributed_type}: no DeepSpeed")
     optimizer = torch.optim.AdamW(lm.parameters(), lr=training.learning_rate, weight_decay=0.01, fused=True)
     engine, optimizer = accelerator.prepare(lm, optimizer)
 
@@ -168,7 +171,7 @@ def accelerated(arguments: BenchmarkArguments, stage: int) -> Block:
                 optimizer.step()
                 optimizer.zero_grad()
             total += loss.detach()
-        return accelerator.reduce(total, "mean").item() / len(micro_batches)
+        return distributed.all_reduce(total).item() / len(micro_batches) / arguments.ranks
 
     return timed(arguments, update, lm.config.vocab_size)
 
