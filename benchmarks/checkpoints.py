@@ -21,11 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from contest import Block, Contender, Reported, compete, median, report, table
+from contest import Block, Contender, Reported, compete, report, table
 
 from kozero import distributed
 from kozero.checkpoint import Checkpoints, RunState
@@ -178,7 +179,7 @@ def engine_of(arguments: BenchmarkArguments, ds_config: str | None, seed: int) -
     return build_engine(CausalLM(lm, []), training, prepare_engine(training, BatchSizes(1, 1, 1)))
 
 
-def kozero(in_background: bool, engine: Engine, folder: Path) -> Way:
+def ours(in_background: bool, engine: Engine, folder: Path) -> Way:
     """This project's checkpoint."""
     checkpoints = Checkpoints(folder, 1, in_background)
     return Way(
@@ -223,8 +224,8 @@ def to_disk(folder: Path) -> None:
 
 
 SIDES = {  # name: (DeepSpeed JSON, way to save)
-    "kozero, at once": (None, partial(kozero, False)),
-    "kozero, in the background (--async_save)": (None, partial(kozero, True)),
+    "kozero, at once": (None, partial(ours, False)),
+    "kozero, in the background (--async_save)": (None, partial(ours, True)),
     "torch.save, then fsync": (None, torch_save),
     "DeepSpeed save_checkpoint, then fsync": (str(ROOT / "ds_configs/zero1.json"), deepspeed),
 }

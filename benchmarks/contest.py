@@ -141,9 +141,15 @@ def compete(contenders: Sequence[Contender], rounds: int) -> dict[str, list[dict
                 process.join()
 
 
-def paired(speeds: Sequence[float], others: Sequence[float]) -> float:
+def speeds(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens a second of each block but the first, which warmed up; their median, least and most."""
+    found = [block["tokens"] / block["seconds"] for block in blocks[1:]]
+    return {"speeds": found, "speed": statistics.median(found), "spread": (min(found), max(found))}
+
+
+def paired(ours: Sequence[float], others: Sequence[float]) -> float:
     """How many times as fast as the others: the median over rounds, whose blocks a busy machine slowed alike."""
-    return statistics.median(speed / other for speed, other in zip(speeds, others, strict=True))
+    return statistics.median(speed / other for speed, other in zip(ours, others, strict=True))
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -151,11 +157,6 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     begin = time.perf_counter()
     found = work()
     return time.perf_counter() - begin, found
-
-
-def median(values: Sequence[float]) -> float:
-    """Of some figures."""
-    return statistics.median(values)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

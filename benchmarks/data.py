@@ -15,9 +15,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from contest import Block, Contender, Reported, compete, median, report, table, timed
+from contest import Block, Contender, Reported, compete, report, table, timed
 
 from finetune.arguments import DataArguments
 from finetune.data import SAMPLE_TOKENIZER, cached_store, sources
@@ -54,8 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kozero-data-") as folder:
         told = (arguments, str(source.path), folder)
         sides = [
-            Contender("kozero", kozero, (*told, 0)),
-            Contender("kozero, 1 thread", kozero, (*told, 1)),
+            Contender("kozero", ours, (*told, 0)),
+            Contender("kozero, 1 thread", ours, (*told, 1)),
             Contender("datasets.map, 1 process", peer, (*told, 1)),
             Contender("datasets.map, 2 processes", peer, (*told, 2)),
         ]
@@ -92,7 +93,7 @@ def peak_mib() -> float:
     return max(used) / 1024
 
 
-def kozero(arguments: BenchmarkArguments, path: str, folder: str, threads: int) -> Block:
+def ours(arguments: BenchmarkArguments, path: str, folder: str, threads: int) -> Block:
     """This project's store and packed rows."""
     if threads:
         os.environ["RAYON_NUM_THREADS"] = str(threads)
@@ -112,14 +113,11 @@ def kozero(arguments: BenchmarkArguments, path: str, folder: str, threads: int) 
         sizes = BatchSizes(micro, 1, 1)
         batches = min(arguments.batches, len(rows) // micro)
 
-        def load() -> tuple[int, int]:
-            loaded = [rows.step(k * micro, sizes, 0)[0] for k in range(batches)]
-            return sum(len(batch.texts.unique()) for batch in loaded), sum(batch.num_tokens for batch in loaded)
-
-        loading, (texts, tokens) = timed(load)
+        loading, loaded = timed(lambda: [rows.step(k * micro, sizes, 0)[0] for k in range(batches)])
         return {
-            "cold": cold, "warm": warm, "tokens": len(built.tokens), "loading": loading, "texts": texts,
-            "loaded": tokens, "peak_mib": peak_mib(),
+            "cold": cold, "warm": warm, "tokens": len(built.tokens), "loading": loading,
+            "texts": sum(len(batch.texts.unique()) for batch in loaded),
+            "loaded": sum(batch.num_tokens for batch in loaded), "peak_mib": peak_mib(),
         }  # fmt: skip
 
     return block

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import Block, Contender, Reported, compete, median, paired, report, table, timed
+from contest import Block, Contender, Reported, compete, paired, report, speeds, table, timed
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedConfig, SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
@@ -106,9 +106,8 @@ def main() -> None:
 
 def figures(name: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
     """A side's row; its first block warmed up."""
-    speeds = [block["tokens"] / block["seconds"] for block in blocks[1:]]
     told = {key: blocks[0][key] for key in ("parameters", "losses", "norms")}
-    return {"name": name, "speeds": speeds, "speed": median(speeds), "spread": (min(speeds), max(speeds))} | told
+    return {"name": name} | speeds(blocks) | told
 
 
 def check(rows: list[dict[str, Any]]) -> None:

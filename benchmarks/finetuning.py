@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contest import Block, Contender, Reported, compete, median, paired, report, table
+from contest import Block, Contender, Reported, compete, paired, report, speeds, table
 from transformers import TrainerCallback
 
 from finetune.arguments import DataArguments, ModelArguments
@@ -106,9 +106,9 @@ def main() -> None:
         print(f"{len(work.learn)} texts of {mean:.1f} tokens; packed: {work.rows} rows of {work.row_length} an update")
         blocks = compete([Contender(name, SIDES[name], (work,)) for name in names], arguments.rounds)
     rows = [figures(name, found) for name, found in blocks.items()]
-    ours = rows[0]
+    first = rows[0]
     for row in rows:
-        row["ratio"] = paired(row["speeds"], ours["speeds"])
+        row["ratio"] = paired(row["speeds"], first["speeds"])
     print(table(
         ("side", "real tokens/s", "least to most", "times the first", "loss of an update", "loss afterwards"),
         [(row["name"], f"{row['speed']:.1f}", "{:.1f} to {:.1f}".format(*row["spread"]),
@@ -116,22 +116,14 @@ def main() -> None:
     ))  # fmt: skip
     report(arguments, rows)
     for row in rows:
-        off = abs(row["held_out"] / ours["held_out"] - 1)
+        off = abs(row["held_out"] / first["held_out"] - 1)
         require(off <= arguments.tolerance, f"{row['name']}: loss {row['held_out']:.4f} is {off:.1%} from the first's")
 
 
 def figures(name: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
     """A side's row; its first block warmed up."""
-    speeds = [block["tokens"] / block["seconds"] for block in blocks[1:]]
-    return {
-        "name": name,
-        "speeds": speeds,
-        "speed": median(speeds),
-        "spread": (min(speeds), max(speeds)),
-        "losses": blocks[0]["losses"],
-        "held_out": blocks[0]["held_out"],
-        "blocks": blocks,
-    }
+    told = {key: blocks[0][key] for key in ("losses", "held_out")}
+    return {"name": name} | speeds(blocks) | told | {"blocks": blocks}
 
 
 def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
@@ -189,7 +181,7 @@ class LearnedTexts:
         return np.zeros(0, dtype=np.int64)
 
 
-def kozero(work: Work) -> Block:
+def ours(work: Work) -> Block:
     """This project, as finetune/train.py runs it on one process."""
     distributed.setup()
     model = load_model(ModelArguments(model_name_or_path=work.model), PauseArguments(), False, seed=0)
@@ -338,7 +330,7 @@ def packed(work: Work) -> Block:
     return peer_block(trainer, work)
 
 
-SIDES = {"kozero": kozero, "padded": padded, "dynamic": dynamic, "grouped": grouped, "packed": packed}
+SIDES = {"kozero": ours, "padded": padded, "dynamic": dynamic, "grouped": grouped, "packed": packed}
 
 if __name__ == "__main__":
     run_main(main)

@@ -22,10 +22,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
-from contest import Block, Contender, Reported, compete, median, report, table, timed
+from contest import Block, Contender, Reported, compete, report, table, timed
 
 from finetune.arguments import DataArguments
 from finetune.data import SAMPLE_TOKENIZER, cached_store, sources

@@ -14,11 +14,12 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from contest import Reported, median, report, table
+from contest import Reported, report, table
 from operators import profiled
 
 from finetune.planned import PlannedModel
