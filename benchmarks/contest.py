@@ -147,9 +147,9 @@ def speeds(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"speeds": found, "speed": statistics.median(found), "spread": (min(found), max(found))}
 
 
-def paired(ours: Sequence[float], others: Sequence[float]) -> float:
+def paired(these: Sequence[float], others: Sequence[float]) -> float:
     """How many times as fast as the others: the median over rounds, whose blocks a busy machine slowed alike."""
-    return statistics.median(speed / other for speed, other in zip(ours, others, strict=True))
+    return statistics.median(speed / other for speed, other in zip(these, others, strict=True))
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -54,7 +54,7 @@ def run_ranks(main: Callable[[], None], nproc: int) -> None:
         while not ranks.join():
             pass
     except mp.ProcessExitedException as ended:
-        if ended.exit_code == EXIT_INTERRUPTED:  # a rank was quicker than this process
+        if ended.exit_code in (EXIT_INTERRUPTED, -signal.SIGINT):  # a rank was quicker than this process
             raise KeyboardInterrupt from None
         if ended.signal_name not in (None, "SIGTERM"):  # else the rank itself, or who ended us, has told why
             hint = "; is the memory too small?" if ended.signal_name == "SIGKILL" else ""
