@@ -3,6 +3,7 @@ at shapes that reach them, its memory, its profile."""
 
 import copy
 import importlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,22 @@ def test_texts_of_a_row_do_not_see_each_other(dtype):
             losses = module(**batch.to(distributed.device()), reduction="none").view(4, -1)
         found.append(losses[:, 39:])  # 39 of the first text
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+def test_a_step_waits_for_the_device_once(one_rank):
+    """PyTorch warns of whatever makes the host wait; what tests/test_waits.py finds on a CPU has other kernels."""
+    engine = build_engine(small_lm(), TrainingArguments(bf16=True), EngineSettings())
+    batch = batch_of(ROWS["packed"])
+    batch.pin_memory()
+    engine.train_step([batch, batch], 1e-3)  # it warms up
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            engine.train_step([batch, batch], 1e-3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([one for one in told if "synchronizing" in str(one.message)]) == 1
 
 
 @pytest.mark.parametrize("task", ["mlm_sop", "mlm_ict"])

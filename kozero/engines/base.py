@@ -105,9 +105,9 @@ class Engine(ABC):
 
 
 def count_targets(micro_batches: Sequence[Batch]) -> torch.Tensor:
-    """(K,) targets of the step over all micro batches and ranks, on the device, so that no rank waits for its copy."""
+    """(K,) targets of the step over all micro batches and ranks, on the device, so that the host waits for nothing."""
     mine = torch.tensor([batch.num_targets for batch in micro_batches], dtype=torch.float32).sum(0)
-    return distributed.all_reduce(mine.to(distributed.device())).clamp(min=1.0)
+    return distributed.all_reduce(mine.to(distributed.device(), non_blocking=True)).clamp(min=1.0)
 
 
 def cpu_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
