@@ -34,6 +34,7 @@ from kozero.data.ahead import Ahead
 from kozero.data.batches import Prefixes, TrainingRows
 from kozero.data.rows import fit
 from kozero.engines import EngineSettings, build_engine
+from kozero.engines.units import compile_layers
 from kozero.errors import require, run_main
 from kozero.pause import IGNORE, PauseArguments, Pauses
 
@@ -58,6 +59,8 @@ class BenchmarkArguments(Reported):
     bf16: bool = arg(False, "compute in bfloat16")
     tolerance: float = arg(0.02, "of the losses after the first block, relative")
     peer_arguments: str = arg("{}", 'JSON of more arguments of the peers\' trainers, such as {"torch_compile": true}')
+    peer_attention: str = arg("sdpa", "attention of transformers in the peers", choices=["sdpa", "eager"])
+    torch_compile: bool = arg(False, "compile the layers of our side, however few updates; see finetune/train.py")
     sides: str = arg("kozero,padded,dynamic,grouped,packed", "which, by comma")
 
     def __post_init__(self) -> None:
@@ -88,7 +91,9 @@ class Work:
     row_length: int
     learning_rate: float
     bf16: bool
+    torch_compile: bool
     peer_arguments: dict[str, Any]
+    peer_attention: str
 
     @property
     def tokens(self) -> int:
@@ -156,7 +161,8 @@ def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
     rows = max(1, round(arguments.batch_size * tokens / len(learn) / arguments.row_length))
     return Work(
         str(folder / "model"), learn, held_out, arguments.batch_size, arguments.length, rows, arguments.row_length,
-        arguments.learning_rate, arguments.bf16, json.loads(arguments.peer_arguments),
+        arguments.learning_rate, arguments.bf16, arguments.torch_compile,
+        json.loads(arguments.peer_arguments), arguments.peer_attention,
     )  # fmt: skip
 
 
@@ -187,8 +193,12 @@ def ours(work: Work) -> Block:
     model = load_model(ModelArguments(model_name_or_path=work.model), PauseArguments(), False, seed=0)
     rows = TrainingRows(LearnedTexts(work.learn), Pauses(0, 0), work.row_length, "packed", seed=0)
     sizes = BatchSizes(work.rows, 1, 1)
-    training = TrainingArguments(per_device_train_batch_size=work.rows, bf16=work.bf16)
+    training = TrainingArguments(
+        per_device_train_batch_size=work.rows, bf16=work.bf16, torch_compile=work.torch_compile
+    )
     engine = build_engine(model.module, training, EngineSettings())
+    if work.torch_compile:
+        compile_layers(engine.module)
     ahead, consumed = Ahead(rows, sizes, 0), 0
 
     def block() -> dict[str, Any]:
@@ -271,9 +281,18 @@ def peer_block(trainer: Any, work: Work) -> Block:
     return block
 
 
+def peer_model(work: Work) -> torch.nn.Module:
+    """The weights that all begin with, in 32 bit, as transformers loads them."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        work.model, dtype=torch.float32, attn_implementation=work.peer_attention
+    )
+
+
 def hf_trainer(work: Work, rule: str) -> Block:
     """transformers' Trainer with one of its rules for batches."""
-    from transformers import AutoModelForCausalLM, Trainer
+    from transformers import Trainer
     from transformers import TrainingArguments as PeerArguments
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -287,7 +306,7 @@ def hf_trainer(work: Work, rule: str) -> Block:
         return {"input_ids": filled("input_ids", 0), "attention_mask": mask, "labels": filled("labels", IGNORE)}
 
     torch.set_num_threads(distributed.usable_cores())
-    lm = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+    lm = peer_model(work)
     data = [{"input_ids": ids, "labels": labels} for ids, labels in work.learn]
     sampling = "group_by_length" if rule == "grouped" else "random"
     updates = -(-len(data) // work.batch_size)
@@ -313,11 +332,11 @@ def grouped(work: Work) -> Block:
 def packed(work: Work) -> Block:
     """TRL's SFTTrainer with packing."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(distributed.usable_cores())
-    lm = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+    lm = peer_model(work)
     data = Dataset.from_list(
         [{"input_ids": ids, "completion_mask": [int(t != IGNORE) for t in labels]} for ids, labels in work.learn]
     )

@@ -184,6 +184,7 @@ SIDE_BY_SIDE = {  # rows of their tables; each compares losses, tokens or weight
     "growth.py --of ranks --sizes 1,2 --stage 2 --config_file models/tiny_config.json --rows 2 --rounds 1": 4,
     "growth.py --of length --sizes 16,32 --config_file models/tiny_config.json --text_length 8 --rounds 1": 6,
     "encoders.py --config_files models/mix_lm_tiny_config.json --layers 0 --rounds 1": 6,
+    "optimizer.py --config_file models/tiny_config.json --rounds 1": 7,
 }
 
 
