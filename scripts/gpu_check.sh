@@ -14,7 +14,8 @@ set -uo pipefail
 
 stop() { echo "error: $1" >&2; exit 2; }
 
-all="laws kogpt2 kogpt2_packed kogpt2_fp16 kogpt2_zero2 trinity trinity_frozen nsmc korquad"
+all="laws kogpt2 kogpt2_packed kogpt2_compiled kogpt2_fp16 kogpt2_zero2 trinity trinity_frozen targets"
+all="$all nsmc korquad nsmc_best korquad_best optimizer checkpoints"
 quick="" rehearse=""
 while [[ "${1:-}" == --* ]]; do
   case "$1" in
@@ -72,6 +73,8 @@ laws="tests/test_cuda.py tests/test_engines.py"
 laws="$laws tests/test_footprint.py::test_the_prediction_is_within_a_tenth_of_a_gpus_peak"
 texts=448 batch=128 questions=224 beside="--rounds 5" sides=kozero,padded,dynamic,grouped
 ! "$python" -c 'import trl' 2> /dev/null || sides=$sides,packed
+best='{"torch_compile": true}'  # what a user of the other trainers would switch on
+! "$python" -c 'import liger_kernel' 2> /dev/null || best='{"torch_compile": true, "use_liger_kernel": true}'
 [ -z "$nsmc" ] || texts=16384 batch=1024
 if [ -n "$quick" ]; then
   large=32 small=16 step="$step --updates 5 --rounds 3" laws=tests/test_cuda.py beside="--rounds 2"
@@ -79,7 +82,7 @@ fi
 if [ -n "$rehearse" ]; then
   kogpt2=models/tiny_config.json trinity=$kogpt2 large=1,2 middle=1 small=1 bottom=wte,wpe,h.0 laws=tests/test_cuda.py
   step="--length 32 --profile --updates 1 --rounds 1" beside="--rounds 1 --config_file $kogpt2"
-  texts=8 batch=8 questions=4 row=512 sides=kozero
+  texts=8 batch=8 questions=4 row=512 sides=kozero,padded
 fi
 
 limited() { timeout -k 10 "${SECONDS_A_PART:-900}" "$python" -W ignore "$@"; }
@@ -89,17 +92,27 @@ step() { limited benchmarks/step.py $step "$@" --output_file "$out/$part.json"; 
 
 beside() { limited benchmarks/finetuning.py $beside --bf16 --sides "$sides" "$@" --output_file "$out/$part.json"; }
 
+reviews() { beside --task nsmc ${nsmc:+--train_file "$nsmc"} --texts $texts --batch_size $batch --row_length $row "$@"; }
+
+passages() { beside --task korquad --texts $questions --batch_size 16 --length 384 --row_length $((row * 3 / 4)) "$@"; }
+
 run() {
   case "$1" in
     laws) limited -m pytest -q -rs -p no:cacheprovider --junitxml "$out/laws.xml" $laws ;;
     kogpt2) step --config_file $kogpt2 --bf16 --micro_batch $large ;;
     kogpt2_packed) step --config_file $kogpt2 --bf16 --micro_batch $middle --packed 16 ;;
+    kogpt2_compiled) step --config_file $kogpt2 --bf16 --micro_batch $middle --torch_compile ;;
     kogpt2_fp16) step --config_file $kogpt2 --fp16 --micro_batch $middle ;;
     kogpt2_zero2) step --config_file $kogpt2 --bf16 --micro_batch $middle --deepspeed_config ds_configs/zero2.json ;;
     trinity) step --config_file $trinity --bf16 --micro_batch $small ;;
     trinity_frozen) step --config_file $trinity --bf16 --micro_batch $small --freeze $bottom ;;
-    nsmc) beside --task nsmc ${nsmc:+--train_file "$nsmc"} --texts $texts --batch_size $batch --row_length $row ;;
-    korquad) beside --task korquad --texts $questions --batch_size 16 --length 384 --row_length $((row * 3 / 4)) ;;
+    targets) limited benchmarks/targets.py --folder "$out" --output_file "$out/found.json" ;;
+    nsmc) reviews ;;
+    korquad) passages ;;
+    nsmc_best) reviews --torch_compile --peer_arguments "$best" ;;
+    korquad_best) passages --torch_compile --peer_arguments "$best" ;;
+    optimizer) limited benchmarks/optimizer.py --config_file $kogpt2 --output_file "$out/$part.json" ;;
+    checkpoints) limited benchmarks/checkpoints.py --config_file $kogpt2 --output_file "$out/$part.json" ;;
   esac
 }
 

@@ -97,6 +97,7 @@ MISTAKES = {
     "growth --of length --sizes 128,2048": "--sizes 128,2048: the model has 1024 positions",
     "growth --of ranks --length 2048": "--length 2048: the model has 1024 positions",
     "growth --of ranks --rows 6": "--rows 6: cannot be shared evenly by 4 ranks",
+    "targets --folder nowhere": "--folder nowhere: is no folder",
     "zero --updates 1": "--updates 1: must be 2 or more",
     "growth --sizes 10": "--sizes 10: must be two numbers above 0 or more, by comma",
     "growth --sizes 0,10": "--sizes 0,10: must be two numbers above 0 or more, by comma",
@@ -178,6 +179,33 @@ def test_other_work_at_one_size_is_told(script):
     check([{"size": 16, "targets": 32}, {"size": 16, "targets": 32}, {"size": 32, "targets": 64}], "length")
     with pytest.raises(UserError, match="unequal numbers of targets"):
         check([{"size": 16, "targets": 32}, {"size": 16, "targets": 30}], "length")
+
+
+def step_rows(*found):
+    """Rows of a report of benchmarks/step.py: (micro batch, real tokens/s, peak of a plan of 100 bytes)."""
+    names = ("micro_batch", "speed", "peak_bytes")
+    return [dict(zip(names, row, strict=True)) | {"planned_bytes": 100} for row in found]
+
+
+def test_what_a_gpu_reached_stands_beside_its_targets(script):
+    """Frozen layers count at one micro batch: 80,000 to 50,000, not 80,000 to 61,000."""
+    reports = {"kogpt2": step_rows((16, 400_000, 90), (32, 459_999, 90)), "nsmc": []}
+    reports |= {"trinity": step_rows((8, 50_000, 90), (16, 61_000, 111)), "trinity_frozen": step_rows((8, 80_000, 90))}
+    found = {row["figure"]: (row["found"], row["reached"]) for row in script("targets").compared(reports)}
+    assert found == {
+        "kogpt2: real tokens/s": (459_999, False),
+        "trinity: real tokens/s": (61_000, True),
+        "trinity: times as fast when frozen": (1.6, True),
+        "kogpt2: peak memory, times the plan's": (0.9, True),
+        "trinity: peak memory, times the plan's": (1.11, False),
+        "trinity_frozen: peak memory, times the plan's": (0.9, True),
+    }
+
+
+def test_rows_that_ran_out_of_memory_or_are_no_steps_have_no_target(script, tmp_path):
+    rows = [{"micro_batch": 1, "speed": None, "planned_bytes": 1}, {"name": "kozero", "speed": 2.0}, *step_rows((2, 1, 1))]
+    (tmp_path / "found.json").write_text(json.dumps({"rows": rows}))
+    assert script("targets").measured(tmp_path / "found.json") == step_rows((2, 1, 1))
 
 
 def passed(script, encoder, side):

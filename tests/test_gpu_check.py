@@ -52,12 +52,15 @@ def test_what_the_machine_lacks_is_named(tmp_path):
 @pytest.mark.slow
 def test_a_rehearsal_goes_on_after_a_part_that_failed(tmp_path):
     (tmp_path / "kogpt2.json").mkdir()  # its results have no place
-    done = check("--rehearse", tmp_path, "kogpt2", "laws", "trinity_frozen")
+    done = check("--rehearse", tmp_path, "kogpt2", "laws", "trinity_frozen", "nsmc", "targets")
     summary = (tmp_path / "summary.txt").read_text().splitlines()
     assert done.returncode == 1 and done.stdout.endswith("\n".join(summary) + "\n")
     assert [line.split(",")[0] for line in summary] == [
-        "kogpt2: FAILED with exit code 2", "laws: passed", "trinity_frozen: passed",
+        "kogpt2: FAILED with exit code 2", "laws: passed", "trinity_frozen: passed", "nsmc: passed", "targets: passed",
     ]  # fmt: skip
     assert "is a folder" in (tmp_path / "kogpt2.log").read_text()
     (row,) = json.loads((tmp_path / "trinity_frozen.json").read_text())["rows"]
     assert row["speed"] > 0 and row["profile"]
+    assert [row["name"] for row in json.loads((tmp_path / "nsmc.json").read_text())["rows"]] == ["kozero", "padded"]
+    (target,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert target["figure"] == "trinity_frozen: peak memory, times the plan's"
