@@ -54,6 +54,7 @@ class BenchmarkArguments(Reported):
     batch_size: int = arg(32, "texts of an update of the sides that pad")
     length: int = arg(32, "tokens of a text at most: longer reviews are left out, longer passages cut")
     row_length: int = arg(256, "tokens of a packed row")
+    pass_rows: int = arg(0, "packed rows of one forward pass of our side, which then adds up; 0: all of an update")
     rounds: int = arg(3, "blocks of each side that count; one more before them warms up")
     learning_rate: float = arg(1e-4, "rate of every update")
     bf16: bool = arg(False, "compute in bfloat16")
@@ -66,6 +67,7 @@ class BenchmarkArguments(Reported):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, self, "texts", "batch_size", "length", "row_length", "rounds")
+        at_least(0, self, "pass_rows")
         unknown = [side for side in self.sides.split(",") if side not in SIDES]
         try:
             more = json.loads(self.peer_arguments)
@@ -79,7 +81,8 @@ class BenchmarkArguments(Reported):
 class Work:
     """What all sides get.
 
-    Args: model: a folder as published; learn, held_out: texts; rows, row_length: of a packed update.
+    Args: model: a folder as published; learn, held_out: texts; rows, row_length: of a packed update; pass_rows: of one
+    forward pass of ours.
     """
 
     model: str
@@ -89,6 +92,7 @@ class Work:
     length: int
     rows: int
     row_length: int
+    pass_rows: int
     learning_rate: float
     bf16: bool
     torch_compile: bool
@@ -161,7 +165,7 @@ def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
     rows = max(1, round(arguments.batch_size * tokens / len(learn) / arguments.row_length))
     return Work(
         str(folder / "model"), learn, held_out, arguments.batch_size, arguments.length, rows, arguments.row_length,
-        arguments.learning_rate, arguments.bf16, arguments.torch_compile,
+        arguments.pass_rows or rows, arguments.learning_rate, arguments.bf16, arguments.torch_compile,
         json.loads(arguments.peer_arguments), arguments.peer_attention,
     )  # fmt: skip
 
@@ -192,9 +196,9 @@ def ours(work: Work) -> Block:
     distributed.setup()
     model = load_model(ModelArguments(model_name_or_path=work.model), PauseArguments(), False, seed=0)
     rows = TrainingRows(LearnedTexts(work.learn), Pauses(0, 0), work.row_length, "packed", seed=0)
-    sizes = BatchSizes(work.rows, 1, 1)
+    sizes = BatchSizes(min(work.pass_rows, work.rows), max(1, round(work.rows / work.pass_rows)), 1)
     training = TrainingArguments(
-        per_device_train_batch_size=work.rows, bf16=work.bf16, torch_compile=work.torch_compile
+        per_device_train_batch_size=sizes.micro, bf16=work.bf16, torch_compile=work.torch_compile
     )
     engine = build_engine(model.module, training, EngineSettings())
     if work.torch_compile:
@@ -204,11 +208,11 @@ def ours(work: Work) -> Block:
     def block() -> dict[str, Any]:
         nonlocal consumed
         losses, tokens, begin = [], 0, time.perf_counter()
-        for _ in range(-(-len(rows) // work.rows)):
+        for _ in range(-(-len(rows) // sizes.global_batch)):
             batches, number = ahead.step(consumed)
             losses.append(engine.train_step(batches, work.learning_rate).loss)
             tokens += number
-            consumed += work.rows
+            consumed += sizes.global_batch
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "tokens": tokens, "losses": losses, "held_out": score(engine.module.lm, work)}
 
