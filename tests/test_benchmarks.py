@@ -203,7 +203,8 @@ def test_what_a_gpu_reached_stands_beside_its_targets(script):
 
 
 def test_rows_that_ran_out_of_memory_or_are_no_steps_have_no_target(script, tmp_path):
-    rows = [{"micro_batch": 1, "speed": None, "planned_bytes": 1}, {"name": "kozero", "speed": 2.0}, *step_rows((2, 1, 1))]
+    others = [{"micro_batch": 1, "speed": None, "planned_bytes": 1}, {"name": "kozero", "speed": 2.0}]
+    rows = others + step_rows((2, 1, 1))
     (tmp_path / "found.json").write_text(json.dumps({"rows": rows}))
     assert script("targets").measured(tmp_path / "found.json") == step_rows((2, 1, 1))
 
