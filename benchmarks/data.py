@@ -66,7 +66,8 @@ def main() -> None:
         limits = [Contender(f"tokenizers, threads: {num or 'all'}", alone, (*told, num)) for num in (0, 1)]
         blocks = compete([*sides, *limits], arguments.rounds)
     size = source.path.stat().st_size / 1e6
-    all_threads, one = (size / median([block["cold"] for block in blocks.pop(side.name)[1:]]) for side in limits)
+    seconds = [median([block["cold"] for block in blocks.pop(side.name)[1:]]) for side in limits]
+    all_threads, one = (size / number for number in seconds)
     print(f"the tokenizers library alone: {all_threads:.2f} MB/s, with one thread {one:.2f}")
     rows = [figures(name, found, size) for name, found in blocks.items()]
     for row in rows:

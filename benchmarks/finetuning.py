@@ -163,9 +163,11 @@ def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
     learn, held_out = pairs[: arguments.texts], pairs[arguments.texts :]
     tokens = sum(len(ids) for ids, _ in learn)
     rows = max(1, round(arguments.batch_size * tokens / len(learn) / arguments.row_length))
+    pass_rows = min(arguments.pass_rows or rows, rows)
+    rows -= rows % pass_rows  # whole passes
     return Work(
         str(folder / "model"), learn, held_out, arguments.batch_size, arguments.length, rows, arguments.row_length,
-        arguments.pass_rows or rows, arguments.learning_rate, arguments.bf16, arguments.torch_compile,
+        pass_rows, arguments.learning_rate, arguments.bf16, arguments.torch_compile,
         json.loads(arguments.peer_arguments), arguments.peer_attention,
     )  # fmt: skip
 
@@ -196,7 +198,7 @@ def ours(work: Work) -> Block:
     distributed.setup()
     model = load_model(ModelArguments(model_name_or_path=work.model), PauseArguments(), False, seed=0)
     rows = TrainingRows(LearnedTexts(work.learn), Pauses(0, 0), work.row_length, "packed", seed=0)
-    sizes = BatchSizes(min(work.pass_rows, work.rows), max(1, round(work.rows / work.pass_rows)), 1)
+    sizes = BatchSizes(work.pass_rows, work.rows // work.pass_rows, 1)
     training = TrainingArguments(
         per_device_train_batch_size=sizes.micro, bf16=work.bf16, torch_compile=work.torch_compile
     )

@@ -117,10 +117,7 @@ class ChunkedLosses(torch.autograd.Function):
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """(N, V) in any type to (N, V) in 32 bit, the only tensor of its size. A GPU reads 16 bit in the same kernel; on a
-    CPU it takes the place of the copy that is needed there."""
-    if logits.is_cuda:
-        return torch.log_softmax(logits, 1, dtype=torch.float32)
+    """(N, V) in any type to (N, V) in 32 bit, in the place of their copy: there is no second tensor of this size."""
     logits = logits.float()
     return torch.log_softmax(logits, 1, out=logits)
 

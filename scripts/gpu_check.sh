@@ -106,7 +106,7 @@ run() {
     kogpt2_zero2) step --config_file $kogpt2 --bf16 --micro_batch $middle --deepspeed_config ds_configs/zero2.json ;;
     trinity) step --config_file $trinity --bf16 --micro_batch $small ;;
     trinity_frozen) step --config_file $trinity --bf16 --micro_batch $small --freeze $bottom ;;
-    targets) limited benchmarks/targets.py --folder "$out" --output_file "$out/found.json" ;;
+    targets) limited benchmarks/targets.py --folder "$out" --output_file "$out/$part.json" ;;
     nsmc) reviews ;;
     korquad) passages ;;
     nsmc_best) reviews --torch_compile --peer_arguments "$best" ;;

@@ -184,7 +184,8 @@ def test_other_work_at_one_size_is_told(script):
 def step_rows(*found):
     """Rows of a report of benchmarks/step.py: (micro batch, real tokens/s, peak of a plan of 100 bytes)."""
     names = ("micro_batch", "speed", "peak_bytes")
-    return [dict(zip(names, row, strict=True)) | {"planned_bytes": 100} for row in found]
+    told = {"planned_bytes": 100, "device": "NVIDIA H200"}
+    return [dict(zip(names, row, strict=True)) | told for row in found]
 
 
 def test_what_a_gpu_reached_stands_beside_its_targets(script):
@@ -200,6 +201,18 @@ def test_what_a_gpu_reached_stands_beside_its_targets(script):
         "trinity: peak memory, times the plan's": (1.11, False),
         "trinity_frozen: peak memory, times the plan's": (0.9, True),
     }
+
+
+def test_another_device_has_no_targets_of_speed(script):
+    rows = [row | {"device": "CPU"} for row in step_rows((1, 2.0, 90))]
+    assert [row["figure"] for row in script("targets").compared({"kogpt2": rows})] == [
+        "kogpt2: peak memory, times the plan's"
+    ]
+
+
+def test_half_a_report_is_none(script, tmp_path):
+    (tmp_path / "kogpt2.json").write_text('{"rows": [')
+    assert script("targets").measured(tmp_path / "kogpt2.json") == []
 
 
 def test_rows_that_ran_out_of_memory_or_are_no_steps_have_no_target(script, tmp_path):

@@ -113,7 +113,8 @@ def test_texts_of_a_row_do_not_see_each_other(dtype):
 
 
 def test_a_step_waits_for_the_device_once(one_rank):
-    """PyTorch warns of whatever makes the host wait; what tests/test_waits.py finds on a CPU has other kernels."""
+    """PyTorch warns of whatever makes the host wait. tests/test_waits.py looks for the same on a CPU, whose kernels are
+    others."""
     engine = build_engine(small_lm(), TrainingArguments(bf16=True), EngineSettings())
     batch = batch_of(ROWS["packed"])
     batch.pin_memory()

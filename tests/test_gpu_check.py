@@ -62,5 +62,5 @@ def test_a_rehearsal_goes_on_after_a_part_that_failed(tmp_path):
     (row,) = json.loads((tmp_path / "trinity_frozen.json").read_text())["rows"]
     assert row["speed"] > 0 and row["profile"]
     assert [row["name"] for row in json.loads((tmp_path / "nsmc.json").read_text())["rows"]] == ["kozero", "padded"]
-    (target,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+    *_, target = json.loads((tmp_path / "targets.json").read_text())["rows"]
     assert target["figure"] == "trinity_frozen: peak memory, times the plan's"

@@ -1,5 +1,5 @@
 """Where a step would wait for a GPU, found on a CPU: operators whose results the host must have before it can go on.
-That kernels of CUDA do not wait either is in test_cuda.py."""
+That kernels and copies of CUDA do not wait either is in test_cuda.py."""
 
 import pytest
 import torch
@@ -13,7 +13,11 @@ from tests.toys import toy, training_rows
 
 aten = torch.ops.aten
 READ = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default}  # a number
-SIZES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default}  # a result's size is in its values
+SIZES = {  # a result's size is in its values
+    aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor,
+}  # fmt: skip
+MASKED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # by numbers they do not wait
 METHODS = ("tolist", "numpy", "cpu")  # which on a CPU reach no operator
 
 
@@ -29,16 +33,14 @@ class Waits(TorchDispatchMode):
     def noting(self, name):
         method = getattr(torch.Tensor, name)
 
-        def noted(tensor, *args):
+        def noted(tensor, *args, **kwargs):
             self.found.append(name)
-            return method(tensor, *args)
+            return method(tensor, *args, **kwargs)
 
         return noted
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        masks = func in (aten.index.Tensor, aten.index_put_.default) and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
+        masks = func in MASKED and any(index is not None and index.dtype == torch.bool for index in args[1])
         if func in READ | SIZES or masks:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
@@ -48,7 +50,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_a_step_waits_once_at_its_end(one_rank, monkeypatch, dtype, freeze):
     def as_on_a_gpu(batch, device):
-        return Batch.to(batch, device) | {"packing": batch.packing}
+        return Batch.to(batch, device) | {"packing": batch.packing.to(device, non_blocking=True)}
 
     monkeypatch.setattr(PackedBatch, "to", as_on_a_gpu)
     arguments = TrainingArguments(bf16=dtype == "bf16", fp16=dtype == "fp16")
@@ -69,8 +71,10 @@ TENSOR = torch.tensor([1.0, 0.0])
     [
         lambda: TENSOR[0].item(), lambda: bool(TENSOR[0]), lambda: int(TENSOR[0]), lambda: TENSOR.tolist(),
         lambda: TENSOR[TENSOR > 0], lambda: TENSOR.clone().index_put_((TENSOR > 0,), TENSOR[0]),
-        lambda: TENSOR.nonzero(), lambda: torch.where(TENSOR), lambda: TENSOR.masked_select(TENSOR > 0),
-        lambda: TENSOR.unique(), lambda: torch.equal(TENSOR, TENSOR), lambda: TENSOR.cpu(), lambda: TENSOR.numpy(),
+        lambda: TENSOR.index_put((TENSOR > 0,), TENSOR[0]), lambda: TENSOR.nonzero(), lambda: torch.where(TENSOR),
+        lambda: TENSOR.masked_select(TENSOR > 0), lambda: TENSOR.unique(), lambda: TENSOR.unique_consecutive(),
+        lambda: torch.repeat_interleave(TENSOR.int()), lambda: torch.equal(TENSOR, TENSOR), lambda: TENSOR.cpu(),
+        lambda: TENSOR.numpy(),
     ],
 )  # fmt: skip
 def test_whatever_waits_is_noted(monkeypatch, waits):
