@@ -87,11 +87,11 @@ class ChunkedLosses(torch.autograd.Function):
         grad_weight = None
         for start in range(0, max(1, number), CHUNK):
             chunk, wanted = inputs[start : start + CHUNK], target_ids[start : start + CHUNK, None]
-            found = log_softmax(F.linear(chunk, table, bias))
-            losses[start : start + CHUNK] = -found.gather(1, wanted).squeeze(1)
+            log_probs = log_softmax(F.linear(chunk, table, bias))
+            losses[start : start + CHUNK] = -log_probs.gather(1, wanted).squeeze(1)
             if not (for_hidden or for_weight):
                 continue
-            softmax = found.exp_()
+            softmax = log_probs.exp_()
             gradient = softmax.scatter_add_(1, wanted, softmax.new_full(wanted.shape, -1.0)).to(dtype)
             if for_hidden:
                 grad_hidden[start : start + CHUNK] = gradient @ table
