@@ -40,6 +40,7 @@ def main() -> None:
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/targets.py", description=__doc__)
     reports = [path for path in sorted(Path(arguments.folder).glob("*.json")) if path.is_file()]
     rows = compared({path.stem: measured(path) for path in reports})
+    require(bool(rows), f"--folder {arguments.folder}: no report of benchmarks/step.py is in it")
     print(table(
         ("figure", "target", "found", ""),
         [(row["figure"], f"{row['target']:,}", f"{row['found']:,.2f}", "reached" if row["reached"] else "MISSED")
