@@ -15,6 +15,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,10 @@ class BenchmarkArguments(Reported):
     bf16: bool = arg(False, "compute in bfloat16")
     tolerance: float = arg(0.02, "of the losses after the first block, relative")
     peer_arguments: str = arg("{}", 'JSON of more arguments of the peers\' trainers, such as {"torch_compile": true}')
-    peer_attention: str = arg("sdpa", "attention of transformers in the peers", choices=["sdpa", "eager"])
+    peer_attention: str = arg(
+        "sdpa", "attention of transformers in the peers; flash_attention_2 needs a GPU and the package flash-attn, and "
+        "TRL then packs without a mask", choices=["sdpa", "eager", "flash_attention_2"],
+    )  # fmt: skip
     torch_compile: bool = arg(False, "compile the layers of our side, however few updates; see finetune/train.py")
     sides: str = arg("kozero,padded,dynamic,grouped,packed", "which, by comma")
 
@@ -74,6 +78,9 @@ class BenchmarkArguments(Reported):
         except ValueError:
             more = None
         require(isinstance(more, dict), f"--peer_arguments {self.peer_arguments}: is no JSON object")
+        flash, there = self.peer_attention == "flash_attention_2", find_spec("flash_attn") and torch.cuda.is_available()
+        require(there or not flash, "--peer_attention flash_attention_2: needs a GPU and the package flash-attn; "
+                "install it, or choose sdpa")  # fmt: skip
         require(not unknown, f"--sides {self.sides}: {''.join(unknown[:1])} is none of {', '.join(SIDES)}")
 
 

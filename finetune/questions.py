@@ -16,7 +16,16 @@ from finetune.data import evenly, identity, read
 from finetune.tasks import Example, Source, Task
 from kozero import distributed
 from kozero.data.readers import LeftOut
-from kozero.data.store import ENCODE_ROWS, build_once, is_sealed, key_of, seal, token_span, tokenizer_hash
+from kozero.data.store import (
+    ENCODE_ROWS,
+    build_once,
+    encodings,
+    is_sealed,
+    key_of,
+    seal,
+    token_span,
+    tokenizer_hash,
+)
 from kozero.metrics import exact_match
 
 ARRAYS = ("passage_tokens", "offsets", "passage_ends", "question_tokens", "question_ends", "answers")
@@ -132,19 +141,13 @@ def write_store(
 
 
 def encode(texts: list[str], tokenizer: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(T,) ids of each text, and (T, 2) the characters of each token. A text that spells a special token is text."""
+    """(T,) ids of each text, and (T, 2) the characters of each token."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     ids, offsets = [], []
     for start in range(0, len(texts), ENCODE_ROWS):
-        found = tokenizer(
-            texts[start : start + ENCODE_ROWS],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        ids += [np.asarray(row, dtype=dtype) for row in found["input_ids"]]
-        offsets += [np.asarray(row, dtype=np.int32).reshape(-1, 2) for row in found["offset_mapping"]]
+        found = encodings(texts[start : start + ENCODE_ROWS], tokenizer, with_offsets=True)
+        ids += [np.asarray(one.ids, dtype=dtype) for one in found]
+        offsets += [np.asarray(one.offsets, dtype=np.int32).reshape(-1, 2) for one in found]
     return ids, offsets
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kozero.data.readers import load_hub
-from kozero.data.store import build_once, is_sealed, key_of, seal, tokenizer_hash
+from kozero.data.store import build_once, encodings, is_sealed, key_of, seal, tokenizer_hash
 from kozero.errors import UserError, require
 from kozero.json_files import not_utf8
 
@@ -189,17 +189,13 @@ def build_shard(piece: Piece | HubPiece, tokenizer: Any, split: Splitter, readin
 
 
 def write_shard(folder: Path, piece: Piece | HubPiece, tokenizer: Any, split: Splitter) -> None:
-    """Tokenise a piece into `folder`, one batch of sentences in memory at a time. A text that spells a special token
-    is text."""
+    """Tokenise a piece into `folder`, one batch of sentences in memory at a time."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     lengths, documents = array("I"), array("Q", [0])
     sentences = numbered_sentences(piece.documents(), split, documents)
     with (folder / "tokens.bin").open("wb") as file:
         while batch := list(islice(sentences, ENCODE_SENTENCES)):
-            encoded = tokenizer(
-                batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
-                return_token_type_ids=False, verbose=False,
-            )["input_ids"]  # fmt: skip
+            encoded = [sentence.ids for sentence in encodings(batch, tokenizer)]
             lengths.extend(map(len, encoded))
             file.write(np.fromiter(chain.from_iterable(encoded), dtype).tobytes())
     ends = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.uint32), dtype=np.int64)])

@@ -73,8 +73,11 @@ laws="tests/test_cuda.py tests/test_engines.py"
 laws="$laws tests/test_footprint.py::test_the_prediction_is_within_a_tenth_of_a_gpus_peak"
 texts=448 batch=128 questions=224 beside="--rounds 5" sides=kozero,padded,dynamic,grouped
 ! "$python" -c 'import trl' 2> /dev/null || sides=$sides,packed
-best='{"torch_compile": true}'  # what a user of the other trainers would switch on
-! "$python" -c 'import liger_kernel' 2> /dev/null || best='{"torch_compile": true, "use_liger_kernel": true}'
+best='"torch_compile": true, "dataloader_num_workers": 2' attention=sdpa  # what a user of the others would switch on
+! "$python" -c 'from liger_kernel.transformers import monkey_patch; monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN["gpt2"]' \
+  2> /dev/null || best="$best, \"use_liger_kernel\": true"  # version 0.5 knows no GPT-2, and would do nothing
+! "$python" -c 'import flash_attn' 2> /dev/null || attention=flash_attention_2
+best=(--torch_compile --peer_arguments "{$best}" --peer_attention "$attention")
 [ -z "$nsmc" ] || texts=16384 batch=1024
 if [ -n "$quick" ]; then
   large=32 small=16 step="$step --updates 5 --rounds 3" laws=tests/test_cuda.py beside="--rounds 2"
@@ -109,8 +112,8 @@ run() {
     targets) limited benchmarks/targets.py --folder "$out" --output_file "$out/$part.json" ;;
     nsmc) reviews ;;
     korquad) passages ;;
-    nsmc_best) reviews --torch_compile --peer_arguments "$best" ;;
-    korquad_best) passages --torch_compile --peer_arguments "$best" ;;
+    nsmc_best) reviews "${best[@]}" ;;
+    korquad_best) passages "${best[@]}" ;;
     optimizer) limited benchmarks/optimizer.py --config_file $kogpt2 --output_file "$out/$part.json" ;;
     checkpoints) limited benchmarks/checkpoints.py --config_file $kogpt2 --output_file "$out/$part.json" ;;
   esac

@@ -94,6 +94,8 @@ MISTAKES = {
     "encoders --layers -1": "--layers -1: must be 0 or more",
     "finetuning --peer_arguments [1]": "--peer_arguments [1]: is no JSON object",
     "finetuning --peer_arguments {": "--peer_arguments {: is no JSON object",
+    "finetuning --peer_attention flash_attention_2": "--peer_attention flash_attention_2: needs a GPU and the package "
+    "flash-attn; install it, or choose sdpa",
     "growth --of length --sizes 128,2048": "--sizes 128,2048: the model has 1024 positions",
     "growth --of ranks --length 2048": "--length 2048: the model has 1024 positions",
     "growth --of ranks --rows 6": "--rows 6: cannot be shared evenly by 4 ranks",

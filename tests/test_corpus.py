@@ -78,16 +78,19 @@ class Counted:
 
     def __init__(self, tokenizer=None, stop_at: int = -1) -> None:
         self.tokenizer, self.stop_at, self.batches = tokenizer or sample_tokenizer(), stop_at, []
-        self.backend_tokenizer = self.tokenizer.backend_tokenizer
+        self.backend, self.backend_tokenizer = self.tokenizer.backend_tokenizer, self
 
     def __len__(self) -> int:
         return len(self.tokenizer)
 
-    def __call__(self, batch: list[str], **options):
+    def __getattr__(self, name: str):
+        return getattr(self.backend, name)
+
+    def encode_batch_fast(self, batch: list[str], **options):
         if len(self.batches) == self.stop_at:
             raise KeyboardInterrupt
         self.batches.append(batch)
-        return self.tokenizer(batch, **options)
+        return self.backend.encode_batch_fast(batch, **options)
 
 
 def build(path: Path, cache: Path, tokenizer=None, split=by_line, name: str = "line") -> list[Shard]:
@@ -400,9 +403,9 @@ def peak_below(limit: int):
 class Forgetful(Counted):
     """Keeps the sizes of the batches alone."""
 
-    def __call__(self, batch: list[str], **options):
+    def encode_batch_fast(self, batch: list[str], **options):
         self.batches.append(len(batch))
-        return self.tokenizer(batch, **options)
+        return self.backend.encode_batch_fast(batch, **options)
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):

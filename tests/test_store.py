@@ -107,6 +107,14 @@ def test_a_text_that_spells_a_special_token_is_plain_text(tmp_path):
     assert specials.isdisjoint(whole(store, 0)[:-1])
 
 
+def test_a_tokenizers_own_truncation_and_padding_change_nothing(tmp_path):
+    tokenizer = word_tokenizer(9)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding()
+    store = build(tmp_path, [TextRow("", "w1 w2 w3", "w4"), TextRow("", "w1", "")], tokenizer)
+    assert store.lengths.tolist() == [[0, 3, 2], [0, 1, 1]]
+
+
 def test_rows_keep_their_order_over_several_batches_of_the_tokenizer(tmp_path):
     words = word_tokenizer(5000)
     store = build(tmp_path, [TextRow("", f"w{n}", "") for n in range(5000)], words)

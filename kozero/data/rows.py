@@ -80,22 +80,24 @@ def pack(length: np.ndarray, examples: np.ndarray, capacity: int, seed: int) -> 
 
 
 def pack_window(length: np.ndarray, window: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Best fit decreasing. `open_rows[r]` holds the rows with r tokens free, so a fit is found by counting up."""
+    """Best fit decreasing. `open_rows[r]` holds the rows with r tokens free, and bit r of `open_bits` tells that there
+    are any, so that the tightest fit is the lowest bit from an example's length on."""
     order = window[np.argsort(-length[window], kind="stable")]
     rows: list[list[int]] = []
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]
-    most_free = 0
-    for example in order.tolist():
-        need = int(length[example])
-        free = next((r for r in range(need, most_free + 1) if open_rows[r]), None)
-        if free is None:
+    open_bits = 0
+    for example, need in zip(order.tolist(), length[order].tolist(), strict=True):
+        if fitting := open_bits >> need:
+            free = need + (fitting & -fitting).bit_length() - 1
+            row = open_rows[free].pop()
+            if not open_rows[free]:
+                open_bits ^= 1 << free
+        else:
             row, free = len(rows), capacity
             rows.append([])
-        else:
-            row = open_rows[free].pop()
         rows[row].append(example)
         open_rows[free - need].append(row)
-        most_free = max(most_free, free - need)
+        open_bits |= 1 << (free - need)
     return [np.asarray(row) for row in rows]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from tokenizers import Encoding
 
 from kozero.errors import UserError
 
@@ -165,71 +166,73 @@ def write_store(
 ) -> None:
     """Tokenise `rows()` into `folder`, one batch in memory at a time; every target ends in the tokenizer's eos."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    index, all_marks, position = [], array("i"), 0
+    index, all_marks, position = [np.zeros((0, len(COLUMNS)), np.int64)], array("i"), 0
     with (folder / "tokens.bin").open("wb") as file:
         for ids, places, marks in encode(rows(), tokenizer, marker):
             file.write(np.asarray(ids, dtype=dtype).tobytes())
-            index.extend(places_at(places, position, len(all_marks)))
+            begins = [position] * 4 + [0] * 2 + [len(all_marks)] * 2  # spans are relative to their context
+            index.append(np.asarray(places, dtype=np.int64) + begins)
             all_marks.extend(marks)
             position += len(ids)
-    np.save(folder / "rows.npy", np.asarray(index, dtype=np.int64).reshape(-1, len(COLUMNS)))
+    places = np.concatenate(index)
+    np.save(folder / "rows.npy", places)
     np.save(folder / "marks.npy", np.asarray(all_marks, dtype=np.int32))
-    meta = {"dtype": dtype.name, "num_rows": len(index), "num_tokens": position, "columns": COLUMNS}
+    meta = {"dtype": dtype.name, "num_rows": len(places), "num_tokens": position, "columns": COLUMNS}
     seal(folder, **meta, notes=notes())
-
-
-def places_at(places: list[list[int]], position: int, num_marks: int) -> Iterator[list[int]]:
-    """Row places of a batch moved to where the batch and its marks begin; spans are relative to their context."""
-    for row in places:
-        yield [place + position for place in row[:4]] + row[4:6] + [place + num_marks for place in row[6:]]
 
 
 def encode(
     rows: Iterable[TextRow], tokenizer: Any, marker: Marker | None = None
-) -> Iterator[tuple[list[int], list[list[int]], list[int]]]:
+) -> Iterator[tuple[list[int], list[tuple[int, ...]], list[int]]]:
     """Batches of (ids of all rows in turn, eight places a row, marks of all rows in turn)."""
     rows, end = iter(rows), [tokenizer.eos_token_id]
     while batch := list(islice(rows, ENCODE_ROWS)):
-        contexts = encode_distinct([row.context for row in batch], tokenizer, "input_ids", "offset_mapping")
-        prompts = encode_texts([(row.prompt, bool(row.context)) for row in batch], tokenizer)
-        targets = encode_texts([(row.target, bool(row.context or row.prompt)) for row in batch], tokenizer)
+        contexts = encode_distinct([row.context for row in batch], tokenizer, with_offsets=True)
+        prompts = encode_distinct([spaced(row.prompt, bool(row.context)) for row in batch], tokenizer)
+        targets = encode_distinct([spaced(row.target, bool(row.context or row.prompt)) for row in batch], tokenizer)
         ids: list[int] = []
         places, marks = [], []
-        for row, (context, offsets), prompt, target in zip(batch, contexts, prompts, targets, strict=True):
+        for row, (context, offsets), (prompt, _), (target, _) in zip(batch, contexts, prompts, targets, strict=True):
             start, num_marks = len(ids), len(marks)
+            context_end = start + len(context)
+            prompt_end = context_end + len(prompt)
             ids += context + prompt + target + end
-            ends = [start + len(context), start + len(context) + len(prompt), len(ids)]
             marks += marks_of(row, offsets, tokenizer, marker) if marker else []
-            places.append([start, *ends, *token_span(offsets, row.span), num_marks, len(marks)])
+            span = token_span(offsets, row.span)
+            places.append((start, context_end, prompt_end, len(ids), *span, num_marks, len(marks)))
         yield ids, places, marks
 
 
 def marks_of(row: TextRow, offsets: list[tuple[int, int]], tokenizer: Any, marker: Marker) -> list[int]:
     """Marks of a row's context, whose tokens have `offsets`, and prompt as one text, ascending."""
     prompt = spaced(row.prompt, bool(row.context))
-    found = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    behind = [(start + len(row.context), end + len(row.context)) for start, end in found["offset_mapping"]]
+    (found,) = encodings([prompt], tokenizer, with_offsets=True)
+    behind = [(start + len(row.context), end + len(row.context)) for start, end in found.offsets]
     places = np.asarray([*offsets, *behind], dtype=np.int64).reshape(-1, 2)
     return marker(row.context + prompt, places).tolist() if len(places) else []
 
 
-def encode_texts(texts: list[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
-    """Ids of (text, whether it follows other text). One that follows is encoded with the space before it, so that the
-    pieces' ids equal those of the joined text."""
-    joined = [spaced(text, follows) for text, follows in texts]
-    return [ids for (ids,) in encode_distinct(joined, tokenizer, "input_ids")]
-
-
-def encode_distinct(texts: list[str], tokenizer: Any, *names: str) -> list[tuple]:
-    """What the tokenizer calls `names` of each text. Equal texts (labels, the passage of several questions) are encoded
-    once. Empty texts have no ids; a text that spells a special token is text."""
+def encode_distinct(texts: list[str], tokenizer: Any, with_offsets: bool = False) -> list[tuple[list[int], list]]:
+    """Ids of each text, and characters of its tokens if wanted. Equal texts (labels, the passage of several questions)
+    are encoded once."""
     distinct = list(dict.fromkeys(texts))
-    found = tokenizer(
-        distinct, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
-        return_token_type_ids=False, return_offsets_mapping="offset_mapping" in names, verbose=False,
-    )  # fmt: skip
-    known = dict(zip(distinct, zip(*(found[name] for name in names), strict=True), strict=True))
+    found = encodings(distinct, tokenizer, with_offsets)
+    known = {text: (one.ids, one.offsets if with_offsets else []) for text, one in zip(distinct, found, strict=True)}
     return [known[text] for text in texts]
+
+
+def encodings(texts: list[str], tokenizer: Any, with_offsets: bool = False) -> list[Encoding]:
+    """What the tokenizers library finds in each text, without special tokens around it; a text that spells one is text.
+
+    A transformers tokenizer, when it is called, asks the same library and makes a dictionary of lists of it, which
+    takes about as long again.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    encode_batch = backend.encode_batch if with_offsets else backend.encode_batch_fast
+    return encode_batch(texts, add_special_tokens=False)
 
 
 def spaced(text: str, follows: bool) -> str:
