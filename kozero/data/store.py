@@ -7,12 +7,14 @@ in a folder of its own and renamed when it is whole.
 """
 
 import copy
+import gc
 import hashlib
 import json
 import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -167,7 +169,7 @@ def write_store(
     """Tokenise `rows()` into `folder`, one batch in memory at a time; every target ends in the tokenizer's eos."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     index, all_marks, position = [np.zeros((0, len(COLUMNS)), np.int64)], array("i"), 0
-    with (folder / "tokens.bin").open("wb") as file:
+    with collecting_what_is_new(), (folder / "tokens.bin").open("wb") as file:
         for ids, places, marks in encode(rows(), tokenizer, marker):
             file.write(np.asarray(ids, dtype=dtype).tobytes())
             begins = [position] * 4 + [0] * 2 + [len(all_marks)] * 2  # spans are relative to their context
@@ -179,6 +181,17 @@ def write_store(
     np.save(folder / "marks.npy", np.asarray(all_marks, dtype=np.int32))
     meta = {"dtype": dtype.name, "num_rows": len(places), "num_tokens": position, "columns": COLUMNS}
     seal(folder, **meta, notes=notes())
+
+
+@contextmanager
+def collecting_what_is_new() -> Iterator[None]:
+    """Python's garbage collector leaves alone what is there already (libraries, a model), which it would search again
+    and again while texts come and go: a tenth of the time of tokenising."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def encode(
