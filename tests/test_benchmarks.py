@@ -6,10 +6,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from kozero.config import arg, parse_arguments
 from kozero.data.batches import collate
@@ -246,6 +248,8 @@ SWITCH_SIDES = ("loop over experts", "batched products", "transformers' Switch l
     "encoder, side", [*(("transformer", side) for side in SWITCH_SIDES), ("mix_lm", "masked large kernel")]
 )
 def test_another_layer_of_the_same_weights_changes_no_loss_and_no_gradient(script, encoder, side):
+    if side == SWITCH_SIDES[-1] and Version(version("transformers")) < Version("5.23"):
+        pytest.skip("an older transformers routes without a capacity for each sequence")
     losses, norm, number = passed(script, encoder, "this project")
     found, found_norm, found_number = passed(script, encoder, side)
     torch.testing.assert_close(found, losses)
