@@ -22,7 +22,7 @@ import torch
 
 from kozero import distributed
 from kozero.config import arg, describe_run
-from kozero.errors import require
+from kozero.errors import UserError, require
 from kozero.folder import new_file
 
 # Sides are forked from a process that has imported what takes longest. Not with a GPU, for what a process has asked of
@@ -67,7 +67,7 @@ class Running:
     def turn(self, word: str) -> Any:
         """Send a word to all ranks, wait for all, and return what rank 0 answers.
 
-        Raises: RuntimeError with the traceback of a rank that failed.
+        Raises: a UserError of a rank, or RuntimeError with the traceback of one that failed.
         """
         for pipe in self.pipes:
             pipe.send(word)
@@ -81,6 +81,9 @@ class Running:
                 there = process.is_alive() or pipe.poll()
                 require(there, f"{self.contender.name} ended with exit code {process.exitcode}")
             found.append(pipe.recv())
+        for answer in found:
+            if isinstance(answer, UserError):
+                raise answer
         if failed := [answer for answer in found if isinstance(answer, str)]:
             raise RuntimeError(f"{self.contender.name} failed:\n{''.join(failed)}")
         return found
@@ -115,6 +118,8 @@ def serve(contender: Contender, rank: int, port: int, environment: dict[str, str
             pipe.send(block())
     except (EOFError, KeyboardInterrupt):
         pass
+    except UserError as error:
+        pipe.send(error)
     except BaseException:
         pipe.send(traceback.format_exc())
     os._exit(0)  # libraries' threads may abort at exit

@@ -22,12 +22,12 @@ from typing import Any
 from contest import Block, Contender, Reported, compete, report, table, timed
 
 from finetune.arguments import DataArguments
-from finetune.data import SAMPLE_TOKENIZER, cached_store, sources
-from finetune.tasks import TASKS
+from finetune.data import SAMPLE_TOKENIZER, cached_store, read, sources
+from finetune.tasks import TASKS, Source
 from kozero import distributed
 from kozero.config import BatchSizes, arg, at_least, parse_arguments
 from kozero.data.batches import TrainingRows
-from kozero.data.readers import read_tsv
+from kozero.data.readers import LeftOut
 from kozero.errors import require, run_main
 from kozero.pause import Pauses
 from models.language_model import load_tokenizer
@@ -55,6 +55,7 @@ def main() -> None:
     """Measure, check, print a Markdown table."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/data.py", description=__doc__)
     source, _ = sources(DataArguments(task="nsmc", train_file=arguments.train_file), TASKS["nsmc"])
+    print(f"{source.path}: {len(reviews_of(Source(source.path))):,} reviews", flush=True)
     with tempfile.TemporaryDirectory(prefix="kozero-data-") as folder:
         told = (arguments, str(source.path), folder)
         sides = [
@@ -81,6 +82,11 @@ def main() -> None:
     report(arguments, rows, library_mb_per_s=all_threads, library_mb_per_s_1_thread=one)
     for row in rows[1:]:
         require(row["tokens"] == rows[0]["tokens"], f"{row['name']}: {row['tokens']:,} tokens, {rows[0]['tokens']:,}")
+
+
+def reviews_of(source: Source) -> list[str]:
+    """The reviews of a file of NSMC, in its order."""
+    return [example.targets[0] for example in read(source, TASKS["nsmc"], LeftOut())]
 
 
 def figures(name: str, blocks: list[dict[str, Any]], size: float) -> dict[str, Any]:
@@ -139,7 +145,7 @@ def alone(arguments: BenchmarkArguments, path: str, folder: str, threads: int) -
     if threads:
         os.environ["RAYON_NUM_THREADS"] = str(threads)
     backend = load_tokenizer(arguments.tokenizer_name_or_path).backend_tokenizer
-    texts = [f" {text}" for _, row in read_tsv(Path(path), ("document",)) if (text := row["document"].strip())]
+    texts = [f" {review}" for review in reviews_of(Source(Path(path)))]
 
     def encode() -> None:
         for start in range(0, len(texts), ALONE):
@@ -175,8 +181,8 @@ def peer(arguments: BenchmarkArguments, path: str, folder: str, workers: int | N
 
     def tokenised() -> Any:
         read = datasets.load_dataset(
-            "csv", data_files=path, delimiter="\t", quoting=3, keep_default_na=False, split="train",
-            cache_dir=str(cache),
+            "csv", data_files=path, delimiter="\t", lineterminator="\n", quoting=3, keep_default_na=False,
+            split="train", cache_dir=str(cache),
         )  # fmt: skip
         read = read.filter(lambda rows: [bool(text.strip()) for text in rows["document"]], batched=True)
         return read.map(encode, batched=True, num_proc=workers, remove_columns=read.column_names)

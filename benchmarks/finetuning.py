@@ -15,6 +15,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,10 @@ class BenchmarkArguments(Reported):
         super().__post_init__()
         at_least(1, self, "texts", "batch_size", "length", "row_length", "rounds")
         at_least(0, self, "pass_rows")
-        unknown = [side for side in self.sides.split(",") if side not in SIDES]
+        require(self.learning_rate > 0, f"--learning_rate {self.learning_rate:g}: must be above 0")
+        sides = self.sides.split(",")
+        unknown = [side for side in sides if side not in SIDES]
+        require(len(set(sides)) == len(sides), f"--sides {self.sides}: names one twice")
         try:
             more = json.loads(self.peer_arguments)
         except ValueError:
@@ -168,6 +172,9 @@ def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
         ids = text.ids.tolist()
         pairs.append((ids, [IGNORE] + [int(p) for p in text.predicts[:-1]]))
     learn, held_out = pairs[: arguments.texts], pairs[arguments.texts :]
+    longest = max(len(ids) for ids, _ in learn)
+    told = f"--row_length {arguments.row_length}"
+    require(longest <= arguments.row_length, f"{told}: a text has {longest} tokens; longer rows or a smaller --length")
     tokens = sum(len(ids) for ids, _ in learn)
     rows = max(1, round(arguments.batch_size * tokens / len(learn) / arguments.row_length))
     pass_rows = min(arguments.pass_rows or rows, rows)
@@ -264,6 +271,8 @@ def settings(work: Work, rows: int, updates: int) -> dict[str, Any]:
     from transformers import TrainingArguments as PeerArguments
 
     known = PeerArguments.__dataclass_fields__
+    unknown = [name for name in work.peer_arguments if name not in known]
+    require(not unknown, f"--peer_arguments {json.dumps(work.peer_arguments)}: no argument {''.join(unknown[:1])!r}")
     recomputing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
     return {
         "output_dir": str(Path(work.model).parent / "peer"), "per_device_train_batch_size": rows,
@@ -288,7 +297,10 @@ def peer_block(trainer: Any, work: Work) -> Block:
         trainer.train()
         trainer.remove_callback(clock)
         losses = [point["loss"] for point in trainer.state.log_history if "loss" in point]
-        held_out = score(trainer.accelerator.unwrap_model(trainer.model), work)
+        lm = trainer.accelerator.unwrap_model(trainer.model)
+        lm.set_attn_implementation("sdpa")  # flash attention knows no 32 bit
+        held_out = score(lm, work)
+        lm.set_attn_implementation(work.peer_attention)
         return {"seconds": clock.end - clock.begin, "tokens": work.tokens, "losses": losses, "held_out": held_out}
 
     return block
@@ -303,20 +315,22 @@ def peer_model(work: Work) -> torch.nn.Module:
     )
 
 
+def padded_rows(rows: list[dict[str, list[int]]], length: int) -> dict[str, torch.Tensor]:
+    """A batch of `length` tokens a row, or if that is 0 as many as the longest has."""
+    longest = length or max(len(row["input_ids"]) for row in rows)
+
+    def filled(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
+
+    lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+    mask = (torch.arange(longest) < lengths).long()
+    return {"input_ids": filled("input_ids", 0), "attention_mask": mask, "labels": filled("labels", IGNORE)}
+
+
 def hf_trainer(work: Work, rule: str) -> Block:
     """transformers' Trainer with one of its rules for batches."""
     from transformers import Trainer
     from transformers import TrainingArguments as PeerArguments
-
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        longest = work.length if rule == "padded" else max(len(row["input_ids"]) for row in rows)
-
-        def filled(name: str, value: int) -> torch.Tensor:
-            return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
-
-        lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
-        mask = (torch.arange(longest) < lengths).long()
-        return {"input_ids": filled("input_ids", 0), "attention_mask": mask, "labels": filled("labels", IGNORE)}
 
     torch.set_num_threads(distributed.usable_cores())
     lm = peer_model(work)
@@ -324,6 +338,7 @@ def hf_trainer(work: Work, rule: str) -> Block:
     sampling = "group_by_length" if rule == "grouped" else "random"
     updates = -(-len(data) // work.batch_size)
     arguments = PeerArguments(**settings(work, work.batch_size, updates), train_sampling_strategy=sampling)
+    collate = partial(padded_rows, length=work.length if rule == "padded" else 0)
     return peer_block(Trainer(lm, arguments, data_collator=collate, train_dataset=data), work)
 
 

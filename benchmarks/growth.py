@@ -29,11 +29,12 @@ import numpy as np
 from contest import Block, Contender, Reported, compete, report, table, timed
 
 from finetune.arguments import DataArguments
-from finetune.data import SAMPLE_TOKENIZER, cached_store, sources
+from finetune.data import SAMPLE_TOKENIZER, cached_store, read, sources
 from finetune.tasks import TASKS, Source
 from kozero import distributed
 from kozero.config import BatchSizes, TrainingArguments, arg, at_least, parse_arguments
 from kozero.data.batches import Text, TrainingRows, collate
+from kozero.data.readers import LeftOut
 from kozero.data.store import TokenStore
 from kozero.engines import build_engine, prepare_engine
 from kozero.errors import require, run_main
@@ -161,6 +162,8 @@ def sizes_of(arguments: BenchmarkArguments) -> list[int]:
 def data_sides(arguments: BenchmarkArguments, folder: str) -> Sides:
     """One a size."""
     source, _ = sources(DataArguments(task="nsmc", train_file=arguments.train_file), TASKS["nsmc"])
+    for _ in read(Source(source.path), TASKS["nsmc"], LeftOut()):
+        pass  # a mistake in the file is told before anything is measured
     told = (arguments, str(source.path), folder)
     return [(size, Contender(f"{size} times the data", data, (*told, size))) for size in sizes_of(arguments)]
 

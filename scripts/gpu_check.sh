@@ -36,7 +36,6 @@ wheels=${WHEELS:+$(realpath "$WHEELS")} nsmc=${NSMC:+$(realpath "$NSMC")}
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 [ -z "$rehearse" ] && [ "${KOZERO_DEVICE:-}" != cpu ] || export CUDA_VISIBLE_DEVICES=
-mkdir -p "$out" || exit 2
 export PYTHONPATH=$PWD:$out/site${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 if [ -n "$wheels" ]; then
@@ -67,6 +66,7 @@ if [ -z "$rehearse" ]; then
     stop "no GPU is visible; --rehearse goes through all parts on the CPU with tiny shapes"
 fi
 
+mkdir -p "$out" || exit 2
 step="--length 1024 --profile" kogpt2=models/kogpt2_config.json trinity=models/ko_gpt_trinity_config.json
 large=16,32,64 middle=32 small=8,16,32 bottom=wte,wpe,h.0-11 row=1024
 laws="tests/test_cuda.py tests/test_engines.py"

@@ -94,6 +94,8 @@ MISTAKES = {
     "'kozero_transformer' or 'kozero_mix_lm' is needed here",
     "encoders --length 1024": "--length 1024: models/transformer_config.json has 512 positions",
     "encoders --layers -1": "--layers -1: must be 0 or more",
+    "finetuning --learning_rate -1": "--learning_rate -1: must be above 0",
+    "finetuning --sides padded,padded": "--sides padded,padded: names one twice",
     "finetuning --peer_arguments [1]": "--peer_arguments [1]: is no JSON object",
     "finetuning --peer_arguments {": "--peer_arguments {: is no JSON object",
     "finetuning --peer_attention flash_attention_2": "--peer_attention flash_attention_2: needs a GPU and the package "
@@ -120,6 +122,16 @@ def test_a_mistake_is_one_line_before_anything_is_measured(script, command):
 def test_how_many_times_as_fast_is_the_median_over_rounds(contest):
     """By hand: 2, 1 and 4 times. The quotient of the medians would be 3."""
     assert contest.paired([20.0, 30.0, 40.0], [10.0, 30.0, 10.0]) == 2.0
+
+
+def test_a_mistake_that_a_side_finds_is_told_as_one(contest):
+    with pytest.raises(UserError, match=r"^--flag: of no use$"):
+        contest.compete([contest.Contender("side", mistaken, ())], rounds=1)
+
+
+def mistaken():
+    """A side that cannot be built."""
+    raise UserError("--flag: of no use")
 
 
 @pytest.mark.parametrize(

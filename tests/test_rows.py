@@ -51,6 +51,22 @@ def test_an_example_as_long_as_a_row_fills_one():
     assert sorted(as_lists(pack(np.array([8, 8]), np.arange(2), 8, seed=1))) == [[0], [1]]
 
 
+def test_rows_are_as_full_as_those_of_a_plain_search():
+    """Which of two rows with equal room takes a text is free, so their sums are compared."""
+    rng = np.random.default_rng(4)
+    for capacity in (1, 7, 64, 300):
+        lengths = np.clip(rng.geometric(3 / (capacity + 2), 1000), 1, capacity)
+        sums: list[int] = []
+        for length in sorted(lengths.tolist(), reverse=True):
+            fitting = [r for r, used in enumerate(sums) if used + length <= capacity]
+            if fitting:
+                sums[max(fitting, key=lambda r: sums[r])] += length
+            else:
+                sums.append(length)
+        rows = pack(lengths, np.arange(1000), capacity, seed=1)
+        assert sorted(lengths[row].sum() for row in rows) == sorted(sums)
+
+
 def test_nothing_packs_into_no_rows():
     assert pack(np.array([3, 4]), np.array([], dtype=np.int64), 8, seed=1) == []
 

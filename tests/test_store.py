@@ -14,7 +14,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers.normalizers import NFKD
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +28,7 @@ from kozero.data.readers import LeftOut
 from kozero.data.store import (
     TextRow,
     build_once,
+    encodings,
     is_sealed,
     key_of,
     open_or_build,
@@ -113,6 +116,28 @@ def test_a_tokenizers_own_truncation_and_padding_change_nothing(tmp_path):
     tokenizer.backend_tokenizer.enable_padding()
     store = build(tmp_path, [TextRow("", "w1 w2 w3", "w4"), TextRow("", "w1", "")], tokenizer)
     assert store.lengths.tolist() == [[0, 3, 2], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("kind", ["own", "byte-level", "framed"])
+def test_ids_and_characters_are_what_transformers_says(kind):
+    """With the shipped tokenizer, one that takes letters apart, one that frames a text: special tokens, a text twice,
+    an empty one, several bytes a character."""
+    tokenizer = sample_tokenizer()
+    if kind == "byte-level":
+        backend = Tokenizer(BPE())
+        backend.pre_tokenizer, backend.normalizer = ByteLevel(), NFKD()
+        trainer = BpeTrainer(special_tokens=["</s>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+        backend.train_from_iterator(["부정 긍정 아 더빙"] * 3, trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    if kind == "framed":
+        end = tokenizer.eos_token
+        frame = [(end, tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{end} $A {end}", None, frame)
+    texts = ["아 더빙.. 진짜", "", "</s> 좋아요 <unused0>", "뷁 é\u200b\0 🙂", "아 더빙.. 진짜"]
+    wanted = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    fast, slow = (encodings(texts, tokenizer, with_offsets) for with_offsets in (False, True))
+    assert [one.ids for one in fast] == [one.ids for one in slow] == wanted["input_ids"]
+    assert [one.offsets for one in slow] == wanted["offset_mapping"]
 
 
 def test_rows_keep_their_order_over_several_batches_of_the_tokenizer(tmp_path):
