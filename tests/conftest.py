@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """A file's tests stay in one process, which makes their fixtures once; slow ones go wherever there is time."""
     for item in items:
@@ -26,6 +27,7 @@ def one_rank(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
+    distributed.shutdown()  # of a run that ended with a mistake
     distributed.setup()
     monkeypatch.setattr(distributed, "shutdown", lambda: None)
     yield

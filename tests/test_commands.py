@@ -66,6 +66,12 @@ def losses(folder):
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
+def test_tests_of_a_file_share_a_process_and_its_fixtures(request):
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("all tests run in one process")
+    assert request.node.nodeid.endswith("@test_commands.py")  # lost without a word where xdist does not know pytest
+
+
 def test_quickstart_does_not_take_a_folder_that_holds_something_else(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     done = shell(f"bash scripts/quickstart.sh {tmp_path}")
