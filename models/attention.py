@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kozero.data.packing import Packing
+from models.dropout import drop
 
 NAME = "packed"
 # Texts up to which a CPU is faster in 16 bit by plain products: in the backward pass of its flash attention each head
@@ -32,7 +33,7 @@ def attend(
     is not looked at."""
     if packing is not None:
         return attend_by_text(query, key, value, dropout, scaling, packing), None
-    if by_products(query, key):
+    if by_products(query, key, dropout):
         return attend_by_products(query, key, value, attention_mask, dropout, scaling).transpose(1, 2), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **rest)
 
@@ -77,11 +78,13 @@ class Moved(torch.autograd.Function):
         return found if ctx.blanks is None else found.index_fill_(0, ctx.blanks, 0), None, None, None
 
 
-def by_products(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether plain products are faster: see MOST_BY_PRODUCTS. Forward alone flash attention is."""
+def by_products(query: torch.Tensor, key: torch.Tensor, dropout: float) -> bool:
+    """Whether plain products are faster: see MOST_BY_PRODUCTS. Forward alone flash attention is; it knows no dropout,
+    and what torch computes then are products too, with a mask that takes longer to draw."""
+    if query.device.type != "cpu" or query.shape[2] != key.shape[2]:
+        return False
     half = query.dtype in (torch.bfloat16, torch.float16)
-    short = query.shape[2] == key.shape[2] <= MOST_BY_PRODUCTS
-    return half and short and query.requires_grad and query.device.type == "cpu"
+    return dropout > 0 or (half and query.requires_grad and query.shape[2] <= MOST_BY_PRODUCTS)
 
 
 def attend_by_products(
@@ -93,7 +96,7 @@ def attend_by_products(
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     scores = torch.add(hidden, query @ key.mT, alpha=query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return F.dropout(scores.softmax(-1), dropout) @ value
+    return drop(scores.softmax(-1), dropout) @ value
 
 
 AttentionInterface.register(NAME, attend)

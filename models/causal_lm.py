@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from kozero.data.packing import Packing
 from models import attention
+from models.dropout import use_fast_dropout
 
 CHUNK = 2048  # predicted positions whose logits are there at once: 0.4 GB in 32 bit for 51,200 tokens
 MULTIPLE = 16  # positions of a chunk are rounded up to this: a CPU prepares its products anew for every new number
@@ -144,6 +145,7 @@ class CausalLM(nn.Module):
         self.entry = 0  # the block whose inputs are given as `hidden`, where they are
         lm.lm_head = Head(lm.lm_head, silent_ids)
         lm.config._attn_implementation = attention.NAME
+        use_fast_dropout(lm)
 
     def separate_pause_row(self) -> None:
         """Give the pause its own (1, H) parameter `lm.transformer.wte.pause_row`."""

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from kozero.errors import UserError, nearest
+from models.dropout import Dropout
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 HEAD_SIZE = 64  # of the tiny attention, as in the paper, whatever the hidden size
@@ -122,7 +123,7 @@ class FactorisedEmbedding(nn.Module):
         self.token_types = nn.Embedding(config.type_vocab_size, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.LN_eps)
         self.widen = nn.Linear(config.embedding_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout_prob)
+        self.dropout = Dropout(config.dropout_prob)
 
     def forward(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor) -> torch.Tensor:
         """Two (B, T) of ids to (B, T, H)."""
@@ -247,7 +248,7 @@ class MixLmLayer(GradientCheckpointingLayer):
         self.gmlp = GatedMlp(config)
         self.gmlp_norm = nn.LayerNorm(config.hidden_size, eps=config.LN_eps)
         self.ff_norm = nn.LayerNorm(config.hidden_size, eps=config.LN_eps)
-        self.dropout = nn.Dropout(config.dropout_prob)
+        self.dropout = Dropout(config.dropout_prob)
 
     def forward(
         self,

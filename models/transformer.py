@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from kozero.errors import UserError, nearest
+from models.dropout import Dropout
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 PRE_NORM, POST_NORM = 0, 1
@@ -263,7 +264,7 @@ class ResidualAttention(nn.Module):
         self.num_heads = config.num_heads
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout_prob)
+        self.dropout = Dropout(config.dropout_prob)
 
     def forward(
         self, hidden: torch.Tensor, previous: torch.Tensor | None, unseen: torch.Tensor | None
@@ -298,7 +299,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.LN_eps)
         self.feed_forward = feed_forward
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.LN_eps)
-        self.dropout = nn.Dropout(config.dropout_prob)
+        self.dropout = Dropout(config.dropout_prob)
 
     def forward(
         self,
@@ -332,7 +333,7 @@ class Embeddings(nn.Module):
         self.positions = nn.Embedding(config.max_position_embeddings, width)
         self.types = nn.Embedding(config.type_vocab_size, width)
         self.norm = nn.LayerNorm(width, eps=config.LN_eps)
-        self.dropout = nn.Dropout(config.dropout_prob)
+        self.dropout = Dropout(config.dropout_prob)
         factorised = width != config.hidden_size
         self.projection = nn.Linear(width, config.hidden_size) if factorised else nn.Identity()
 

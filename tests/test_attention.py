@@ -117,17 +117,20 @@ def test_dropout_falls_on_the_weights_of_a_packed_text_in_training_alone():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "needs_gradient", "products"),
-    [(torch.bfloat16, 512, True, True), (torch.bfloat16, 513, True, False), (torch.bfloat16, 8, False, False),
-     (torch.float32, 8, True, False)],
+    ("dtype", "length", "dropout", "needs_gradient", "products"),
+    [(torch.bfloat16, 512, 0.0, True, True), (torch.bfloat16, 513, 0.0, True, False),
+     (torch.bfloat16, 8, 0.0, False, False), (torch.float32, 8, 0.0, True, False),
+     (torch.float32, 513, 0.1, True, True), (torch.bfloat16, 513, 0.1, False, True)],
 )  # fmt: skip
-def test_products_are_for_short_rows_in_16_bit_that_learn(monkeypatch, dtype, length, needs_gradient, products):
+def test_products_are_for_dropout_and_short_rows_in_16_bit_that_learn(
+    monkeypatch, dtype, length, dropout, needs_gradient, products
+):
     asked = []
     monkeypatch.setattr(attention, "attend_by_products", lambda *args: asked.append(1) or args[0])
     query = torch.zeros(1, 1, length, 4, dtype=dtype, requires_grad=needs_gradient)
     module = nn.Module()
     module.is_causal = True
-    out, _ = attention.attend(module, query, query, query, None)
+    out, _ = attention.attend(module, query, query, query, None, dropout)
     assert bool(asked) == products and out.shape == (1, length, 1, 4)
 
 
