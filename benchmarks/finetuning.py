@@ -4,11 +4,11 @@ longest of their batch, or grouped by length) and TRL's SFTTrainer with packing.
     python benchmarks/finetuning.py --task nsmc --bf16 --output_file finetuning_nsmc.json
     python benchmarks/finetuning.py --task korquad --texts 24 --batch_size 4 --length 384 --row_length 384 --bf16
 
-All begin with the same random weights of --config_file, without dropout, and learn the same texts, each once in a
-block (ours fills its last update from the next epoch, and counts that), about --batch_size of them in an update, with
-AdamW at one rate. Speed is real tokens (prompt, target and end; no padding) in the time from the beginning of a block's
-first update to the end of its last; "times the first" is the median over rounds. After the first block every side
-scores other texts in 32 bit: losses within --tolerance say that they did the same work.
+All begin with the same random weights of --config_file, learn the same texts, each once in a block (ours fills its last
+update from the next epoch, and counts that), about --batch_size of them in an update, with AdamW at one rate. Speed is
+real tokens (prompt, target and end; no padding) in the time from the beginning of a block's first update to the end of
+its last; "times the first" is the median over rounds. After the first block every side scores other texts in 32 bit:
+losses within --tolerance say that they did the same work.
 """
 
 import json
@@ -59,6 +59,7 @@ class BenchmarkArguments(Reported):
     pass_rows: int = arg(0, "packed rows of one forward pass of our side, which then adds up; 0: all of an update")
     rounds: int = arg(3, "blocks of each side that count; one more before them warms up")
     learning_rate: float = arg(1e-4, "rate of every update")
+    dropout: float = arg(0.0, "the model's dropout rates, 0 to 1; each side draws its own. KoGPT2 was trained with 0.1")
     bf16: bool = arg(False, "compute in bfloat16")
     tolerance: float = arg(0.02, "of the losses after the first block, relative")
     peer_arguments: str = arg("{}", 'JSON of more arguments of the peers\' trainers, such as {"torch_compile": true}')
@@ -74,6 +75,7 @@ class BenchmarkArguments(Reported):
         at_least(1, self, "texts", "batch_size", "length", "row_length", "rounds")
         at_least(0, self, "pass_rows")
         require(self.learning_rate > 0, f"--learning_rate {self.learning_rate:g}: must be above 0")
+        require(0 <= self.dropout < 1, f"--dropout {self.dropout:g}: must be in [0, 1)")
         sides = self.sides.split(",")
         unknown = [side for side in sides if side not in SIDES]
         require(len(set(sides)) == len(sides), f"--sides {self.sides}: names one twice")
@@ -150,8 +152,9 @@ def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
     """Weights as a published model has them, and texts by their ids."""
     distributed.setup()
     told = ModelArguments(
-        config_file=arguments.config_file, tokenizer_name_or_path=arguments.tokenizer_name_or_path, dropout=0.0
-    )
+        config_file=arguments.config_file, tokenizer_name_or_path=arguments.tokenizer_name_or_path,
+        dropout=arguments.dropout,
+    )  # fmt: skip
     model = load_model(told, PauseArguments(), False, seed=0)
     longest, positions = max(arguments.length, arguments.row_length), model.config.n_positions
     require(longest <= positions, f"--length, --row_length {longest}: the model has {positions} positions")

@@ -95,6 +95,7 @@ MISTAKES = {
     "encoders --length 1024": "--length 1024: models/transformer_config.json has 512 positions",
     "encoders --layers -1": "--layers -1: must be 0 or more",
     "finetuning --learning_rate -1": "--learning_rate -1: must be above 0",
+    "finetuning --dropout 1": "--dropout 1: must be in [0, 1)",
     "finetuning --sides padded,padded": "--sides padded,padded: names one twice",
     "finetuning --peer_arguments [1]": "--peer_arguments [1]: is no JSON object",
     "finetuning --peer_arguments {": "--peer_arguments {: is no JSON object",

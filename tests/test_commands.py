@@ -182,8 +182,8 @@ def test_readme_commands_of_pre_training_run_one_after_the_other(tmp_path):
 
 
 SIDE_BY_SIDE = {  # rows of their tables; each compares losses, tokens or weights itself
-    "finetuning.py --config_file models/tiny_config.json --texts 16 --rounds 1 --sides kozero,grouped,packed "
-    "--peer_arguments '{\"dataloader_num_workers\": 1}'": 5,
+    "finetuning.py --config_file models/tiny_config.json --texts 16 --rounds 1 --dropout 0.1 "
+    "--sides kozero,grouped,packed --peer_arguments '{\"dataloader_num_workers\": 1}'": 5,
     "zero.py --config_file models/tiny_config.json --stages 2 --length 16 --learning_rate 0.001 --rounds 1": 5,
     "data.py --rounds 1 --batches 3": 6,
     "checkpoints.py --config_file models/tiny_config.json --rounds 1 --steps 2": 6,
