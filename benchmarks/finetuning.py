@@ -59,7 +59,7 @@ class BenchmarkArguments(Reported):
     pass_rows: int = arg(0, "packed rows of one forward pass of our side, which then adds up; 0: all of an update")
     rounds: int = arg(3, "blocks of each side that count; one more before them warms up")
     learning_rate: float = arg(1e-4, "rate of every update")
-    dropout: float = arg(0.0, "the model's dropout rates, 0 to 1; each side draws its own. KoGPT2 was trained with 0.1")
+    dropout: float = arg(0.0, "the model's dropout rates, below 1; each side draws its own. KoGPT2 has 0.1")
     bf16: bool = arg(False, "compute in bfloat16")
     tolerance: float = arg(0.02, "of the losses after the first block, relative")
     peer_arguments: str = arg("{}", 'JSON of more arguments of the peers\' trainers, such as {"torch_compile": true}')

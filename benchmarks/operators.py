@@ -24,7 +24,7 @@ CATEGORIES = {
     "optimizer": r"aten::_fused_adamw_|aten::_foreach_(add|addcdiv|addcmul|lerp|sqrt|div)_|Optimizer\.step.*",
     "zeros, norm, clipping": r"aten::(zero_|zeros\w*|fill_|mul_|_foreach_(mul|norm|zero)\w*|linalg_vector_norm)",
     "GELU, layer norms": r"aten::(gelu\w*|native_layer_norm\w*)",
-    "dropout, sums": r"aten::(bernoulli_|native_dropout\w*|add_?|mul|sum)",
+    "dropout, sums": r"aten::(bernoulli_|native_dropout\w*|random_|ge|add_?|mul|sum)",
     "communication": r"(c10d|gloo|nccl)\w*:.*|record_param_comms",
 }
 REST, OUTSIDE = "rest", "no operator runs"

@@ -1,4 +1,4 @@
-"""Dropout whose mask a CPU draws in a third of the time: 16 random bits an element instead of a number each."""
+"""Dropout for which a CPU draws 16 random bits an element, where PyTorch draws a number each."""
 
 from typing import Any
 
@@ -40,10 +40,11 @@ class DropoutByBits(torch.autograd.Function):
 def drop(x: torch.Tensor, rate: float, training: bool = True) -> torch.Tensor:
     """Elements are zero with probability `rate`, the others 1 / (1 - rate) of what they were (Srivastava et al. 2014).
 
-    On a CPU the rate is the nearest multiple of 2 ** -16, and the scale is that rate's, so that means stay exact.
+    On a CPU the rate is the nearest multiple of 2 ** -16, and the scale is that rate's; what would then be 0 or 1 is
+    left to PyTorch.
     """
-    dropped = min(round(rate * STEPS), STEPS - 1)
-    if not training or not dropped or x.device.type != "cpu" or torch.compiler.is_compiling():
+    dropped = round(rate * STEPS)
+    if not training or not 0 < dropped < STEPS or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, rate, training)
     return DropoutByBits.apply(x, dropped)
 
@@ -53,4 +54,4 @@ def use_fast_dropout(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, part in parent.named_children():
             if type(part) is nn.Dropout:
-                setattr(parent, name, Dropout(part.p))
+                setattr(parent, name, Dropout(part.p).train(part.training))

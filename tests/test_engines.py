@@ -54,6 +54,7 @@ from tests.toys import (
 )
 from tests.two_tasks import reference_of_two
 
+pytestmark = pytest.mark.xdist_group("engines")  # the slow ones too: their processes measure once
 TOLERANCE = 5e-5 if torch.cuda.is_available() else 1e-5  # of 32 bit; the references are computed on a CPU
 
 # Tests: training ---------------------------------------------------------------------------------------------------
