@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from kozero.data.packing import Packing
@@ -26,7 +27,7 @@ class PlannedModel:
         freeze: as --freeze; has_pause: the run trains with pauses.
         dtype: "fp32", "bf16" or "fp16".
         length: tokens of a row; predicted: the share of them that something is predicted at.
-        on_gpu: attention's dropout inside its kernel, as CUDA has it; else as on a CPU.
+        on_gpu: dropout in one kernel, that of attention inside attention's, as CUDA has them; else as on a CPU.
     """
 
     config: GPT2Config
@@ -48,8 +49,7 @@ class PlannedModel:
             module.separate_pause_row()
         apply_plan(plan, module)
         if self.on_gpu:
-            for block in lm.transformer.h:
-                block.attn.attn_dropout.p = 0.0  # drawn anew in the backward pass: nothing stays
+            use_kernels(lm)
         if checkpointing:
             checkpoint_activations(lm)
         return module
@@ -117,3 +117,18 @@ def two_texts(num_rows: int, length: int) -> Packing:
     """A packing of two texts a row: attention keeps copies of its inputs, which one text a row does without."""
     half, some = -(-length // 2), torch.zeros(num_rows * length, dtype=torch.long)
     return Packing(((2 * num_rows, half),), torch.zeros(2 * num_rows * half, dtype=torch.long), some, some[:0])
+
+
+class KernelDropout(nn.Dropout):
+    """Dropout as one CUDA kernel does it: a mask of one byte an element stays for backward, and no bits are drawn."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, self.p, self.training)[0]
+
+
+def use_kernels(lm: nn.Module) -> None:
+    """Dropouts as CUDA does them; attention draws its own anew in backward and keeps nothing."""
+    for module in list(lm.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, nn.Dropout):
+                setattr(module, name, KernelDropout(0.0 if name == "attn_dropout" else part.p))
