@@ -113,6 +113,13 @@ def read_config(path: Path) -> GPT2Config:
     if config.activation_function not in ACT2FN:
         name = config.activation_function
         raise UserError(f"--config_file {path}: activation_function {name!r} is unknown{nearest(name, ACT2FN)}")
+    return with_one_gelu(config)
+
+
+def with_one_gelu(config: GPT2Config) -> GPT2Config:
+    """The same formula in one kernel instead of eight."""
+    if config.activation_function == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"
     return config
 
 
@@ -134,9 +141,7 @@ def load_config(name: str, flag: str = FLAG) -> GPT2Config:
     config = load_any_config(name, flag)
     if config.model_type != "gpt2":
         raise UserError(f"{flag} {name}: model_type {config.model_type!r}; 'gpt2' is needed here")
-    if config.activation_function == "gelu_new":
-        config.activation_function = "gelu_pytorch_tanh"  # the same formula in one kernel instead of eight
-    return config
+    return with_one_gelu(config)
 
 
 def load_weights(name: str, config: GPT2Config, flag: str = FLAG) -> GPT2LMHeadModel:

@@ -259,13 +259,26 @@ def test_losses_are_those_of_plain_transformers(model):
         torch.testing.assert_close(packed[one.number], expected, atol=1e-5, rtol=0)
 
 
-def test_without_restarting_positions_texts_would_leak(model):
-    """Negative control of the two tests above."""
+LEAKS = {
+    "positions that go on": {"position_ids": torch.arange(32)[None]},
+    "a mask of ones": {"attention_mask": torch.ones(1, 32, dtype=torch.long)},
+    "a cache": {"use_cache": True},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_what_transformers_is_told_decides_whether_texts_see_each_other(model, leak):
+    """Negative controls of the two tests above: what we tell it, but for one argument."""
     batch = collate(packed_texts(), 32)
-    packed = losses_by_text(model, batch)
-    batch.inputs["position_ids"] = torch.arange(32).expand(len(batch.inputs["input_ids"]), 32)
-    leaking = losses_by_text(model, batch)
-    assert max((packed[n] - leaking[n]).abs().max() for n in packed) > 1e-2
+    ids, places = batch.inputs["input_ids"], batch.inputs["target_index"]
+    told = {"position_ids": batch.inputs["position_ids"], "use_cache": False} | LEAKS[leak]
+    told |= {name: told[name].expand(len(ids), 32) for name in ("position_ids", "attention_mask") if name in told}
+    with torch.no_grad():
+        hidden = model.lm.transformer(input_ids=ids, **told).last_hidden_state
+        found = model.lm.lm_head(hidden.flatten(0, 1)[places], batch.inputs["target_ids"], "none")
+        packed = model(**batch.inputs, reduction="none")
+    assert ((packed - found).abs().max() > 1e-2) == (leak != "none")
 
 
 def test_a_batch_without_targets_has_loss_zero(model):

@@ -10,6 +10,7 @@ import torch
 
 from finetune import planned, ways
 from finetune.planned import PlannedModel
+from kozero.config import BatchSizes, TrainingArguments
 from kozero.engines.deepspeed import zero_sizes
 from kozero.errors import UserError
 from kozero.footprint import Setting, footprint
@@ -178,6 +179,19 @@ def test_a_larger_micro_batch_may_take_less_and_is_found():
     assert planner.largest(two).micro == 4
     planner.room = large - 1
     assert planner.largest(two) is None
+
+
+def test_what_only_costs_where_everything_fits_comes_last():
+    """Stages in their order, checkpoints of activations after the same without, offload after everything else."""
+    model = PlannedModel(read_config(ROOT / "models/kogpt2_config.json"), None, False, "fp32", length=1024)
+    planner = ways.Planner(model, room=math.inf, host=math.inf, global_batch=64)
+    said = TrainingArguments(per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    order = ways.ways(4, said, BatchSizes(8, 2, 4))
+    order.sort(key=lambda way: planner.seconds(planner.choice(way, 8)))
+    names = [way.name for way in order]
+    plain = [name for name in names if "+" not in name]
+    assert names[0] == "zero0" and plain == ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+    assert all(names.index(name) < names.index(f"{name} + checkpointing") for name in plain)
 
 
 def test_nothing_fits_and_what_then(monkeypatch, capsys):

@@ -10,10 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 
 from kozero.errors import UserError
 from models import language_model
-from models.language_model import LanguageModel, export, load
+from models.language_model import LanguageModel, export, load, load_config, read_config
 from tests.helpers import ROOT, SAMPLE_TOKENIZER, word_tokenizer
 
 TINY = json.loads((ROOT / "models" / "tiny_config.json").read_text(encoding="utf-8"))
@@ -399,6 +400,18 @@ def test_a_config_of_impossible_values_is_refused(config_file, change):
 
 def test_an_unknown_activation_is_answered_with_the_nearest(config_file):
     assert "did you mean 'gelu_new'" in refused(config=config_file(activation_function="gelu_nwe"))
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "relu"])
+def test_the_gelu_of_eight_operators_becomes_that_of_one(config_file, name):
+    """From a JSON and from a folder alike; others stay."""
+    path = Path(config_file(activation_function=name))
+    wanted = "gelu_pytorch_tanh" if name == "gelu_new" else name
+    assert [load(path).activation_function for load in (read_config, lambda path: load_config(str(path.parent)))] == [
+        wanted, wanted,
+    ]  # fmt: skip
+    x = torch.linspace(-6, 6, 999)
+    torch.testing.assert_close(ACT2FN[wanted](x), ACT2FN[name](x), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "bert"}', "{}", "[]"])

@@ -92,6 +92,17 @@ def test_adamw_steps_as_torch_does():
     torch.testing.assert_close(parameter.detach(), expected)
 
 
+def test_adamw_is_one_kernel_over_all_parameters():
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(5)]
+    optimizer = build_optimizer([{"params": parameters}], TrainingArguments())
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    with torch.profiler.profile() as seen:
+        optimizer.step()
+    calls = {event.key: event.count for event in seen.key_averages()}
+    assert calls.get("aten::_fused_adamw_") == 1
+
+
 def test_betas_and_epsilon_come_from_the_arguments():
     arguments = TrainingArguments(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
     optimizer = build_optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], arguments)
