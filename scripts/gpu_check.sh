@@ -14,8 +14,8 @@ set -uo pipefail
 
 stop() { echo "error: $1" >&2; exit 2; }
 
-all="laws kogpt2 kogpt2_packed kogpt2_compiled kogpt2_fp16 kogpt2_zero2 trinity trinity_frozen targets"
-all="$all nsmc korquad nsmc_best korquad_best optimizer checkpoints"
+all="laws laws_slow kogpt2 kogpt2_packed kogpt2_compiled kogpt2_fp16 kogpt2_zero2 trinity trinity_packed"
+all="$all trinity_compiled trinity_frozen targets nsmc korquad nsmc_best korquad_best optimizer checkpoints"
 quick="" rehearse=""
 while [[ "${1:-}" == --* ]]; do
   case "$1" in
@@ -68,9 +68,10 @@ fi
 
 mkdir -p "$out" || exit 2
 step="--length 1024 --profile" kogpt2=models/kogpt2_config.json trinity=models/ko_gpt_trinity_config.json
-large=16,32,64 middle=32 small=8,16,32 bottom=wte,wpe,h.0-11 row=1024
+large=16,32,64 middle=32 small=8,16,32 few=16 bottom=wte,wpe,h.0-11 row=1024
 laws="tests/test_cuda.py tests/test_engines.py"
 laws="$laws tests/test_footprint.py::test_the_prediction_is_within_a_tenth_of_a_gpus_peak"
+seldom="-m slow tests/test_engines.py"  # engines that are near another one
 texts=448 batch=128 questions=224 beside="--rounds 5" sides=kozero,padded,dynamic,grouped
 ! "$python" -c 'import trl' 2> /dev/null || sides=$sides,packed
 best='"torch_compile": true, "dataloader_num_workers": 2' attention=sdpa  # what a user of the others would switch on
@@ -83,14 +84,15 @@ if [ -n "$quick" ]; then
   large=32 small=16 step="$step --updates 5 --rounds 3" laws=tests/test_cuda.py beside="--rounds 2"
 fi
 if [ -n "$rehearse" ]; then
-  kogpt2=models/tiny_config.json trinity=$kogpt2 large=1,2 middle=1 small=1 bottom=wte,wpe,h.0 laws=tests/test_cuda.py
+  kogpt2=models/tiny_config.json trinity=$kogpt2 large=1,2 middle=1 small=1 few=1 bottom=wte,wpe,h.0 laws=tests/test_cuda.py
+  seldom=tests/test_cuda.py
   step="--length 32 --profile --updates 1 --rounds 1" beside="--rounds 1 --config_file $kogpt2"
   texts=8 batch=8 questions=4 row=512 sides=kozero,padded
 fi
 
 limited() { timeout -k 10 "${SECONDS_A_PART:-900}" "$python" -W ignore "$@"; }
 
-# words of $step, $laws and $beside are to be split
+# words of $step, $laws, $seldom and $beside are to be split
 step() { limited benchmarks/step.py $step "$@" --output_file "$out/$part.json"; }
 
 beside() { limited benchmarks/finetuning.py $beside --bf16 --sides "$sides" "$@" --output_file "$out/$part.json"; }
@@ -102,12 +104,15 @@ passages() { beside --task korquad --texts $questions --batch_size 16 --length 3
 run() {
   case "$1" in
     laws) limited -m pytest -q -rs -p no:cacheprovider --junitxml "$out/laws.xml" $laws ;;
+    laws_slow) limited -m pytest -q -rs -p no:cacheprovider --junitxml "$out/$part.xml" $seldom ;;
     kogpt2) step --config_file $kogpt2 --bf16 --micro_batch $large ;;
     kogpt2_packed) step --config_file $kogpt2 --bf16 --micro_batch $middle --packed 16 ;;
     kogpt2_compiled) step --config_file $kogpt2 --bf16 --micro_batch $middle --torch_compile ;;
     kogpt2_fp16) step --config_file $kogpt2 --fp16 --micro_batch $middle ;;
     kogpt2_zero2) step --config_file $kogpt2 --bf16 --micro_batch $middle --deepspeed_config ds_configs/zero2.json ;;
     trinity) step --config_file $trinity --bf16 --micro_batch $small ;;
+    trinity_packed) step --config_file $trinity --bf16 --micro_batch $few --packed 16 ;;
+    trinity_compiled) step --config_file $trinity --bf16 --micro_batch $few --torch_compile ;;
     trinity_frozen) step --config_file $trinity --bf16 --micro_batch $small --freeze $bottom ;;
     targets) limited benchmarks/targets.py --folder "$out" --output_file "$out/$part.json" ;;
     nsmc) reviews ;;

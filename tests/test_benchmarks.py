@@ -220,6 +220,15 @@ def test_what_a_gpu_reached_stands_beside_its_targets(script):
     }
 
 
+def test_the_fastest_way_of_a_model_counts(script):
+    reports = {"kogpt2": step_rows((16, 400_000, 90)), "kogpt2_compiled": step_rows((32, 470_000, 90))}
+    reports |= {"kogpt2_fp16": step_rows((16, 900_000, 90)), "trinity_packed": step_rows((16, 50_000, 90))}
+    found = script("targets").compared(reports)
+    assert [(row["figure"], row["reached"]) for row in found[:2]] == [
+        ("kogpt2_compiled: real tokens/s", True), ("trinity_packed: real tokens/s", False),
+    ]  # fmt: skip
+
+
 def test_another_device_has_no_targets_of_speed(script):
     rows = [row | {"device": "CPU"} for row in step_rows((1, 2.0, 90))]
     assert [row["figure"] for row in script("targets").compared({"kogpt2": rows})] == [

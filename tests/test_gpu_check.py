@@ -30,7 +30,7 @@ def test_without_a_gpu_it_ends_with_one_line(tmp_path):
     [
         ((), {}, "name a folder for the results"),
         (("--fast", "out"), {}, "--fast: unknown"),
-        (("out", "zero9"), {}, "zero9: no such part; the parts are laws kogpt2"),
+        (("out", "zero9"), {}, "zero9: no such part; the parts are laws laws_slow"),
         (("out",), {"PYTHON": "no-python-here"}, "no-python-here does not run"),
         (("out",), {"WHEELS": str(ROOT / "docs")}, "cannot be installed"),
     ],
@@ -52,11 +52,12 @@ def test_what_the_machine_lacks_is_named(tmp_path):
 @pytest.mark.slow
 def test_a_rehearsal_goes_on_after_a_part_that_failed(tmp_path):
     (tmp_path / "kogpt2.json").mkdir()  # its results have no place
-    done = check("--rehearse", tmp_path, "kogpt2", "laws", "trinity_frozen", "nsmc", "targets")
+    done = check("--rehearse", tmp_path, "kogpt2", "laws", "laws_slow", "trinity_frozen", "nsmc", "targets")
     summary = (tmp_path / "summary.txt").read_text().splitlines()
     assert done.returncode == 1 and done.stdout.endswith("\n".join(summary) + "\n")
     assert [line.split(",")[0] for line in summary] == [
-        "kogpt2: FAILED with exit code 2", "laws: passed", "trinity_frozen: passed", "nsmc: passed", "targets: passed",
+        "kogpt2: FAILED with exit code 2", "laws: passed", "laws_slow: passed", "trinity_frozen: passed",
+        "nsmc: passed", "targets: passed",
     ]  # fmt: skip
     assert "is a folder" in (tmp_path / "kogpt2.log").read_text()
     (row,) = json.loads((tmp_path / "trinity_frozen.json").read_text())["rows"]
