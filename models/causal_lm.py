@@ -45,9 +45,9 @@ class SharedTable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_rows: torch.Tensor, grad_table: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The head's gradient is its alone: it is made by a product or a cast."""
+        """(B, T, H), (V, H) to (V, H). Nobody else holds the head's gradient, which a product or a cast has made."""
         (ids,) = ctx.saved_tensors
-        return grad_table.index_add_(0, ids.flatten(), grad_rows.flatten(0, 1).to(grad_table.dtype)), None
+        return grad_table.index_add_(0, ids.flatten(), grad_rows.flatten(0, 1)), None
 
 
 class Head(nn.Linear):
@@ -230,10 +230,13 @@ class CausalLM(nn.Module):
 
 def shareable(embedding: nn.Embedding) -> bool:
     """Whether SharedTable may stand in for it: it trains, on a CPU (CUDA adds rows in any order), and its weight is
-    all here, not a shard that is gathered when a module is called."""
-    weight, whole = embedding.weight, (embedding.num_embeddings, embedding.embedding_dim)
-    here = type(weight) is nn.Parameter and weight.shape == whole and weight.device.type == "cpu"
-    return here and type(embedding) is nn.Embedding and weight.requires_grad and torch.is_grad_enabled()
+    there in the forward pass of the whole model. fully_shard and fairscale have gathered it by then, with their root;
+    DeepSpeed's ZeRO-3 gathers a weight for its module alone, and at once where anybody asks for `embedding.weight`."""
+    if type(embedding) is not nn.Embedding or not torch.is_grad_enabled():
+        return False
+    weight = next(embedding.parameters(recurse=False), None)
+    here = type(weight) is nn.Parameter and not hasattr(weight, "ds_id") and weight.device.type == "cpu"
+    return here and weight.requires_grad
 
 
 class NoPositions(nn.Module):

@@ -236,6 +236,30 @@ def test_another_device_has_no_targets_of_speed(script):
     ]
 
 
+@pytest.mark.parametrize("name", ["one gradient for embedding and head", "GELU in one kernel", "AdamW in one kernel"])
+def test_a_step_without_a_technique_runs_the_operators_that_it_spares(one_rank, script, monkeypatch, name):
+    """By PyTorch's profiler; what the process of a side puts in place is taken back here."""
+    techniques = script("techniques")
+    told = techniques.BenchmarkArguments(
+        config_file=str(ROOT / "models/tiny_config.json"), length=16, rows=2, packed=4.0, updates=1, rounds=1
+    )
+    for owner, attribute, _ in techniques.TECHNIQUES[name].put:
+        monkeypatch.setattr(owner, attribute, getattr(owner, attribute))
+    found = {}
+    for side in ("with", "without"):
+        block = techniques.blocks_of(told, name, side)
+        with torch.profiler.profile() as seen:
+            figures = block()
+        found[side] = {event.key: event.count for event in seen.key_averages()}, figures["losses"]
+    (ours, losses), (theirs, others) = found["with"], found["without"]
+    spared = {
+        "one gradient for embedding and head": "aten::embedding_dense_backward",
+        "GELU in one kernel": "aten::pow",
+        "AdamW in one kernel": "aten::_foreach_addcdiv_",
+    }[name]
+    assert theirs.get(spared, 0) > ours.get(spared, 0) and others == pytest.approx(losses, rel=1e-4)
+
+
 def test_half_a_report_is_none(script, tmp_path):
     (tmp_path / "kogpt2.json").write_text('{"rows": [')
     assert script("targets").measured(tmp_path / "kogpt2.json") == []

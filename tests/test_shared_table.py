@@ -1,5 +1,10 @@
 """The embedding and the head that share a table and its gradient: against transformers' own model."""
 
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +12,8 @@ import torch.nn.functional as F
 from models import causal_lm
 from models.causal_lm import CausalLM, shareable
 from tests.helpers import toy_gpt2
-from tests.toys import PAUSE, VOCAB
+from tests.ranks import run_ranks
+from tests.toys import PAUSE, VOCAB, arguments, deal, engine_for, steps, toy
 
 IDS = torch.tensor([[3, 5, 3, 3, 9, 5, 0, 95], [9, 9, 1, 2, 3, 4, 5, 6]])  # some of them often
 DENSE = "aten::embedding_dense_backward"
@@ -69,33 +75,58 @@ def test_only_positions_get_a_gradient_of_the_size_of_their_table(monkeypatch, s
     assert sum(event.count for event in seen.key_averages() if event.key == DENSE) == (1 if shared else 2)
 
 
-def test_a_row_that_pauses_by_itself_gets_its_own_gradient():
+def test_weights_of_16_bit_have_gradients_of_16_bit():
+    """As DeepSpeed holds them."""
+    ours = module().bfloat16()
+    loss(ours).backward()
+    found, wanted = ours.lm.transformer.wte.weight.grad, transformers_gradients()["transformer.wte.weight"]
+    assert found.dtype == torch.bfloat16 and (found.float() - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_a_row_that_pauses_by_itself_keeps_its_own_gradient():
+    """Beside a frozen table: what the table would get there from the embedding, without the head."""
     ours, ids = module(pause_id=PAUSE), IDS.clone()
     ids[0, 2] = PAUSE
     ours.separate_pause_row()
-    assert not shareable(ours.lm.transformer.wte)
+    ours.lm.transformer.wte.weight.requires_grad_(False)
     loss(ours, ids).backward()
-    row = ours.lm.transformer.wte.pause_row.grad[0]
-    assert row.abs().max() > 0 and torch.isfinite(row).all()
+    untied = toy_gpt2(2, VOCAB).eval()
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    logits = untied(ids).logits[:, :-1]
+    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    wanted = untied.transformer.wte.weight.grad[PAUSE]
+    torch.testing.assert_close(ours.lm.transformer.wte.pause_row.grad[0], wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("why", ["frozen", "not here", "a view of another tensor", "nothing is learnt"])
+@pytest.mark.parametrize("why", ["frozen", "a row apart", "gathered for its module alone", "nothing is learnt"])
 def test_an_embedding_stays_as_it_is_where(why):
-    embedding = module().lm.transformer.wte
+    ours = module(pause_id=PAUSE)
+    if why == "a row apart":
+        ours.separate_pause_row()
+    embedding = ours.lm.transformer.wte
     if why == "frozen":
         embedding.weight.requires_grad_(False)
-    if why == "not here":  # as DeepSpeed's ZeRO-3 has it between its calls
-        embedding.weight.data = torch.empty(0)
-    if why == "a view of another tensor":  # as fairscale has it
-        weight = embedding.weight.data
-        del embedding.weight
-        embedding.weight = weight.view(-1).requires_grad_()[:].view_as(weight)
+    if why == "gathered for its module alone":
+        embedding.weight.ds_id = 0  # as DeepSpeed's ZeRO-3 marks what it shards
     with torch.set_grad_enabled(why != "nothing is learnt"):
         assert not shareable(embedding)
 
 
-def test_frozen_tables_get_no_gradient():
-    ours = module()
-    ours.lm.transformer.wte.weight.requires_grad_(False)
-    loss(ours).backward()
-    assert ours.lm.transformer.wte.weight.grad is None and ours.lm.transformer.h[0].mlp.c_fc.weight.grad is not None
+def external_parameters() -> list[str]:
+    """What ZeRO-3 holds for a module beside its own, after a step in which every parameter is sharded."""
+    said = arguments("zero3")
+    values = json.loads(Path(said.deepspeed_config).read_text(encoding="utf-8"))
+    values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "zero3.json"
+        path.write_text(json.dumps(values), encoding="utf-8")
+        engine, sizes = engine_for("zero3", toy(), replace(said, deepspeed_config=str(path)))
+    engine.train_step(deal(steps(1)[0], sizes), 0.1)
+    held = [name for name, part in engine.module.named_modules() if getattr(part, "_external_params", None)]
+    engine.close()
+    return held
+
+
+def test_zero_3_need_not_keep_the_table_for_the_whole_model():
+    """It does, from the forward pass to the backward one, once somebody reads the weight outside of its module."""
+    assert run_ranks(external_parameters) == [[], []]
