@@ -235,6 +235,7 @@ def shareable(embedding: nn.Embedding) -> bool:
     if type(embedding) is not nn.Embedding or not torch.is_grad_enabled():
         return False
     weight = next(embedding.parameters(recurse=False), None)
+    # A plan's FakeTensor is no Parameter by type: it counts two gradients, as a GPU has them.
     here = type(weight) is nn.Parameter and not hasattr(weight, "ds_id") and weight.device.type == "cpu"
     return here and weight.requires_grad
 
