@@ -7,7 +7,8 @@ A block is some steps without a checkpoint, then as many with one after the firs
 saves; a peer's leaves its files in the memory of the system, and what brings them to the disk (fsync of each file and
 folder) follows before the next step. "On the disk" is the time from the beginning of the call to the end of that;
 training waits for it except in the background. "Lost" is what the second half of a block takes longer than the first.
-The disk is that of temporary files (TMPDIR). Before anything is measured every side loads what it has saved into an
+The disk is that of temporary files (TMPDIR); the limit is the rate at which as many bytes are written and brought to it
+with nothing else to do, in turn with the sides. Before anything is measured every side loads what it has saved into an
 engine of other weights: weights, moments and counts must be equal bit by bit. The losses of all sides must agree.
 """
 
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contest import Block, Contender, Reported, compete, report, table
+from contest import Block, Contender, Reported, compete, paired, report, table, timed
 
 from kozero import distributed
 from kozero.checkpoint import Checkpoints, RunState
@@ -36,12 +37,14 @@ from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import require, run_main
 from kozero.memory import trim_heap
+from kozero.plan import ModelShape
 from models.causal_lm import CausalLM, build
 from models.language_model import read_config, set_dropout
 from runs import ROOT
 
 RATE = 1e-5
 TOLERANCE = 1e-3  # of the sides' losses, relative
+ALONE = "bytes alone"
 TIMES = ("call", "disk", "without", "lost")  # of a block, in seconds
 
 
@@ -81,15 +84,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kozero-checkpoints-") as folder:
         places = {name: Path(folder) / str(number) for number, name in enumerate(SIDES)}
         sides = [Contender(name, measured, (name, arguments, place)) for name, place in places.items()]
-        blocks = compete(sides, arguments.rounds)
+        alone = Contender(ALONE, bytes_alone, (arguments, Path(folder) / "bytes"))
+        blocks = compete([*sides, alone], arguments.rounds)
+    limits = [block["mb_per_s"] for block in blocks.pop(ALONE)[1:]]
     rows = [figures(name, found) for name, found in blocks.items()]
+    for row in rows:
+        row["share"] = paired(row["speeds"], limits)
+    print(f"bytes alone: {median(limits):.0f} MB/s ({min(limits):.0f} to {max(limits):.0f})")
     print(f"{arguments.steps} steps of {arguments.tokens} tokens, medians of {arguments.rounds} blocks (least to most)")
     print(table(
-        ("checkpoint", "GiB", "MB/s", "call, s", "on the disk, s", "steps without, s", "lost, s"),
-        [(row["name"], f"{row['gib']:.2f}", f"{row['mb_per_s']:.0f}",
+        ("checkpoint", "GiB", "MB/s", "of the limit", "call, s", "on the disk, s", "steps without, s", "lost, s"),
+        [(row["name"], f"{row['gib']:.2f}", f"{row['mb_per_s']:.0f}", f"{row['share']:.0%}",
           *("{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in TIMES)) for row in rows],
     ))  # fmt: skip
-    report(arguments, rows)
+    report(arguments, rows, disk_mb_per_s=limits)
     for row in rows:
         require(not row["unequal"], f"{row['name']}: loaded with other numbers: {', '.join(row['unequal'][:3])}")
         near = np.allclose(row["losses"], rows[0]["losses"], rtol=TOLERANCE)
@@ -99,10 +107,11 @@ def main() -> None:
 def figures(name: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
     """A side's row: (median, least, most) of each time in seconds; its first block warmed up."""
     found = {key: [block[key] for block in blocks[1:]] for key in TIMES}
+    speeds = [block["bytes"] / 1e6 / block["disk"] for block in blocks[1:]]
     return {
         "name": name, "gib": blocks[-1]["bytes"] / 2**30,
         **{key: (median(times), min(times), max(times)) for key, times in found.items()},
-        "mb_per_s": blocks[-1]["bytes"] / 1e6 / median(found["disk"]),
+        "mb_per_s": median(speeds), "speeds": speeds,
         "unequal": blocks[0]["unequal"], "losses": blocks[0]["losses"],
     }  # fmt: skip
 
@@ -131,6 +140,25 @@ def measured(name: str, arguments: BenchmarkArguments, folder: Path) -> Block:
         shutil.rmtree(folder)
         lost = found.pop("seconds") - without
         return found | {"without": without, "lost": lost, "bytes": size, "unequal": unequal}
+
+    return block
+
+
+def bytes_alone(arguments: BenchmarkArguments, path: Path) -> Block:
+    """As many bytes as weights and moments have, by plain writes of 16 MiB of random ones, then fsync."""
+    piece = os.urandom(2**24)
+    pieces = -(-12 * ModelShape.of(read_config(Path(arguments.config_file))).parameters // len(piece))
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(pieces):
+                file.write(piece)
+            os.fsync(file.fileno())
+
+    def block() -> dict[str, Any]:
+        seconds, _ = timed(write)
+        path.unlink()
+        return {"mb_per_s": pieces * len(piece) / 1e6 / seconds}
 
     return block
 

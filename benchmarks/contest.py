@@ -73,6 +73,13 @@ class Running:
             pipe.send(word)
         return self.answers()[0]
 
+    def end(self) -> None:
+        """Ask all ranks to, and give them a moment to tidy up."""
+        for pipe in self.pipes:
+            pipe.send("end")
+        for process in self.processes:
+            process.join(timeout=10)
+
     def answers(self) -> list[Any]:
         """One of each rank."""
         found = []
@@ -122,7 +129,8 @@ def serve(contender: Contender, rank: int, port: int, environment: dict[str, str
         pipe.send(error)
     except BaseException:
         pipe.send(traceback.format_exc())
-    os._exit(0)  # libraries' threads may abort at exit
+    if START == "spawn":
+        os._exit(0)  # libraries' threads may abort at exit; a fork of the server ends like this by itself
 
 
 def compete(contenders: Sequence[Contender], rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -138,6 +146,8 @@ def compete(contenders: Sequence[Contender], rounds: int) -> dict[str, list[dict
             for side in sides if number % 2 else sides[::-1]:
                 found[side.contender.name].append(side.turn("go"))
             print(f"round {number} of {rounds} done" + " (it warmed up)" * (number == 0), flush=True)
+        for side in sides:
+            side.end()
         return found
     finally:
         for side in sides:

@@ -74,10 +74,12 @@ def main() -> None:
     for row in rows:
         row["share"] = row["mb_per_s"] / (one if row["name"] == "kozero, 1 thread" else all_threads)
     print(table(
-        ("side", "tokenised, MB/s", "of the library's rate", "start with what is cached, s", "loader: texts/s",
-         "real tokens/s", "peak MiB"),
-        [(row["name"], f"{row['mb_per_s']:.2f}", f"{row['share']:.0%}", f"{row['warm']:.3f}",
-          f"{row['texts_per_s']:,.0f}", f"{row['tokens_per_s']:,.0f}", f"{row['peak_mib']:.0f}") for row in rows],
+        ("side", "tokenised, MB/s", "least to most", "of the library's rate", "start with what is cached, s",
+         "least to most", "loader: texts/s", "least to most", "real tokens/s", "peak MiB"),
+        [(row["name"], f"{row['mb_per_s']:.2f}", "{:.2f} to {:.2f}".format(*row["mb_spread"]), f"{row['share']:.0%}",
+          f"{row['warm']:.3f}", "{:.3f} to {:.3f}".format(*row["warm_spread"]), f"{row['texts_per_s']:,.0f}",
+          "{:,.0f} to {:,.0f}".format(*row["texts_spread"]), f"{row['tokens_per_s']:,.0f}", f"{row['peak_mib']:.0f}")
+         for row in rows],
     ))  # fmt: skip
     report(arguments, rows, library_mb_per_s=all_threads, library_mb_per_s_1_thread=one)
     for row in rows[1:]:
@@ -92,12 +94,17 @@ def reviews_of(source: Source) -> list[str]:
 def figures(name: str, blocks: list[dict[str, Any]], size: float) -> dict[str, Any]:
     """A side's row, of a file of `size` MB; its first block warmed up."""
     later = blocks[1:]
+    rates, starts = [size / block["cold"] for block in later], [block["warm"] for block in later]
+    texts = [block["texts"] / block["loading"] for block in later]
     return {
         "name": name,
         "tokens": blocks[0]["tokens"],
-        "mb_per_s": size / median([block["cold"] for block in later]),
-        "warm": median([block["warm"] for block in later]),
-        "texts_per_s": median([block["texts"] / block["loading"] for block in later]),
+        "mb_per_s": median(rates),
+        "mb_spread": (min(rates), max(rates)),
+        "warm": median(starts),
+        "warm_spread": (min(starts), max(starts)),
+        "texts_per_s": median(texts),
+        "texts_spread": (min(texts), max(texts)),
         "tokens_per_s": median([block["loaded"] / block["loading"] for block in later]),
         "peak_mib": max(block["peak_mib"] for block in later),
         "blocks": blocks,

@@ -3,9 +3,10 @@ optimizer states.
 
     python benchmarks/engines.py --config_file models/kogpt2_config.json --ranks 2 --output_file engines.json
 
-Every row is one run of finetune/train.py under the deepspeed launcher, on the sample data, with one seed and no
-dropout. On a CPU the peak is of the whole process (Python, libraries, activations and states), so the rows differ by
-what the stages save, not by the formula's absolute figure.
+Every row is some runs of finetune/train.py under the deepspeed launcher, on the sample data, with one seed and no
+dropout; rows take turns. All must have the same losses and gradient norms. On a CPU the peak is of the whole process
+(Python, libraries, activations and states), so the rows differ by what the stages save, not by the formula's absolute
+figure.
 """
 
 import json
@@ -13,43 +14,41 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from contest import Reported
 from transformers import GPT2Config
 
-from kozero.config import arg, at_least, parse_arguments
+from kozero.config import arg, parse_arguments
 from kozero.errors import run_main
 from kozero.json_files import read_json_object
 from kozero.plan import ModelShape, state_bytes
-from runs import ROOT, flags, measured, show
+from runs import ROOT, RunArguments, check, flags, in_turn, measured, show
 
 STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero2_offload": 2, "zero3_offload": 3}
 
 
 @dataclass
-class BenchmarkArguments(Reported):
+class BenchmarkArguments(RunArguments):
     """What to run."""
 
     config_file: str = arg("models/small_config.json", "model JSON")
     task: str = arg("nsmc", "task of the sample data")
-    ranks: int = arg(2, "processes")
-    steps: int = arg(5, "optimizer updates of each run")
-    micro_batch: int = arg(1, "rows of one forward pass on one rank")
     dtype: str = arg("fp32", "precision", choices=["fp32", "bf16", "fp16"])
     freeze: str | None = arg(None, "as in finetune/train.py")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "ranks", "steps", "micro_batch")
+        self.chosen(list(STAGES))
 
 
 def main() -> None:
-    """Run all, print a Markdown table."""
+    """Run all, print a Markdown table, check."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/engines.py", description=__doc__)
-    show([run(name, arguments) for name in STAGES], arguments)
+    rows = in_turn(arguments.chosen(list(STAGES)), lambda name: run(name, arguments), arguments.rounds)
+    show(rows, arguments)
+    check(rows, arguments.dtype)
 
 
 def run(name: str, arguments: BenchmarkArguments) -> dict:
-    """One stage."""
+    """One run of a stage."""
     with tempfile.TemporaryDirectory(prefix="kozero-engines-") as folder:
         told = flags({
             "deepspeed_config": f"ds_configs/{name}.json",

@@ -7,8 +7,9 @@ longest of their batch, or grouped by length) and TRL's SFTTrainer with packing.
 All begin with the same random weights of --config_file, learn the same texts, each once in a block (ours fills its last
 update from the next epoch, and counts that), about --batch_size of them in an update, with AdamW at one rate. Speed is
 real tokens (prompt, target and end; no padding) in the time from the beginning of a block's first update to the end of
-its last; "times the first" is the median over rounds. After the first block every side scores other texts in 32 bit:
-losses within --tolerance say that they did the same work.
+its last. "Times the first" and "of the limit" are medians over rounds; the limit is what large matrix products reach in
+turn with the sides. After the first block every side scores other texts in 32 bit: losses within --tolerance say that
+they did the same work.
 """
 
 import json
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import limit
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,6 +42,7 @@ from kozero.engines import EngineSettings, build_engine
 from kozero.engines.units import compile_layers
 from kozero.errors import require, run_main
 from kozero.pause import IGNORE, PauseArguments, Pauses
+from models.language_model import read_config
 
 HELD_OUT = 16  # texts that show whether two sides have learnt the same
 Pairs = list[tuple[list[int], list[int]]]  # ids of a text, and the same with IGNORE where nothing is learnt
@@ -117,6 +121,11 @@ class Work:
         """Real tokens of a block."""
         return sum(len(ids) for ids, _ in self.learn)
 
+    def flops(self, config: Any) -> float:
+        """Operations of a real token."""
+        learnt = sum(label != IGNORE for _, labels in self.learn for label in labels)
+        return limit.flops_a_token(config, np.array([len(ids) for ids, _ in self.learn]), learnt)
+
 
 def main() -> None:
     """Measure, check, print a Markdown table."""
@@ -126,18 +135,24 @@ def main() -> None:
         work = prepare(arguments, Path(folder))
         mean = work.tokens / len(work.learn)
         print(f"{len(work.learn)} texts of {mean:.1f} tokens; packed: {work.rows} rows of {work.row_length} an update")
-        blocks = compete([Contender(name, SIDES[name], (work,)) for name in names], arguments.rounds)
+        sides = [Contender(name, SIDES[name], (work,)) for name in names]
+        blocks = compete([*sides, limit.contender(arguments.bf16)], arguments.rounds)
+    products = blocks.pop(limit.NAME)
     rows = [figures(name, found) for name, found in blocks.items()]
+    limits = limit.shared(rows, products, work.flops(read_config(Path(arguments.config_file))))
     first = rows[0]
     for row in rows:
         row["ratio"] = paired(row["speeds"], first["speeds"])
         row["off"] = abs(row["held_out"] / first["held_out"] - 1)
     print(table(
-        ("side", "real tokens/s", "least to most", "times the first", "loss of an update", "loss afterwards"),
+        ("side", "real tokens/s", "least to most", "times the first", "of the limit", "loss of an update",
+         "loss afterwards"),
         [(row["name"], f"{row['speed']:.1f}", "{:.1f} to {:.1f}".format(*row["spread"]),
-          f"{row['ratio']:.2f}", f"{row['losses'][0]:.4f}", f"{row['held_out']:.4f}") for row in rows],
+          f"{row['ratio']:.2f}", f"{row['share']:.0%}", f"{row['losses'][0]:.4f}", f"{row['held_out']:.4f}")
+         for row in rows],
     ))  # fmt: skip
-    report(arguments, rows)
+    print(f"limit: {limits['limit_speed']:,.0f} real tokens/s at {median(limits['product_flops']) / 1e9:,.0f} GFLOP/s")
+    report(arguments, rows, **limits)
     for row in rows:
         told = f"{row['name']}: loss {row['held_out']:.4f} is {row['off']:.1%} from the first's"
         require(row["off"] <= arguments.tolerance, told)

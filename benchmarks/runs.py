@@ -1,4 +1,4 @@
-"""A run of an entry point as a benchmark: started as users start it, read from what it wrote.
+"""Runs of entry points as a benchmark: started as users start them, in turn, read from what they wrote.
 
 Its neighbours import it by its bare name: they are scripts, and another package of the name benchmarks is installed.
 """
@@ -7,14 +7,79 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from contest import Reported, report, table
+import numpy as np
+from contest import Reported, paired, report, table
 
+from kozero.config import arg, at_least
 from kozero.errors import require
 
 ROOT = Path(__file__).parent.parent
+TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}  # of losses and gradient norms, relative
+
+
+@dataclass
+class RunArguments(Reported):
+    """What all runs take."""
+
+    ranks: int = arg(2, "processes")
+    steps: int = arg(5, "optimizer updates of each run")
+    micro_batch: int = arg(1, "rows of one forward pass on one rank")
+    rounds: int = arg(3, "runs of each row of the table, which take turns")
+    rows: str | None = arg(None, "which rows of the table, by comma; default: all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "ranks", "steps", "micro_batch", "rounds")
+
+    def chosen(self, known: list[str]) -> list[str]:
+        """Rows by name.
+
+        Raises: UserError for one that is not known, or is there twice.
+        """
+        names = self.rows.split(",") if self.rows else known
+        for name in names:
+            require(name in known, f"--rows {name!r}: is none of {', '.join(known)}")
+        require(len(set(names)) == len(names), f"--rows {self.rows}: names one twice")
+        return names
+
+
+def in_turn(names: list[str], run: Callable[[str], dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
+    """A row for each name: medians over its runs, speeds with their spread and beside the first row's.
+
+    The order is reversed in every other round. Nothing has to warm up: every run is a process of its own.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(1, rounds + 1):
+        for name in names if number % 2 else names[::-1]:
+            found[name].append(run(name))
+        print(f"round {number} of {rounds} done", flush=True)
+    rows = [row_of(runs) for runs in found.values()]
+    return [row | {"ratio": paired(row["speeds"], rows[0]["speeds"])} for row in rows]
+
+
+def row_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the runs of one name."""
+    speeds = [run["speed"] for run in runs]
+    medians = {"peak_gib": median([run["peak_gib"] for run in runs]), "speed": median(speeds)}
+    return runs[0] | medians | {"speeds": speeds, "spread": (min(speeds), max(speeds)), "runs": runs}
+
+
+def check(rows: list[dict[str, Any]], dtype: str) -> None:
+    """All runs of all rows have learnt the same as the first run of the first.
+
+    Raises: UserError.
+    """
+    for run in (run for row in rows for run in row["runs"]):
+        for kind in ("losses", "norms"):
+            found, first = run[kind], rows[0][kind]
+            near = len(found) == len(first) and np.allclose(found, first, rtol=TOLERANCES[dtype])
+            require(near, f"{run['name']}: {kind} {found}, of {rows[0]['name']}: {first}")
 
 
 def measured(name: str, command: list[str], run: Path) -> dict[str, Any]:
@@ -33,7 +98,7 @@ def measured(name: str, command: list[str], run: Path) -> dict[str, Any]:
         "losses": [point["train/loss"] for point in points],
         "norms": [point["train/grad_norm"] for point in points],
         "peak_gib": points[-1]["train/peak_memory_gib"],
-        "speed": sorted(point["train/tokens_per_second"] for point in points)[len(points) // 2],
+        "speed": median([point["train/tokens_per_second"] for point in points]),
     }
 
 
@@ -48,9 +113,11 @@ def show(rows: list[dict[str, Any]], arguments: Reported) -> None:
     cells = []
     for row in rows:
         losses, norms = (" ".join(f"{value:.6f}" for value in row[name]) for name in ("losses", "norms"))
-        figures = (f"{row['peak_gib']:.2f}", f"{row['formula_gib']:.2f}", f"{row['speed']:,.0f}")
-        cells.append((row["name"], losses, norms, *figures))
-    columns = ("engine", "losses", "gradient norms", "peak GiB (rank 0)", "states by formula, GiB", "tokens/s")
+        memory = (f"{row['peak_gib']:.2f}", f"{row['formula_gib']:.2f}")
+        speed = (f"{row['speed']:,.0f}", "{:,.0f} to {:,.0f}".format(*row["spread"]), f"{row['ratio']:.2f}")
+        cells.append((row["name"], losses, norms, *memory, *speed))
+    columns = ("engine", "losses", "gradient norms", "peak GiB (rank 0)", "states by formula, GiB", "tokens/s",
+               "least to most", "times the first")  # fmt: skip
     print(table(columns, cells))
     report(arguments, rows)
 

@@ -3,9 +3,10 @@ formula for parameters, gradients and optimizer states.
 
     python benchmarks/sharding.py --model causal_lm --config_file models/kogpt2_config.json --output_file sharding.json
 
-Every row is one run of an entry point on the sample corpus, with one seed and no dropout. Parameters, gradients and
-both moments are in 32 bit: 16 bytes a parameter. On a CPU the peak is of the whole process (Python, libraries,
-activations and states), so the rows differ by what the stages save, not by the formula's absolute figure.
+Every row is some runs of an entry point on the sample corpus, with one seed and no dropout; rows take turns. All must
+have the same losses and gradient norms. Parameters, gradients and both moments are in 32 bit: 16 bytes a parameter. On
+a CPU the peak is of the whole process (Python, libraries, activations and states), so the rows differ by what the
+stages save, not by the formula's absolute figure.
 """
 
 import tempfile
@@ -13,14 +14,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from contest import Reported
 from safetensors import safe_open
 
-from kozero.config import arg, at_least, parse_arguments
+from kozero.config import arg, parse_arguments
 from kozero.errors import run_main
 from kozero.plan import state_bytes
 from pretrain.arguments import MODELS
-from runs import flags, measured, python, show
+from runs import RunArguments, check, flags, in_turn, measured, python, show
 
 ROWS = {  # name: (ZeRO stage, entry, its flags)
     "train": (0, "pretrain/train.py", []),
@@ -33,30 +33,29 @@ ROWS = {  # name: (ZeRO stage, entry, its flags)
 
 
 @dataclass
-class BenchmarkArguments(Reported):
+class BenchmarkArguments(RunArguments):
     """What to run."""
 
     model: str = arg("causal_lm", "architecture", choices=list(MODELS))
     task: str | None = arg(None, "as in pretrain/train.py")
     config_file: str | None = arg(None, "model JSON; default: that of the architecture")
-    ranks: int = arg(2, "processes")
-    steps: int = arg(5, "optimizer updates of each run")
-    micro_batch: int = arg(1, "rows of one forward pass on one rank")
     max_seq_length: int = arg(64, "tokens of a row")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "ranks", "steps", "micro_batch")
+        self.chosen(list(ROWS))
 
 
 def main() -> None:
-    """Run all, print a Markdown table."""
+    """Run all, print a Markdown table, check."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/sharding.py", description=__doc__)
-    show([run(name, arguments) for name in ROWS], arguments)
+    rows = in_turn(arguments.chosen(list(ROWS)), lambda name: run(name, arguments), arguments.rounds)
+    show(rows, arguments)
+    check(rows, "fp32")
 
 
 def run(name: str, arguments: BenchmarkArguments) -> dict:
-    """One entry."""
+    """One run of an entry."""
     stage, entry, own = ROWS[name]
     with tempfile.TemporaryDirectory(prefix="kozero-sharding-") as folder:
         told = flags({

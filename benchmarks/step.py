@@ -6,8 +6,8 @@ arithmetic by PaLM's count as a share of the rate of a large matrix product, pea
 
 Rows are made, dealt out and trained on as a run does it, with random tokens and weights, on one process. Speed is real
 tokens (no padding) in the time of a block of updates, batches included; the first block warms up. The limit is measured
-here, by a product of matrices that have nothing to wait for. On a CPU the peak is what the process holds above what it
-held before the model was there.
+here, by a product of matrices that have nothing to wait for; MFU is the share of what the maker of a GPU says. On a CPU
+the peak is what the process holds above what it held before the model was there.
 """
 
 import math
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from contest import Reported, report, table
+from limit import flops_a_token, product_rate, specified, wait
 from operators import profiled
 
 from finetune.planned import PlannedModel
@@ -33,10 +34,9 @@ from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine, StepStats
 from kozero.engines.units import compile_layers
 from kozero.errors import require, run_main
-from kozero.freeze import apply_plan, compile_plan, step_flops
+from kozero.freeze import apply_plan, compile_plan
 from kozero.memory import rank_memory
 from kozero.pause import Pauses
-from kozero.plan import ModelShape
 from models.causal_lm import CausalLM, build
 from models.language_model import DROPOUTS, checkpoint_activations, read_config
 
@@ -45,7 +45,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROFILED = 3  # updates
 HEADER = (
     "micro batch", "real tokens/s", "ms of an update", "least to most", "of them batches", "TFLOP/s", "of the limit",
-    "tokens/s at the limit", "times to gain", "peak GiB", "planned GiB",
+    "MFU", "tokens/s at the limit", "times to gain", "peak GiB", "planned GiB",
 )  # fmt: skip
 
 
@@ -135,28 +135,6 @@ def planned_model(arguments: StepArguments, config: Any) -> PlannedModel:
     )  # fmt: skip
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a product of two large matrices of random numbers, the median of five measurements."""
-    size, products = (8192, 20) if torch.cuda.is_available() else (2048, 1)
-    left, right = (torch.randn(size, size, device=distributed.device()).to(dtype) for _ in range(2))
-
-    def seconds() -> float:
-        begin = time.perf_counter()
-        for _ in range(products):
-            left @ right
-        wait()
-        return (time.perf_counter() - begin) / products
-
-    seconds()  # it warms up
-    return 2 * size**3 / median([seconds() for _ in range(5)])
-
-
-def wait() -> None:
-    """Until the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 class RandomTexts(TokenStore):
     """Texts of random tokens, as many as fill some rows; of each the last tokens are learnt."""
 
@@ -207,11 +185,9 @@ class Run:
         }
 
     def flops(self, arguments: StepArguments, config: Any) -> float:
-        """Operations a token. A token of a packed row sees its own text alone, so T is what it sees on average."""
+        """Operations a token."""
         length, (_, _, learnt) = self.rows.fit.length, self.rows.store.lengths.T
-        plan = compile_plan(arguments.freeze, config.n_layer, has_pause=False)
-        seen = float((length**2).sum() / length.sum())
-        return step_flops(plan, ModelShape.of(config), seen, learnt.sum() / length.sum())
+        return flops_a_token(config, length, int(learnt.sum()), arguments.freeze)
 
 
 def engine_of(arguments: StepArguments, config: Any, micro: int, sizes: BatchSizes) -> Engine:
@@ -273,6 +249,7 @@ def figures(blocks: list[dict[str, Any]], updates: int, flops: float, limit: flo
         "flops_a_token": flops,
         "flops": flops * speed,
         "share": flops * speed / limit,
+        "mfu": flops * speed / promised if (promised := specified()) else None,
         "limit_speed": limit / flops,
     }
 
@@ -284,7 +261,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         return (row["micro_batch"], "out of memory", *[""] * (len(HEADER) - 3), planned)
     return (
         row["micro_batch"], f"{row['speed']:,.0f}", f"{row['ms']:.1f}", "{:.1f} to {:.1f}".format(*row["spread_ms"]),
-        f"{row['batching_ms']:.1f}", f"{row['flops'] / 1e12:.4g}", f"{row['share']:.1%}", f"{row['limit_speed']:,.0f}",
+        f"{row['batching_ms']:.1f}", f"{row['flops'] / 1e12:.4g}", f"{row['share']:.1%}",
+        "" if row["mfu"] is None else f"{row['mfu']:.1%}", f"{row['limit_speed']:,.0f}",
         f"{1 / row['share']:.2f}", f"{row['peak_bytes'] / GIB:.2f}", planned,
     )  # fmt: skip
 

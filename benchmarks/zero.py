@@ -6,7 +6,8 @@ PyTorch's DistributedDataParallel: tokens per second of the same updates from th
 All sides learn the same full rows of random tokens in every update, and predict all of them, so a peer has nothing to
 pad and nothing to leave out. What differs is the engine, and beside it attention and the head, which here has no whole
 logits. Matrices decay and vectors do not, as with transformers' Trainer. What distributed.setup says to the system
-(memory, oneDNN) holds for all. Losses must fall, and agree.
+(memory, oneDNN) holds for all. Losses must fall, and agree. "Of the limit" is the share of what large matrix products
+reach in turn with the sides.
 """
 
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import limit
 import numpy as np
 import torch
 from contest import Block, Contender, Reported, compete, paired, report, speeds, table
@@ -58,25 +60,38 @@ class BenchmarkArguments(Reported):
 def main() -> None:
     """Measure a stage after the other, check, print a Markdown table."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/zero.py", description=__doc__)
-    positions = read_config(Path(arguments.config_file)).n_positions
-    require(arguments.length <= positions, f"--length {arguments.length}: the model has {positions} positions")
-    rows = []
+    config = read_config(Path(arguments.config_file))
+    told = f"--length {arguments.length}: the model has {config.n_positions} positions"
+    require(arguments.length <= config.n_positions, told)
+    rows, limits = [], {}
     for stage in map(int, arguments.stages.split(",")):
-        sides = [Contender("kozero", ours, (arguments, stage), arguments.ranks)]
-        if stage:
-            sides.append(Contender("accelerate + DeepSpeed", accelerated, (arguments, stage), arguments.ranks))
-        sides.append(Contender("own loop + DDP", own_loop, (arguments,), arguments.ranks))
-        found = [figures(stage, name, blocks) for name, blocks in compete(sides, arguments.rounds).items()]
-        rows += [row | {"ratio": paired(row["speeds"], found[0]["speeds"])} for row in found]
+        found, limits[stage] = beside(arguments, stage, config)
+        rows += found
     print(table(
-        ("ZeRO", "side", "tokens/s", "least to most", "times ours", "losses"),
+        ("ZeRO", "side", "tokens/s", "least to most", "times ours", "of the limit", "losses"),
         [(row["stage"], row["name"], f"{row['speed']:.0f}", "{:.0f} to {:.0f}".format(*row["spread"]),
-          f"{row['ratio']:.2f}", " ".join(f"{loss:.4f}" for loss in row["losses"])) for row in rows],
+          f"{row['ratio']:.2f}", f"{row['share']:.0%}", " ".join(f"{loss:.4f}" for loss in row["losses"]))
+         for row in rows],
     ))  # fmt: skip
-    report(arguments, rows)
+    report(arguments, rows, limits=limits)
     first = {row["stage"]: row for row in reversed(rows)}  # ours of each
     for row in rows:
         check(first[row["stage"]], row, arguments.tolerance)
+
+
+def beside(arguments: BenchmarkArguments, stage: int, config: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of the sides of a stage, ours first, and what their limit is."""
+    sides = [Contender("kozero", ours, (arguments, stage), arguments.ranks)]
+    if stage:
+        sides.append(Contender("accelerate + DeepSpeed", accelerated, (arguments, stage), arguments.ranks))
+    sides.append(Contender("own loop + DDP", own_loop, (arguments,), arguments.ranks))
+    blocks = compete([*sides, limit.contender(arguments.bf16)], arguments.rounds)
+    products = blocks.pop(limit.NAME)
+    rows = [figures(stage, name, found) for name, found in blocks.items()]
+    for row in rows:
+        row["ratio"] = paired(row["speeds"], rows[0]["speeds"])
+    tokens = arguments.length - 1
+    return rows, limit.shared(rows, products, limit.flops_a_token(config, np.array([tokens]), tokens))
 
 
 def check(row: dict[str, Any], peer: dict[str, Any], tolerance: float) -> None:

@@ -78,20 +78,76 @@ def test_where_a_report_cannot_be_written_nothing_is_measured(contest, monkeypat
     assert parsed(contest, monkeypatch).output_file is None
 
 
-def test_runs_of_entry_points_are_a_table_and_a_report(contest, script, monkeypatch, tmp_path, capsys):
-    row = {"name": "zero2", "losses": [8.25, 7.5], "norms": [1.5, 2.0]}
-    row |= {"peak_gib": 0.5, "formula_gib": 0.25, "speed": 1234.4}
-    script("runs").show([row], parsed(contest, monkeypatch, "--output_file", tmp_path / "found.json"))
-    header, rule, line = capsys.readouterr().out.strip().splitlines()
-    assert line == "| zero2 | 8.250000 7.500000 | 1.500000 2.000000 | 0.50 | 0.25 | 1,234 |"
-    assert header.count("|") == rule.count("|") == line.count("|")
-    assert json.loads((tmp_path / "found.json").read_text())["rows"] == [row]
+def runs_of(script, told, rounds=3):
+    """Rows of `runs.in_turn`, by their figures in the order of the runs."""
+    begun = []
+
+    def run(name):
+        begun.append(name)
+        losses, norms, peak, speed = told[name][begun.count(name) - 1]
+        return {"name": name, "losses": losses, "norms": norms, "peak_gib": peak, "speed": speed, "formula_gib": 0.25}
+
+    return script("runs").in_turn(list(told), run, rounds), begun
+
+
+SAME = [8.25, 7.5], [1.5, 2.0]
+
+
+def test_runs_of_entry_points_take_turns_and_are_a_table_and_a_report(contest, script, monkeypatch, tmp_path, capsys):
+    """By hand: speeds 4, 2 and 1 beside 8, 8 and 2 are 0.5 times, the middle one of 0.5, 0.25 and 0.5."""
+    told = {
+        "zero0": [(*SAME, 0.5, 8.0), (*SAME, 0.25, 8.0), (*SAME, 0.75, 2.0)],
+        "zero2": [(*SAME, 1.0, 4.0), (*SAME, 1.0, 2.0), (*SAME, 1.0, 1.0)],
+    }
+    rows, begun = runs_of(script, told)
+    assert begun == ["zero0", "zero2", "zero2", "zero0", "zero0", "zero2"]
+    script("runs").show(rows, parsed(contest, monkeypatch, "--output_file", tmp_path / "found.json"))
+    header, rule, first, second = capsys.readouterr().out.strip().splitlines()[3:]
+    assert first == "| zero0 | 8.250000 7.500000 | 1.500000 2.000000 | 0.50 | 0.25 | 8 | 2 to 8 | 1.00 |"
+    assert second == "| zero2 | 8.250000 7.500000 | 1.500000 2.000000 | 1.00 | 0.25 | 2 | 1 to 4 | 0.50 |"
+    assert header.count("|") == rule.count("|") == first.count("|")
+    found = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row["speeds"] for row in found] == [[8.0, 8.0, 2.0], [4.0, 2.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    "losses, norms, message",
+    [
+        ([8.25001, 7.5], [1.5, 2.0], None),
+        ([8.26, 7.5], [1.5, 2.0], "zero2: losses"),
+        ([8.25, 7.5], [1.5, 2.1], "zero2: norms"),
+        ([8.25], [1.5], "zero2: losses"),
+    ],
+)
+def test_a_run_that_learns_something_else_is_told(script, losses, norms, message):
+    told = {"zero0": [(*SAME, 1, 1)] * 2, "zero2": [(*SAME, 1, 1), (losses, norms, 1, 1)]}
+    rows, _ = runs_of(script, told, rounds=2)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        script("runs").check(rows, "fp32")
+
+
+def test_the_limit_of_a_side_is_what_products_reach_in_its_round(script):
+    """By hand: 10 operations a token; 2 of 4, 3 of 4 and 1 of 10 tokens are a half, three quarters and a tenth."""
+    rows, blocks = [{"speeds": [2.0, 3.0, 1.0]}], [{"flops": flops} for flops in (1e9, 40.0, 40.0, 100.0)]
+    told = script("limit").shared(rows, blocks, flops=10.0)
+    assert rows[0]["share"] == 0.5
+    assert told == {"product_flops": [40.0, 40.0, 100.0], "flops_a_token": 10.0, "limit_speed": 4.0}
+
+
+@pytest.mark.parametrize("name, flops", [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("other", None)])
+def test_mfu_is_of_what_the_maker_of_a_gpu_says(script, monkeypatch, name, flops):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert script("limit").specified() == flops
 
 
 MISTAKES = {
     "checkpoints --steps 0": "--steps 0: must be 1 or more",
     "encoders --config_files models/tiny_config.json": "--config_file models/tiny_config.json: model_type 'gpt2'; "
     "'kozero_transformer' or 'kozero_mix_lm' is needed here",
+    "engines --rows zero0,zero4": "--rows 'zero4': is none of zero0, zero1, zero2, zero3, zero2_offload, zero3_offload",
+    "sharding --rows train,train": "--rows train,train: names one twice",
+    "sharding --rounds 0": "--rounds 0: must be 1 or more",
     "encoders --length 1024": "--length 1024: models/transformer_config.json has 512 positions",
     "encoders --layers -1": "--layers -1: must be 0 or more",
     "finetuning --learning_rate -1": "--learning_rate -1: must be above 0",

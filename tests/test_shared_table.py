@@ -43,7 +43,7 @@ def test_gradients_are_those_of_transformers():
     assert shareable(ours.lm.transformer.wte)
     loss(ours).backward()
     for name, wanted in transformers_gradients().items():
-        torch.testing.assert_close(ours.lm.get_parameter(name).grad, wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours.lm.get_parameter(name).grad, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_several_passes_add_up():
@@ -51,7 +51,7 @@ def test_gradients_of_several_passes_add_up():
     for ids in (first, second):
         loss(ours, ids).backward()
     wanted = [transformers_gradients(ids)["transformer.wte.weight"] for ids in (first, second)]
-    torch.testing.assert_close(ours.lm.transformer.wte.weight.grad, wanted[0] + wanted[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.lm.transformer.wte.weight.grad, wanted[0] + wanted[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -95,7 +95,7 @@ def test_a_row_that_pauses_by_itself_keeps_its_own_gradient():
     logits = untied(ids).logits[:, :-1]
     F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     wanted = untied.transformer.wte.weight.grad[PAUSE]
-    torch.testing.assert_close(ours.lm.transformer.wte.pause_row.grad[0], wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.lm.transformer.wte.pause_row.grad[0], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("why", ["frozen", "a row apart", "gathered for its module alone", "nothing is learnt"])
