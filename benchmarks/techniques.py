@@ -50,6 +50,10 @@ class BenchmarkArguments(Reported):
         require(2 <= self.packed <= self.length, f"--packed {self.packed:g}: must be from 2 to --length {self.length}")
         for name in self.chosen:
             require(name in TECHNIQUES, f"--techniques {name!r}: is none of {', '.join(TECHNIQUES)}")
+        longest = int(self.length * max(1, *(TECHNIQUES[name].longer for name in self.chosen)))
+        most = read_config(Path(self.config_file)).n_positions
+        told = f"--length {self.length}: rows of {longest} tokens are measured and the model has {most} positions"
+        require(longest <= most, f"{told}; choose less, or other --techniques")
 
     @property
     def chosen(self) -> list[str]:
@@ -91,7 +95,8 @@ class Technique:
     """How a step is made without it.
 
     Args: told: settings of both sides; without: those of the side that lacks it; config: of its model; put: attributes
-    (owner, name, value) that it has; change: what is done to its run; same: both compute the same.
+    (owner, name, value) that it has; change: what is done to its run; longer: times the length of its rows, of which
+    there are as many fewer; passes: of its updates; same: both compute the same.
     """
 
     told: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +104,8 @@ class Technique:
     config: dict[str, Any] = field(default_factory=dict)
     put: tuple[tuple[Any, str, Any], ...] = ()
     change: Callable[[Run], None] | None = None
+    longer: float = 1
+    passes: int = 1
     same: bool = True
 
 
@@ -115,6 +122,11 @@ TECHNIQUES = {
     "batches made ahead": Technique(change=made_now),
     f"frozen: embeddings and {HALF}": Technique({"freeze": "half"}, {"freeze": None}, same=False),
     "bf16": Technique({"bf16": True}, {"bf16": False}, same=False),
+    "rows not half as long": Technique(longer=0.5, same=False),
+    "rows not twice as long": Technique(longer=2, same=False),
+    "rows not four times as long": Technique(longer=4, same=False),
+    "one pass, not two": Technique(passes=2),
+    "activations kept, not computed again": Technique(without={"gradient_checkpointing": True}),
     COMPILED: Technique({"torch_compile": True}, {"torch_compile": False}),
 }
 
@@ -122,8 +134,6 @@ TECHNIQUES = {
 def main() -> None:
     """Measure one after the other, check, print a Markdown table."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/techniques.py", description=__doc__)
-    most = read_config(Path(arguments.config_file)).n_positions
-    require(arguments.length <= most, f"--length {arguments.length}: must be at most the model's {most} positions")
     rows = [measured(name, arguments) for name in arguments.chosen]
     print(table(
         ("technique", "tokens/s without", "with", "least to most", "times"),
@@ -158,15 +168,18 @@ def blocks_of(arguments: BenchmarkArguments, name: str, side: str) -> Block:
         setattr(owner, attribute, value)
     distributed.setup()
     config = read_config(Path(arguments.config_file))
+    longer, passes = (technique.longer, technique.passes) if lacks else (1, 1)
+    micro = max(1, int(arguments.rows / longer / passes))
     told = StepArguments(
-        config_file=arguments.config_file, length=arguments.length, packed=arguments.packed, bf16=arguments.bf16,
-        micro_batch=str(arguments.rows), updates=arguments.updates, rounds=arguments.rounds,
+        config_file=arguments.config_file, length=int(arguments.length * longer), packed=arguments.packed,
+        micro_batch=str(micro), accumulation=passes, bf16=arguments.bf16, updates=arguments.updates,
+        rounds=arguments.rounds,
     )  # fmt: skip
     told = replace(told, **technique.told | (technique.without if lacks else {}))
     if told.freeze == "half":
         told.freeze = f"wte,wpe,h.0-{max(0, config.n_layer // 2 - 1)}"
     config.update(dict.fromkeys(DROPOUTS, told.dropout) | (technique.config if lacks else {}))
-    run = Run(told, config, arguments.rows)
+    run = Run(told, config, micro)
     if technique.change and lacks:
         technique.change(run)
     return lambda: run.block(arguments.updates)

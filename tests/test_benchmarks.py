@@ -161,6 +161,10 @@ MISTAKES = {
     "growth --of ranks --length 2048": "--length 2048: the model has 1024 positions",
     "growth --of ranks --rows 6": "--rows 6: cannot be shared evenly by 4 ranks",
     "targets --folder nowhere": "--folder nowhere: is no folder",
+    "techniques --length 512": "--length 512: rows of 2048 tokens are measured and the model has 1024 positions; "
+    "choose less, or other --techniques",
+    "techniques --length 2048 --techniques bf16": "--length 2048: rows of 2048 tokens are measured and the model has "
+    "1024 positions; choose less, or other --techniques",
     "zero --updates 1": "--updates 1: must be 2 or more",
     "growth --sizes 10": "--sizes 10: must be two numbers above 0 or more, by comma",
     "growth --sizes 0,10": "--sizes 0,10: must be two numbers above 0 or more, by comma",
