@@ -13,6 +13,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -76,7 +77,8 @@ class Running:
     def end(self) -> None:
         """Ask all ranks to, and give them a moment to tidy up."""
         for pipe in self.pipes:
-            pipe.send("end")
+            with suppress(OSError):  # one that has ended already
+                pipe.send("end")
         for process in self.processes:
             process.join(timeout=10)
 

@@ -29,20 +29,17 @@ STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero2_offload": 2, "z
 class BenchmarkArguments(RunArguments):
     """What to run."""
 
+    known = tuple(STAGES)
     config_file: str = arg("models/small_config.json", "model JSON")
     task: str = arg("nsmc", "task of the sample data")
     dtype: str = arg("fp32", "precision", choices=["fp32", "bf16", "fp16"])
     freeze: str | None = arg(None, "as in finetune/train.py")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.chosen(list(STAGES))
-
 
 def main() -> None:
     """Run all, print a Markdown table, check."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/engines.py", description=__doc__)
-    rows = in_turn(arguments.chosen(list(STAGES)), lambda name: run(name, arguments), arguments.rounds)
+    rows = in_turn(arguments.chosen, lambda name: run(name, arguments), arguments.rounds)
     show(rows, arguments)
     check(rows, arguments.dtype)
 

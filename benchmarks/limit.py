@@ -44,21 +44,25 @@ def product_rate(dtype: torch.dtype) -> float:
     return 2 * size**3 / median([seconds() for _ in range(5)])
 
 
-def specified() -> float | None:
-    """Operations a second that the maker of the device says, in 16 bit; None for one that is not in the list."""
+def specified(dtype: torch.dtype) -> float | None:
+    """Operations a second that the maker of the device says; None in 32 bit, and for one that is not in the list."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    slower = any(form in device for form in ("PCIe", "NVL"))  # than what the list has
+    if dtype == torch.float32 or slower:
+        return None
     return next((flops for name, flops in SPECIFIED.items() if name in device), None)
 
 
-def contender(bf16: bool) -> Contender:
-    """Measures the rate in turn with the sides of a benchmark."""
-    return Contender(NAME, measured, (torch.bfloat16 if bf16 else torch.float32,))
+def contender(bf16: bool, ranks: int = 1) -> Contender:
+    """Measures the rate of a side's devices in turn with the sides of a benchmark; ranks on a CPU share one."""
+    return Contender(NAME, measured, (torch.bfloat16 if bf16 else torch.float32, ranks))
 
 
-def measured(dtype: torch.dtype) -> Block:
+def measured(dtype: torch.dtype, ranks: int) -> Block:
     """Its block."""
     distributed.setup()
-    return lambda: {"flops": product_rate(dtype)}
+    devices = min(ranks, max(1, torch.cuda.device_count()))
+    return lambda: {"flops": devices * product_rate(dtype)}
 
 
 def flops_a_token(config: Any, lengths: np.ndarray, learnt: int, freeze: str | None = None) -> float:

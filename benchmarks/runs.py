@@ -7,11 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from contest import Reported, paired, report, table
@@ -27,29 +27,28 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}  # of losses and gradien
 class RunArguments(Reported):
     """What all runs take."""
 
+    known: ClassVar[tuple[str, ...]]  # sides by name
+
     ranks: int = arg(2, "processes")
     steps: int = arg(5, "optimizer updates of each run")
     micro_batch: int = arg(1, "rows of one forward pass on one rank")
-    rounds: int = arg(3, "runs of each row of the table, which take turns")
-    rows: str | None = arg(None, "which rows of the table, by comma; default: all")
+    rounds: int = arg(3, "runs of each side, which take turns")
+    sides: str | None = arg(None, "which, by comma; default: all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, self, "ranks", "steps", "micro_batch", "rounds")
+        for name in self.chosen:
+            require(name in self.known, f"--sides {name!r}: is none of {', '.join(self.known)}")
+        require(len(set(self.chosen)) == len(self.chosen), f"--sides {self.sides}: names one twice")
 
-    def chosen(self, known: list[str]) -> list[str]:
-        """Rows by name.
-
-        Raises: UserError for one that is not known, or is there twice.
-        """
-        names = self.rows.split(",") if self.rows else known
-        for name in names:
-            require(name in known, f"--rows {name!r}: is none of {', '.join(known)}")
-        require(len(set(names)) == len(names), f"--rows {self.rows}: names one twice")
-        return names
+    @property
+    def chosen(self) -> Sequence[str]:
+        """Sides by name."""
+        return self.sides.split(",") if self.sides else self.known
 
 
-def in_turn(names: list[str], run: Callable[[str], dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
+def in_turn(names: Sequence[str], run: Callable[[str], dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
     """A row for each name: medians over its runs, speeds with their spread and beside the first row's.
 
     The order is reversed in every other round. Nothing has to warm up: every run is a process of its own.

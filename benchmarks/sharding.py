@@ -36,20 +36,17 @@ ROWS = {  # name: (ZeRO stage, entry, its flags)
 class BenchmarkArguments(RunArguments):
     """What to run."""
 
+    known = tuple(ROWS)
     model: str = arg("causal_lm", "architecture", choices=list(MODELS))
     task: str | None = arg(None, "as in pretrain/train.py")
     config_file: str | None = arg(None, "model JSON; default: that of the architecture")
     max_seq_length: int = arg(64, "tokens of a row")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.chosen(list(ROWS))
-
 
 def main() -> None:
     """Run all, print a Markdown table, check."""
     (arguments,) = parse_arguments(BenchmarkArguments, prog="benchmarks/sharding.py", description=__doc__)
-    rows = in_turn(arguments.chosen(list(ROWS)), lambda name: run(name, arguments), arguments.rounds)
+    rows = in_turn(arguments.chosen, lambda name: run(name, arguments), arguments.rounds)
     show(rows, arguments)
     check(rows, "fp32")
 

@@ -43,6 +43,7 @@ from models.language_model import DROPOUTS, checkpoint_activations, read_config
 GIB = 2**30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROFILED = 3  # updates
+LEAST_ROWS = 512  # of packed texts: of few rows the last one, half empty, would count
 HEADER = (
     "micro batch", "real tokens/s", "ms of an update", "least to most", "of them batches", "TFLOP/s", "of the limit",
     "MFU", "tokens/s at the limit", "times to gain", "peak GiB", "planned GiB",
@@ -142,7 +143,7 @@ class RandomTexts(TokenStore):
         rng, length = np.random.default_rng(0), arguments.length
         lengths = np.full(num_rows, length)
         if arguments.packed:
-            num = math.ceil(num_rows * length / arguments.packed)
+            num = math.ceil(max(num_rows, LEAST_ROWS) * length / arguments.packed)
             lengths = np.clip(rng.geometric(1 / arguments.packed, num), 2, length)
         learnt = np.clip(np.rint(arguments.targets * lengths).astype(int), 1, lengths - 1)
         ends = np.cumsum(lengths)
@@ -218,6 +219,8 @@ def measured(arguments: StepArguments, planned: PlannedModel, micro: int, limit:
     on_gpu = torch.cuda.is_available()
     row["peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else memory.peak() - before
     row |= figures(blocks[1:], arguments.updates, run.flops(arguments, planned.config), limit) | {"blocks": blocks}
+    promised = specified(DTYPES[planned.dtype])
+    row["mfu"] = row["flops"] / promised if promised else None
     if arguments.profile:
         row["profile"] = profiled(run.update, PROFILED)
     run.engine.close()
@@ -249,7 +252,6 @@ def figures(blocks: list[dict[str, Any]], updates: int, flops: float, limit: flo
         "flops_a_token": flops,
         "flops": flops * speed,
         "share": flops * speed / limit,
-        "mfu": flops * speed / promised if (promised := specified()) else None,
         "limit_speed": limit / flops,
     }
 

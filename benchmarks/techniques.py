@@ -48,12 +48,15 @@ class BenchmarkArguments(Reported):
         super().__post_init__()
         at_least(1, self, "rows", "updates", "rounds")
         require(2 <= self.packed <= self.length, f"--packed {self.packed:g}: must be from 2 to --length {self.length}")
+        most = read_config(Path(self.config_file)).n_positions
         for name in self.chosen:
             require(name in TECHNIQUES, f"--techniques {name!r}: is none of {', '.join(TECHNIQUES)}")
-        longest = int(self.length * max(1, *(TECHNIQUES[name].longer for name in self.chosen)))
-        most = read_config(Path(self.config_file)).n_positions
-        told = f"--length {self.length}: rows of {longest} tokens are measured and the model has {most} positions"
-        require(longest <= most, f"{told}; choose less, or other --techniques")
+            longer, passes = TECHNIQUES[name].longer, TECHNIQUES[name].passes
+            told = f"--length {self.length}: {name!r} measures rows of {self.length * longer:g} tokens"
+            require(self.length * max(1, longer) <= most, f"{told}, the model has {most} positions; choose less")
+            require(self.packed <= self.length * longer, f"{told}, a text has --packed {self.packed:g}; choose more")
+            even = (self.rows / longer / passes).is_integer()
+            require(even, f"--rows {self.rows}: {name!r} needs a multiple of {longer * passes:g}")
 
     @property
     def chosen(self) -> list[str]:
@@ -125,8 +128,8 @@ TECHNIQUES = {
     "rows not half as long": Technique(longer=0.5, same=False),
     "rows not twice as long": Technique(longer=2, same=False),
     "rows not four times as long": Technique(longer=4, same=False),
-    "one pass, not two": Technique(passes=2),
-    "activations kept, not computed again": Technique(without={"gradient_checkpointing": True}),
+    "one pass instead of two": Technique(passes=2),
+    "activations kept": Technique(without={"gradient_checkpointing": True}),
     COMPILED: Technique({"torch_compile": True}, {"torch_compile": False}),
 }
 
@@ -155,9 +158,10 @@ def measured(name: str, arguments: BenchmarkArguments) -> dict[str, Any]:
     row["times"] = paired(row["with"]["speeds"], row["without"]["speeds"])
     each = [one / other for one, other in zip(row["with"]["speeds"], row["without"]["speeds"], strict=True)]
     row["spread"] = min(each), max(each)
+    if not TECHNIQUES[name].same:
+        return row | {"off": None}
     first, second = (blocks[0]["losses"] for blocks in found.values())
-    off = max(abs(one / other - 1) for one, other in zip(first, second, strict=True))
-    return row | {"off": off if TECHNIQUES[name].same else None}
+    return row | {"off": max(abs(one / other - 1) for one, other in zip(first, second, strict=True))}
 
 
 def blocks_of(arguments: BenchmarkArguments, name: str, side: str) -> Block:
@@ -169,7 +173,7 @@ def blocks_of(arguments: BenchmarkArguments, name: str, side: str) -> Block:
     distributed.setup()
     config = read_config(Path(arguments.config_file))
     longer, passes = (technique.longer, technique.passes) if lacks else (1, 1)
-    micro = max(1, int(arguments.rows / longer / passes))
+    micro = int(arguments.rows / longer / passes)
     told = StepArguments(
         config_file=arguments.config_file, length=int(arguments.length * longer), packed=arguments.packed,
         micro_batch=str(micro), accumulation=passes, bf16=arguments.bf16, updates=arguments.updates,

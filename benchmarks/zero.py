@@ -85,7 +85,7 @@ def beside(arguments: BenchmarkArguments, stage: int, config: Any) -> tuple[list
     if stage:
         sides.append(Contender("accelerate + DeepSpeed", accelerated, (arguments, stage), arguments.ranks))
     sides.append(Contender("own loop + DDP", own_loop, (arguments,), arguments.ranks))
-    blocks = compete([*sides, limit.contender(arguments.bf16)], arguments.rounds)
+    blocks = compete([*sides, limit.contender(arguments.bf16, arguments.ranks)], arguments.rounds)
     products = blocks.pop(limit.NAME)
     rows = [figures(stage, name, found) for name, found in blocks.items()]
     for row in rows:

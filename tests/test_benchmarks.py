@@ -134,19 +134,24 @@ def test_the_limit_of_a_side_is_what_products_reach_in_its_round(script):
     assert told == {"product_flops": [40.0, 40.0, 100.0], "flops_a_token": 10.0, "limit_speed": 4.0}
 
 
-@pytest.mark.parametrize("name, flops", [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("other", None)])
+@pytest.mark.parametrize(
+    "name, flops",
+    [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", None), ("another", None)],
+)
 def test_mfu_is_of_what_the_maker_of_a_gpu_says(script, monkeypatch, name, flops):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert script("limit").specified() == flops
+    assert script("limit").specified(torch.bfloat16) == flops
+    assert script("limit").specified(torch.float32) is None
 
 
 MISTAKES = {
     "checkpoints --steps 0": "--steps 0: must be 1 or more",
     "encoders --config_files models/tiny_config.json": "--config_file models/tiny_config.json: model_type 'gpt2'; "
     "'kozero_transformer' or 'kozero_mix_lm' is needed here",
-    "engines --rows zero0,zero4": "--rows 'zero4': is none of zero0, zero1, zero2, zero3, zero2_offload, zero3_offload",
-    "sharding --rows train,train": "--rows train,train: names one twice",
+    "engines --sides zero0,zero4": "--sides 'zero4': is none of zero0, zero1, zero2, zero3, zero2_offload, "
+    "zero3_offload",
+    "sharding --sides train,train": "--sides train,train: names one twice",
     "sharding --rounds 0": "--rounds 0: must be 1 or more",
     "encoders --length 1024": "--length 1024: models/transformer_config.json has 512 positions",
     "encoders --layers -1": "--layers -1: must be 0 or more",
@@ -161,10 +166,13 @@ MISTAKES = {
     "growth --of ranks --length 2048": "--length 2048: the model has 1024 positions",
     "growth --of ranks --rows 6": "--rows 6: cannot be shared evenly by 4 ranks",
     "targets --folder nowhere": "--folder nowhere: is no folder",
-    "techniques --length 512": "--length 512: rows of 2048 tokens are measured and the model has 1024 positions; "
-    "choose less, or other --techniques",
-    "techniques --length 2048 --techniques bf16": "--length 2048: rows of 2048 tokens are measured and the model has "
-    "1024 positions; choose less, or other --techniques",
+    "techniques --length 512": "--length 512: 'rows not four times as long' measures rows of 2048 tokens, the model "
+    "has 1024 positions; choose less",
+    "techniques --length 2048 --techniques bf16": "--length 2048: 'bf16' measures rows of 2048 tokens, the model has "
+    "1024 positions; choose less",
+    "techniques --length 16 --packed 10": "--length 16: 'rows not half as long' measures rows of 8 tokens, a text has "
+    "--packed 10; choose more",
+    "techniques --rows 2": "--rows 2: 'rows not four times as long' needs a multiple of 4",
     "zero --updates 1": "--updates 1: must be 2 or more",
     "growth --sizes 10": "--sizes 10: must be two numbers above 0 or more, by comma",
     "growth --sizes 0,10": "--sizes 0,10: must be two numbers above 0 or more, by comma",
@@ -301,7 +309,7 @@ def test_a_step_without_a_technique_runs_the_operators_that_it_spares(one_rank, 
     """By PyTorch's profiler; what the process of a side puts in place is taken back here."""
     techniques = script("techniques")
     told = techniques.BenchmarkArguments(
-        config_file=str(ROOT / "models/tiny_config.json"), length=16, rows=2, packed=4.0, updates=1, rounds=1
+        config_file=str(ROOT / "models/tiny_config.json"), length=16, rows=4, packed=4.0, updates=1, rounds=1
     )
     for owner, attribute, _ in techniques.TECHNIQUES[name].put:
         monkeypatch.setattr(owner, attribute, getattr(owner, attribute))
@@ -318,6 +326,20 @@ def test_a_step_without_a_technique_runs_the_operators_that_it_spares(one_rank, 
         "AdamW in one kernel": "aten::_foreach_addcdiv_",
     }[name]
     assert theirs.get(spared, 0) > ours.get(spared, 0) and others == pytest.approx(losses, rel=1e-4)
+
+
+def test_every_technique_can_be_chosen_alone(script):
+    techniques = script("techniques")
+    for name in techniques.TECHNIQUES:
+        assert techniques.BenchmarkArguments(techniques=name).chosen == [name]
+
+
+def test_packed_rows_of_random_texts_are_full(script):
+    """The last row of a store holds what is left; a store of few rows would show it in every other update."""
+    step = script("step")
+    told = step.StepArguments(config_file="models/tiny_config.json", length=512, packed=17.0, updates=2)
+    rows = step.TrainingRows(step.RandomTexts(told, 2, 4096), step.Pauses(0, 0), 512, "packed", seed=0)
+    assert rows.store.lengths.sum() > 0.98 * 512 * len(rows)
 
 
 def test_half_a_report_is_none(script, tmp_path):

@@ -192,8 +192,8 @@ SIDE_BY_SIDE = {  # rows of their tables; each compares losses, tokens or weight
     "growth.py --of length --sizes 16,32 --config_file models/tiny_config.json --text_length 8 --rounds 1": 6,
     "encoders.py --config_files models/mix_lm_tiny_config.json --layers 0 --rounds 1": 6,
     "optimizer.py --config_file models/tiny_config.json --rounds 1": 7,
-    "engines.py --config_file models/tiny_config.json --rows zero0,zero2 --steps 2 --rounds 1": 4,
-    "sharding.py --config_file models/tiny_config.json --rows train,train_zero_one --steps 2 --rounds 1": 4,
+    "engines.py --config_file models/tiny_config.json --sides zero0,zero2 --steps 2 --rounds 1": 4,
+    "sharding.py --config_file models/tiny_config.json --sides train,train_zero_one --steps 2 --rounds 1": 4,
     "techniques.py --config_file models/tiny_config.json --length 32 --packed 8 --rounds 1 --updates 1": 18,
 }
 
