@@ -84,11 +84,11 @@ def check(rows: list[dict[str, Any]], dtype: str) -> None:
 def measured(name: str, command: list[str], run: Path) -> dict[str, Any]:
     """One run that writes to `run`: its losses, gradient norms, peak memory of rank 0 in GiB, median of tokens/s.
 
-    Raises: UserError with the run's last line when it fails.
+    Raises: UserError with the run's last line, or its exit code, when it fails.
     """
     place = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | place)
-    last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
+    last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
     require(done.returncode == 0, f"{name} failed: {last}")
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     points = [point for point in map(json.loads, lines) if "train/loss" in point]

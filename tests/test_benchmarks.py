@@ -126,6 +126,12 @@ def test_a_run_that_learns_something_else_is_told(script, losses, norms, message
         script("runs").check(rows, "fp32")
 
 
+@pytest.mark.parametrize("code, told", [("raise SystemExit(3)", "exit code 3"), ("raise SystemExit('last')", "last")])
+def test_a_run_that_fails_says_why(script, tmp_path, code, told):
+    with pytest.raises(UserError, match=f"^zero2 failed: {told}$"):
+        script("runs").measured("zero2", [sys.executable, "-c", code], tmp_path)
+
+
 def test_the_limit_of_a_side_is_what_products_reach_in_its_round(script):
     """By hand: 10 operations a token; 2 of 4, 3 of 4 and 1 of 10 tokens are a half, three quarters and a tenth."""
     rows, blocks = [{"speeds": [2.0, 3.0, 1.0]}], [{"flops": flops} for flops in (1e9, 40.0, 40.0, 100.0)]
