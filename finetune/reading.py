@@ -19,7 +19,7 @@ from kozero.data.order import Order
 from kozero.engines.base import Engine
 from kozero.errors import require
 from kozero.metrics import question_answering
-from models.heads import router_sums
+from models.heads import Float32Linear, router_sums
 
 NUM_SAMPLES = 3  # predictions shown at each evaluation
 SPARE = 4  # spans that a window hands on for each answer that is listed: some spell the same text
@@ -31,7 +31,7 @@ class SpanReader(nn.Module):
     def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
         self.encoder = encoder
-        self.span = nn.Linear(encoder.config.hidden_size, 2)
+        self.span = Float32Linear(encoder.config.hidden_size, 2)
         nn.init.normal_(self.span.weight, std=encoder.config.initializer_range)
         nn.init.zeros_(self.span.bias)
 
@@ -55,7 +55,7 @@ class SpanReader(nn.Module):
         """
         types = token_type_ids.clamp(max=self.encoder.config.type_vocab_size - 1)
         out = self.encoder(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=types)
-        logits = self.span(out.last_hidden_state).float().mT  # (B, 2, T)
+        logits = self.span(out.last_hidden_state).mT  # (B, 2, T)
         places = torch.arange(logits.shape[-1], device=logits.device)
         possible = ((places >= window[:, :1]) & (places < window[:, 1:])) | (places == 0)  # (B, T)
         logits = logits.masked_fill(~possible[:, None], -torch.inf)

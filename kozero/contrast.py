@@ -15,12 +15,13 @@ def in_batch_logits(
 
     Args: queries, passages: (B, H); numbers: (B,) of the passages, -1 for none.
 
-    Returns: (B, world * B) logits, -inf at what does not count, and (B,) the column of each query's own passage.
+    Returns: (B, world * B) fp32 logits, -inf at what does not count, and (B,) the column of each query's own passage.
     """
     everything, first = gather_rows(passages)
     all_numbers, _ = gather_rows(numbers)
     own = first + torch.arange(len(queries), device=queries.device)
-    logits = queries.float() @ everything.float().T / queries.shape[-1] ** 0.5
+    with torch.autocast(queries.device.type, enabled=False):  # it would cast both operands back to 16 bit
+        logits = queries.float() @ everything.float().T / queries.shape[-1] ** 0.5
     left_out = (numbers[:, None] == all_numbers) | (all_numbers < 0)
     return logits.masked_fill(left_out.scatter(1, own[:, None], False), -torch.inf), own
 

@@ -3,10 +3,21 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 ROUTER = ("balance", "router_z")  # objectives of a Switch transformer beside those of its task
 ROUTER_WEIGHTS = (0.01, 0.001)  # Fedus et al. 2021 (arXiv 2101.03961); Zoph et al. 2022 (ST-MoE, arXiv 2202.08906)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in fp32 whatever the rest computes in, for few outputs: in 16 bit many of them would
+    be equal. Under autocast a cast alone is not enough, since a product casts its operands back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) to (..., out_features), fp32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class PositionPool(nn.Module):
@@ -21,9 +32,10 @@ class PositionPool(nn.Module):
         self.weight = nn.Parameter(torch.full((num_positions,), 1.0 / num_positions**0.5))
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(B, T, H) vectors and their (B, T) mask to (B, H)."""
+        """(B, T, H) vectors and their (B, T) mask to (B, H) in fp32."""
         weights = self.weight[: hidden.shape[1]] * mask
-        return torch.einsum("bt,bth->bh", weights.to(hidden.dtype), hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.einsum("bt,bth->bh", weights.float(), hidden.float())
 
 
 def router_sums(out: Any, mask: torch.Tensor) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from kozero.errors import UserError, nearest
 from models.dropout import Dropout
+from models.heads import Float32Linear
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 PRE_NORM, POST_NORM = 0, 1
@@ -177,18 +178,6 @@ def has_grouped_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return aligned and x.device.type == "cpu"
 
 
-class Router(nn.Linear):
-    """Logits of the experts, in fp32 whatever the rest computes in ("selective precision", section 2.4)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config.hidden_size, config.n_experts, bias=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(N, H) to (N, E)."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            return F.linear(tokens.float(), self.weight.float())
-
-
 class SwitchFeedForward(nn.Module):
     """A feed-forward of which each token uses one of `n_experts` (Switch layer). As in the paper's own, experts have no
     biases. Expert weights are stacked, so one without tokens has a gradient too: zero."""
@@ -197,7 +186,9 @@ class SwitchFeedForward(nn.Module):
         super().__init__()
         self.capacity_factor = config.capacity_factor
         self.act_fn = ACTIVATIONS[config.act_fn]
-        self.router = Router(config)
+        self.router = Float32Linear(
+            config.hidden_size, config.n_experts, bias=False
+        )  # "selective precision", section 2.4
         self.w_in = nn.Parameter(torch.empty(config.n_experts, config.hidden_size, config.ff_dim))  # (E, H, F)
         self.w_out = nn.Parameter(torch.empty(config.n_experts, config.ff_dim, config.hidden_size))  # (E, F, H)
 
@@ -348,7 +339,8 @@ class Embeddings(nn.Module):
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         positions = torch.arange(length, device=input_ids.device)
         total = self.tokens(input_ids) + self.positions(positions) + self.types(types)
-        return self.projection(self.dropout(self.norm(total)))
+        # Autocast gives a projection in 16 bit, in which all residual sums would be computed.
+        return self.projection(self.dropout(self.norm(total))).to(total.dtype)
 
 
 class TransformerEncoder(PreTrainedModel):

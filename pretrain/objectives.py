@@ -6,7 +6,7 @@ from torch import nn
 
 from kozero.contrast import in_batch_logits
 from kozero.pause import IGNORE
-from models.heads import PositionPool, router_sums
+from models.heads import Float32Linear, PositionPool, router_sums
 
 TASKS = ("mlm", "mlm_sop", "mlm_ict")
 
@@ -42,9 +42,8 @@ class EncoderPretraining(nn.Module):
         self.encoder, self.task = encoder, task
         self.mlm = MaskedHead(encoder.get_input_embeddings(), config.hidden_size, config.LN_eps)
         if task == "mlm_sop":
-            self.sop = nn.Sequential(
-                nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, 2)
-            )
+            size = config.hidden_size
+            self.sop = nn.Sequential(Float32Linear(size, size), nn.Tanh(), Float32Linear(size, 2))
         if task == "mlm_ict":
             self.pool = PositionPool(config.max_position_embeddings)
         self.statistics: dict[str, torch.Tensor] = {}  # of the last forward pass, for the curves
