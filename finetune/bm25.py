@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kozero.data.store import build_once, is_sealed, key_of, seal
+from kozero.data.store import build_once, key_of, seal
 
 NAME = "morphemes.jsonl"
 CONTENT = ("N", "V", "M", "X", "SN", "SL", "SH")  # Sejong tags: nouns, verbs, modifiers, roots, numbers, other scripts
@@ -85,7 +85,7 @@ def morphemes(texts: Iterable[str], cache: Path) -> Iterator[list[str]]:
                 file.write(json.dumps(forms, ensure_ascii=False) + "\n")
         seal(folder)
 
-    folder = build_once(cache, key_of("morphemes", CONTENT, spelled.hexdigest(), *versions), is_sealed, write)
+    folder = build_once(cache, key_of("morphemes", CONTENT, spelled.hexdigest(), *versions), write)
     with (folder / NAME).open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)

@@ -78,7 +78,8 @@ def cached_store(
     def notes() -> list[str]:
         return [line.replace(str(source.path), HERE) for line in left_out.lines()]
 
-    store = distributed.machine_first(lambda: open_or_build(cache, key, rows, tokenizer, notes, marker))
+    build = partial(open_or_build, cache, key, rows, tokenizer, notes, marker)
+    store = TokenStore(distributed.once_a_machine(lambda: build().folder))
     for note in store.meta["notes"]:
         distributed.say(f"{source}: {note.replace(HERE, str(source.path))}")
     return store

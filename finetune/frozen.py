@@ -54,13 +54,18 @@ class FrozenLayers:
         width = engine.module.lm.config.n_embd
         folder = rows.store.folder.with_name(key_of(*self.version, *version(rows)))
         store = HiddenStore(folder, rows.fit.length, width, DTYPES[self.dtype])
-        missing = distributed.machine_first(lambda: room_for(store))
+        rank, num_ranks = distributed.local_rank(), distributed.local_world_size()
+        mine = store.missing(rank, num_ranks)
+        first = distributed.rank() - rank  # of this machine
+        found = distributed.gather(mine, distributed.patient)
+        missing = [shard for part in found[first : first + num_ranks] for shard in part]
+        distributed.together(lambda: check_room(store, missing))
         distributed.say(
             f"outputs of the lowest {self.entry} layers for {len(rows.fit.used):,} texts, without dropout: "
             f"{store.num_bytes(store.shards()) / GIB:.3g} GiB in {folder}, "
             + (f"{store.num_bytes(missing) / GIB:.3g} GiB to compute" if missing else "all there")
         )
-        distributed.together(lambda: make(store, missing, engine, rows, micro))
+        distributed.together(lambda: make(store, mine, engine, rows, micro))
         return store
 
 
@@ -96,22 +101,19 @@ def version(rows: TrainingRows) -> list:
     return [rows.store.folder.name, digest.hexdigest(), pauses.token_id, pauses.num, pauses.placement]
 
 
-def room_for(store: HiddenStore) -> list[int]:
-    """The shards that are to be made; refuses them where the disk is too small."""
-    missing, cache = store.missing(), store.folder.parent
+def check_room(store: HiddenStore, missing: list[int]) -> None:
+    """Refuse to make some shards where the disk is too small."""
+    cache = store.folder.parent
     needed, free = store.num_bytes(missing), shutil.disk_usage(cache).free
     require(
         needed <= free,
         f"--cache_frozen: needs {needed / GIB:.3g} GiB in --cache_dir {cache}, where {free / GIB:.3g} GiB are free; "
         "make room, choose another folder, or leave it out",
     )
-    return missing
 
 
-def make(store: HiddenStore, missing: list[int], engine: Engine, rows: TrainingRows, micro: int) -> None:
-    """This rank's share of some shards: by number, as another run may make some of them meanwhile."""
-    rank, num_ranks = distributed.local_rank(), distributed.local_world_size()
-    mine = [shard for shard in missing if shard % num_ranks == rank]
+def make(store: HiddenStore, mine: list[int], engine: Engine, rows: TrainingRows, micro: int) -> None:
+    """This rank's share of the shards, of which another run may make some meanwhile."""
     for shard in tqdm(mine, desc="frozen layers", unit="shard", disable=None if distributed.is_main() else True):
         store.make(shard, lambda numbers: vectors(engine, rows, numbers, micro, store.dtype))
 

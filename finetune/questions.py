@@ -3,7 +3,6 @@
 A store is a folder of six arrays and `meta.json`. A passage that several questions share is there once.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +17,16 @@ from kozero import distributed
 from kozero.data.readers import LeftOut
 from kozero.data.store import (
     ENCODE_ROWS,
+    META,
     build_once,
     encodings,
-    is_sealed,
     key_of,
     seal,
     token_span,
     tokenizer_hash,
 )
 from kozero.metrics import exact_match
+from kozero.seal import read_sealed
 
 ARRAYS = ("passage_tokens", "offsets", "passage_ends", "question_tokens", "question_ends", "answers")
 
@@ -40,7 +40,7 @@ class QuestionStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_sealed(folder / META)
         self.notes, self.spelled = meta["notes"], meta["spelled"]
         arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
         self.passage_tokens, self.offsets, self.passage_ends, self.question_tokens, self.question_ends, self.answers = (
@@ -95,7 +95,7 @@ def open_questions(source: Source, task: Task, limit: int, tokenizer: Any, cache
     left_out = LeftOut()
     write = partial(write_store, lambda: read(source, task, left_out, limit), tokenizer, left_out.lines)
     cache = Path(cache_dir).expanduser()
-    store = distributed.machine_first(lambda: QuestionStore(build_once(cache, key, is_sealed, write)))
+    store = QuestionStore(distributed.once_a_machine(lambda: build_once(cache, key, write)))
     for note in store.notes:
         distributed.say(f"{source}: {note}")
     return store

@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from kozero import distributed
 from kozero.engines.base import Engine
 from kozero.errors import SaveFailed, UserError, first_line
-from kozero.files import file_hash, fingerprint, on_host, sync_folder, tensor_bytes, write_file
+from kozero.files import on_host, sync_folder, tensor_bytes, write_file
 from kozero.folder import write_text
+from kozero.seal import UNREADABLE, fingerprints, put_in_place, read_sealed, write_seal, wrong_content, wrong_size
 
 # What libraries raise when a file of theirs is not what it should be.
 LOAD_ERRORS = (
@@ -54,7 +55,7 @@ class RunState:
 
 def saved_run(folder: Path) -> dict:
     """What `Checkpoints.save` was told of the run that wrote a whole checkpoint."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))["run"]
+    return read_sealed(folder / STATE)["run"]
 
 
 def too_little_room(folder: Path, needed: int) -> str | None:
@@ -68,48 +69,36 @@ def too_little_room(folder: Path, needed: int) -> str | None:
     )
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file of a checkpoint but its state, by its path in the folder."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STATE)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
 def damage(folder: Path) -> str | None:
-    """What keeps a folder from being a whole checkpoint, by the sizes of its files; None when nothing does."""
+    """What keeps a folder from being a whole checkpoint, by its state and the sizes of its files; None when nothing
+    does."""
     try:
-        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        check_types(RunState(**saved["state"]))
-        saved["run"].get("")
-        expected = {name: file["bytes"] for name, file in saved["files"].items() if file["sha256"]}
+        saved = read_sealed(folder / STATE)
+        check_state(RunState(**saved["state"]), folder)
+        return wrong_size(folder, saved["files"])
     except FileNotFoundError:
         return f"not a whole checkpoint (no {STATE} in it)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{STATE} is damaged ({type(error).__name__}: {error})"
-    found = file_sizes(folder)
-    for name, size in expected.items():
-        if found.get(name) != size:
-            return f"{name} is damaged: {found.get(name, 'no')} bytes, {size} were written"
-    return None
+    except UNREADABLE as error:
+        return f"{STATE} is damaged ({first_line(error)})"
 
 
 def content_damage(folder: Path) -> str | None:
     """The same by the content of the files. Collective: every rank reads a part of them, at about 1.5 GB/s."""
     if found := distributed.broadcast(damage(folder)):
         return found
-    files = json.loads((folder / STATE).read_text(encoding="utf-8"))["files"] if distributed.is_main() else None
-    files = distributed.broadcast(files)
-    mine = sorted(files)[distributed.rank() :: distributed.world_size()]
-    changed = (name for name in mine if not holds(folder / name, files[name]["sha256"]))
-    name = next(filter(None, distributed.gather(next(changed, None))), None)
-    return f"{name} is damaged: its SHA-256 is not that of what was written" if name else None
+    files = distributed.broadcast(read_sealed(folder / STATE)["files"] if distributed.is_main() else None)
+    mine = {name: files[name] for name in sorted(files)[distributed.rank() :: distributed.world_size()]}
+    return next(filter(None, distributed.gather(wrong_content(folder, mine))), None)
 
 
-def holds(path: Path, sha256: str) -> bool:
-    """Whether a file can be read and has that hash."""
-    try:
-        return file_hash(path) == sha256
-    except OSError:
-        return False
+def check_state(state: RunState, folder: Path) -> None:
+    """Raise TypeError or ValueError for a value that no run writes into a folder of that name."""
+    check_types(state)
+    if negative := [f.name for f in fields(state) if f.type is int and getattr(state, f.name) < 0]:
+        raise ValueError(f"{negative[0]} is {getattr(state, negative[0])}")
+    other = NAME.fullmatch(folder.name) and state.step != step_of(folder)
+    if other or state.step < max(state.best_step, state.evaluated_step):
+        raise ValueError(f"step is {state.step}, best_step {state.best_step}, evaluated_step {state.evaluated_step}")
 
 
 def check_types(state: RunState) -> None:
@@ -202,22 +191,18 @@ class Checkpoints:
 
     def publish(self, staging: Path, final: Path, text: dict, files: dict[str, dict], best: bool) -> None:
         """Make a checkpoint of what all ranks have written. On rank 0."""
-        for path in sorted(staging.rglob("*")):  # what a library has written by itself
-            if path.is_file() and (name := path.relative_to(staging).as_posix()) not in files:
-                files[name] = fingerprint(path)
-        if file_sizes(staging) != {name: file["bytes"] for name, file in files.items()}:
+        found = fingerprints(staging, files)  # with what a library has written by itself
+        if wrong_size(staging, files | found):
             raise OSError("files of other ranks are not there: --output_dir must be on a disk that all machines share")
-        write_text(staging / STATE, json.dumps(text | {"files": files}, indent=2))
-        for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
-            sync_folder(folder)
+        write_seal(staging / STATE, text | {"files": found})
         shutil.rmtree(final.with_name(f"{final.name}.set-aside"), ignore_errors=True)
         remove(final)
-        staging.rename(final)
-        sync_folder(self.folder)
+        put_in_place(staging, final)
+        sync_folder(self.folder.parent)  # the first checkpoint's folder is new in it
         write_text(self.folder / "latest", final.name)
         if best:
             write_text(self.folder / "best", final.name)
-        self.prune()
+        self.prune(text["state"]["best_step"])
 
     def point_to_best(self, step: int) -> bool:
         """Let `best` name the checkpoint of a step, whose state says that it is, if it is here. Collective."""
@@ -237,11 +222,10 @@ class Checkpoints:
         folder, error = self.of(state.step), None
         if distributed.is_main():
             try:
-                saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-                write_text(folder / STATE, json.dumps(saved | {"state": asdict(state)}, indent=2))
+                write_seal(folder / STATE, read_sealed(folder / STATE) | {"state": asdict(state)})
                 if best:
                     write_text(self.folder / "best", folder.name)
-                self.prune()
+                self.prune(state.best_step)
             except Exception as failure:
                 error = first_line(failure)
         if error := distributed.broadcast(error):
@@ -249,7 +233,7 @@ class Checkpoints:
 
     def load(self, folder: Path, engine: Engine, run: dict) -> RunState:
         """Restore engine and random state from a whole checkpoint and return where its run stood. Collective."""
-        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        saved = read_sealed(folder / STATE)
         for key, value in run.items():
             if saved["run"].get(key) != value:
                 raise UserError(
@@ -298,10 +282,10 @@ class Checkpoints:
         found = self.folder.iterdir() if self.folder.is_dir() else []
         return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
 
-    def prune(self) -> None:
+    def prune(self, best_step: int) -> None:
         """Remove the oldest until `limit` are left, the best one beside them, and what a killed run has left half
         written or half removed: a name that a checkpoint has is always that of a whole one."""
-        best = self.named("best")
+        best = self.of(best_step)
         for path in [p for p in self.all() if p != best][: -self.limit]:
             remove(path)
         for suffix in (REMOVED, INCOMPLETE):

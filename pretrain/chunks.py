@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kozero.data.store import build_once, is_sealed, seal
+from kozero.data.store import build_once, seal
 from pretrain.corpus import Shard
 
 SLICE = 2**18  # rows whose lengths are read at once
@@ -57,9 +57,17 @@ def held_out_documents(counts: Sequence[int], fraction: float | None) -> list[in
 
 def cut(shard: Shard, room: int, held_out: int) -> Chunks:
     """The chunks of a shard, cut once and kept beside it; its last `held_out` documents validate."""
-    folder = build_once(
-        shard.folder.parent, f"{shard.folder.name}-{room}", is_sealed, partial(write_cut, shard=shard, room=room)
-    )
+    return open_cut(cut_once(shard, room), shard, held_out)
+
+
+def cut_once(shard: Shard, room: int) -> Path:
+    """The folder of a shard's chunks, which are cut unless they are there."""
+    key = f"{shard.folder.name}-{room}"
+    return build_once(shard.folder.parent, key, partial(write_cut, shard=shard, room=room))
+
+
+def open_cut(folder: Path, shard: Shard, held_out: int) -> Chunks:
+    """The chunks in a folder."""
     units, chunks, documents = (np.load(folder / name, mmap_mode="r") for name in CUT_FILES)
     return Chunks(shard, units, chunks, int(documents[shard.num_documents - held_out]))
 

@@ -6,7 +6,6 @@ it stopped, and a corpus larger than memory needs no more of it than a small one
 """
 
 import hashlib
-import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,9 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kozero.data.readers import load_hub
-from kozero.data.store import build_once, encodings, is_sealed, key_of, seal, tokenizer_hash
+from kozero.data.store import META, build_once, encodings, key_of, seal, tokenizer_hash
 from kozero.errors import UserError, require
 from kozero.json_files import not_utf8
+from kozero.seal import read_sealed
 
 PIECE_BYTES = 16 * 2**20
 LINE_BYTES = 2**20  # a longer line is no text
@@ -162,7 +162,7 @@ class Shard:
     @classmethod
     def open(cls, folder: Path) -> "Shard":
         """Map a shard's files."""
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_sealed(folder / META)
         tokens = np.memmap(folder / "tokens.bin", np.dtype(meta["dtype"]), mode="r")
         names = ("sentences.npy", "documents.npy")
         return cls(folder, tokens, *(np.load(folder / name, mmap_mode="r") for name in names))
@@ -185,7 +185,7 @@ def build_shard(piece: Piece | HubPiece, tokenizer: Any, split: Splitter, readin
     Args: reading: the reading_key of the tokenizer and the splitter.
     """
     key = "corpus-" + key_of(hashlib.sha256(piece.content()).hexdigest(), reading)
-    return build_once(cache, key, is_sealed, partial(write_shard, piece=piece, tokenizer=tokenizer, split=split))
+    return build_once(cache, key, partial(write_shard, piece=piece, tokenizer=tokenizer, split=split))
 
 
 def write_shard(folder: Path, piece: Piece | HubPiece, tokenizer: Any, split: Splitter) -> None:

@@ -16,7 +16,7 @@ from kozero.data.readers import text_files
 from kozero.errors import require
 from kozero.pause import Pauses, begins_inside
 from pretrain.arguments import CorpusArguments, PretrainingArguments
-from pretrain.chunks import Blocks, Numbered, cut, held_out_documents
+from pretrain.chunks import Blocks, Numbered, cut_once, held_out_documents, open_cut
 from pretrain.corpus import (
     SPLITTERS,
     HubPiece,
@@ -107,7 +107,8 @@ def number_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any) ->
         parts = [Blocks(shard, length - corpus.num_pauses, tokenizer.eos_token_id, num) for shard, num in ends]
     else:
         room = length - num_special(corpus.task)
-        parts = distributed.machine_first(lambda: [cut(shard, room, num) for shard, num in ends])
+        folders = distributed.once_a_machine(lambda: [cut_once(shard, room) for shard in shards])
+        parts = [open_cut(folder, *end) for folder, end in zip(folders, ends, strict=True)]
     train, held_out = (Numbered(parts, held_out=held) for held in (False, True))
     require(len(train) > 0, "the corpus has no document left to train on; lower --validation_fraction")
     require(

@@ -32,6 +32,7 @@ from kozero.errors import Diverged, SaveFailed, Stopped, UserError
 from kozero.files import fingerprint, write_file
 from kozero.loop import Trainer
 from kozero.pause import Pauses
+from kozero.seal import read_sealed, sealed, write_seal
 from kozero.stop import AGAIN_SECONDS
 from tests.helpers import numbered_store
 from tests.ranks import run_ranks
@@ -66,7 +67,7 @@ def checkpoints(tmp_path):
 
 def save(checkpoints: Checkpoints, *numbers: int, best: int = -1) -> None:
     for step in numbers:
-        checkpoints.save(Steps(), RunState(step=step), RUN, step == best)
+        checkpoints.save(Steps(), RunState(step=step, best_step=best if 0 < best <= step else 0), RUN, step == best)
 
 
 def names(checkpoints: Checkpoints) -> list[str]:
@@ -90,7 +91,7 @@ def test_an_earlier_best_goes_when_there_is_a_better_one(checkpoints):
     save(checkpoints, 10, best=10)
     save(checkpoints, 20, 30, 40, best=30)
     assert names(checkpoints) == ["best", "latest", "step-000020", "step-000030", "step-000040"]
-    save(checkpoints, 50)
+    save(checkpoints, 50, best=30)
     assert names(checkpoints) == ["best", "latest", "step-000030", "step-000040", "step-000050"]
 
 
@@ -149,8 +150,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(checkpoints, capsys, case
     save(checkpoints, 10, 20)
     folder = checkpoints.folder / "step-000020"
     if isinstance(content, dict):
-        saved = json.loads((folder / name).read_text())
-        content = json.dumps(saved | {"state": saved["state"] | content})
+        saved = read_sealed(folder / name)
+        content = sealed(saved | {"state": saved["state"] | content})
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
     with pytest.raises(UserError, match=message):
         checkpoints.to_resume(str(folder))
@@ -668,9 +669,9 @@ def test_a_pickle_in_a_checkpoint_does_nothing_even_where_its_hash_is_right(chec
     folder, marker = checkpoints.newest(), tmp_path / "marker"
     evil = pickle.dumps(Evil(marker))
     (folder / name).write_bytes(evil)
-    saved = json.loads((folder / "state.json").read_text())
+    saved = read_sealed(folder / "state.json")
     saved["files"][name] = fingerprint(folder / name)
-    (folder / "state.json").write_text(json.dumps(saved))
+    write_seal(folder / "state.json", saved)
     assert checkpoints.to_resume("auto") == folder
     with nullcontext() if name == "optimizer.pt" else pytest.raises(UserError, match="damaged"):
         checkpoints.load(folder, Steps(), RUN)

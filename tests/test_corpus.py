@@ -1,6 +1,5 @@
 """The corpus: which documents a file holds, that pieces lose nothing, and the shards that are kept of them."""
 
-import json
 import random
 import re
 import tracemalloc
@@ -505,10 +504,3 @@ def test_a_piece_names_its_file_and_bytes(tmp_path):
     path = write(tmp_path / "a.txt", "가\n\n나\n")
     assert Piece(path, 5, 9).content() == "나\n".encode()
     assert list(Piece(path, 5, 9).documents()) == [["나"]]
-
-
-def test_a_shard_tells_the_sizes_of_its_files(tmp_path):
-    """What tells a whole one from a damaged one."""
-    (shard,) = build(write(tmp_path / "a.txt", TEXT), tmp_path / "cache")
-    sizes = json.loads((shard.folder / "meta.json").read_text())["sizes"]
-    assert sizes == {path.name: path.stat().st_size for path in shard.folder.iterdir() if path.name != "meta.json"}

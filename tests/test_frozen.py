@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 
 from finetune import frozen, train
-from finetune.frozen import FrozenLayers, check_cacheable, room_for, vectors, version
+from finetune.frozen import FrozenLayers, check_cacheable, check_room, vectors, version
 from kozero import distributed
 from kozero.data import hidden
 from kozero.data.batches import TrainingRows
@@ -63,7 +63,9 @@ def cached(engine: Engine, rows: TrainingRows, folder: Path, dtype: str = "fp32"
     """The outputs of the toy's lowest layer."""
     engine.module.entry = 1
     store = HiddenStore(folder, rows.fit.length, engine.module.lm.config.n_embd, frozen.DTYPES[dtype])
-    distributed.together(lambda: frozen.make(store, store.missing(), engine, rows, micro=3))
+    distributed.together(
+        lambda: frozen.make(store, store.missing(distributed.rank(), distributed.world_size()), engine, rows, micro=3)
+    )
     return store
 
 
@@ -414,9 +416,10 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_computed(monkeypat
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(frozen.shutil, "disk_usage", lambda path: usage(10**6, 10**6, LENGTHS.sum() * 8 - 1))
     with pytest.raises(UserError, match=r"--cache_frozen: needs .* GiB in --cache_dir .* GiB are free"):
-        room_for(store)
+        check_room(store, store.missing())
     monkeypatch.setattr(frozen.shutil, "disk_usage", lambda path: usage(10**6, 10**6, LENGTHS.sum() * 8))
-    assert room_for(store) == store.missing() == [0]
+    check_room(store, [0])
+    assert store.missing() == [0]
 
 
 def test_numbers_that_16_bit_cannot_hold_are_one_line(one_rank, tmp_path):

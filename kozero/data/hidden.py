@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kozero.data.store import build_once, is_sealed, seal
+from kozero.data.store import META, build_once, seal
+from kozero.seal import damage
 
 SHARD = 2**16  # tokens: 100 MB of KoGPT2's vectors in 16 bit, which are in memory while they are made
 
@@ -61,9 +62,9 @@ class HiddenStore:
         """All of them."""
         return np.unique(self.shard[self.length > 0]).tolist()
 
-    def missing(self) -> list[int]:
-        """Those that are not there or not whole."""
-        return [shard for shard in self.shards() if not is_sealed(self.folder / name(shard))]
+    def missing(self, first: int = 0, every: int = 1) -> list[int]:
+        """Those that are not there or do not hold what was written, of every so many shards; reads them."""
+        return [shard for shard in self.shards()[first::every] if damage(self.folder / name(shard), META)]
 
     def num_bytes(self, shards: Iterable[int]) -> int:
         """Of some shards on the disk."""
@@ -71,7 +72,7 @@ class HiddenStore:
 
     def make(self, shard: int, vectors: Vectors) -> None:
         """Write a shard unless another process has. See build_once."""
-        build_once(self.folder, name(shard), is_sealed, partial(self.write, shard=shard, vectors=vectors))
+        build_once(self.folder, name(shard), partial(self.write, shard=shard, vectors=vectors))
 
     def write(self, folder: Path, shard: int, vectors: Vectors) -> None:
         """Fill the folder of a shard."""
