@@ -39,7 +39,11 @@ INCOMPLETE, REMOVED = ".incomplete", ".removed"  # behind the name of one that i
 
 @dataclass
 class RunState:
-    """Where a run stands. `step` counts optimizer updates, `consumed_rows` the rows they and skipped steps took."""
+    """Where a run stands. `step` counts optimizer updates, `consumed_rows` the rows they and skipped steps took.
+
+    `window_*` are sums over the steps since the last point of the curves (losses: one sum an objective) and the
+    highest spike score among them.
+    """
 
     step: int = 0
     consumed_rows: int = 0
@@ -51,6 +55,12 @@ class RunState:
     evaluations_since_best: int = 0
     evaluated_step: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    bad_in_a_row: int = 0
+    window_steps: int = 0
+    window_losses: list[float] = field(default_factory=list)
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+    window_spike: float = 0.0
 
 
 def saved_run(folder: Path) -> dict:
@@ -105,8 +115,8 @@ def check_types(state: RunState) -> None:
     """Raise TypeError for a value that no run writes."""
     for f in fields(state):
         value = getattr(state, f.name)
-        numbers = f.name in ("best_score", "best_scores", "recent_losses")
-        several = value.values() if f.name == "best_scores" else value if f.name == "recent_losses" else None
+        numbers = "float" in str(f.type)
+        several = value.values() if f.name == "best_scores" else value if f.type == list[float] else None
         values = several if several is not None else [] if value is None and numbers else [value]
         for one in values:
             if isinstance(one, bool) or not isinstance(one, int | float if numbers else int):

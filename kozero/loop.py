@@ -48,20 +48,28 @@ def total_steps(arguments: TrainingArguments, num_rows: int, sizes: BatchSizes) 
 
 @dataclass
 class Meter:
-    """Sums since the last point of the curves."""
+    """What is summed between two points of the curves. The sums belong to the state, so that a resumed run goes on with
+    them; `since` is when the seconds of the next step began."""
 
-    started: float = field(default_factory=time.perf_counter)
-    losses: list[tuple[float, ...]] = field(default_factory=list)
-    tokens: int = 0
+    state: RunState
+    since: float = field(default_factory=time.perf_counter)
 
-    def point(
-        self, stats: StepStats, lr: float, state: RunState, epoch: float, objectives: tuple[str, ...]
-    ) -> dict[str, float]:
-        """The scalars of a point, by their TensorBoard names."""
-        seconds = time.perf_counter() - self.started
-        means = [sum(values) / len(values) for values in zip(*self.losses, strict=True)]  # one not finite shows
+    def add(self, stats: StepStats, tokens: int) -> None:
+        """Count a step, also one without an update."""
+        state, now = self.state, time.perf_counter()
+        sums = state.window_losses or [0.0] * len(stats.losses)
+        state.window_losses = [total + loss for total, loss in zip(sums, stats.losses, strict=True)]
+        state.window_steps += 1
+        state.window_tokens += tokens
+        state.window_seconds += now - self.since
+        self.since = now
+
+    def point(self, stats: StepStats, lr: float, epoch: float, objectives: tuple[str, ...]) -> dict[str, float]:
+        """The scalars of a point, by their TensorBoard names; the next one begins from nothing."""
+        state = self.state
+        means = [total / state.window_steps for total in state.window_losses]  # one not finite shows
         parts = {f"train/{name}_loss": mean for name, mean in zip(objectives, means, strict=True)} if objectives else {}
-        return {
+        found = {
             "train/loss": sum(means),
             **parts,
             "train/learning_rate": lr,
@@ -69,10 +77,14 @@ class Meter:
             "train/loss_scale": stats.loss_scale,
             "train/skipped_steps": state.skipped_steps,
             "train/epoch": epoch,
-            "train/tokens_per_second": self.tokens / seconds,
-            "train/step_time_seconds": seconds / max(1, len(self.losses)),
+            "train/tokens_per_second": state.window_tokens / state.window_seconds,
+            "train/step_time_seconds": state.window_seconds / state.window_steps,
             "train/peak_memory_gib": peak_memory_gib(),
+            "train/spike_score": state.window_spike,
         }
+        state.window_steps, state.window_losses, state.window_tokens = 0, [], 0
+        state.window_seconds = state.window_spike = 0.0
+        return found
 
 
 class Trainer:
@@ -157,7 +169,7 @@ class Trainer:
 
     def steps(self, log: RunLog, stop: Stop, ahead: Ahead) -> None:
         """The loop itself."""
-        state, meter = self.state, Meter()
+        state, meter = self.state, Meter(self.state)
         watch = Watch(self.arguments, self.rows, self.sizes, state)
         while state.step < self.total_steps and not self.patience_spent():
             lr = self.lr_at(state.step)
@@ -167,8 +179,7 @@ class Trainer:
                 log.say(said)
             state.consumed_rows += self.sizes.global_batch
             state.real_tokens += tokens
-            meter.tokens += tokens
-            meter.losses.append(stats.losses)
+            meter.add(stats, tokens)
             if not stats.applied:
                 state.skipped_steps += 1
                 self.end_if_asked(stop)
@@ -176,15 +187,12 @@ class Trainer:
             state.step += 1
             log.progress(1)
             if state.step % self.every.logging == 0 or state.step == self.total_steps:
-                point = meter.point(stats, lr, state, state.consumed_rows / len(self.rows), self.objectives)
-                point["train/spike_score"] = watch.highest_score()
+                point = meter.point(stats, lr, state.consumed_rows / len(self.rows), self.objectives)
                 log.scalars(state.step, point | (self.extra() if distributed.is_main() else {}))
                 rate = f"{point['train/tokens_per_second']:,.0f}"
                 log.progress(0, loss=f"{point['train/loss']:.4f}", lr=f"{lr:.2e}", tokens_per_s=rate)
-                meter = Meter()
-            paused = time.perf_counter()
             self.finish_step(log, stop)
-            meter.started += time.perf_counter() - paused  # speed is that of training alone
+            meter.since = time.perf_counter()  # speed is that of training alone
         if state.step < self.total_steps:
             log.say(f"stopped early: no better {self.best_score} in {state.evaluations_since_best} evaluations")
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -28,8 +28,6 @@ class Watch:
     rows: Rows
     sizes: BatchSizes
     state: RunState
-    bad_in_a_row: int = 0
-    highest: float = field(default=0.0)  # spike score since it was last asked for
 
     def look(self, stats: StepStats) -> str | None:
         """Note a step before it counts. Returns what the user should read of it.
@@ -37,16 +35,16 @@ class Watch:
         Raises: Diverged when the run is to end. Collective.
         """
         if stats.applied and math.isfinite(stats.loss):
-            self.bad_in_a_row = 0
+            self.state.bad_in_a_row = 0
             return self.spike(stats.loss)
-        self.bad_in_a_row += 1
+        self.state.bad_in_a_row += 1
         overflow = self.arguments.fp16 and math.isfinite(stats.loss)  # the loss scale looks for its place
         if overflow and stats.loss_scale <= LEAST_SCALE:
             raise Diverged(self.tell(stats, f"gradients overflow at the lowest loss scale, {LEAST_SCALE:g}"))
         if self.arguments.nonfinite == "stop" and not overflow:
             raise Diverged(self.tell(stats, "not finite (--nonfinite stop)"))
-        if self.bad_in_a_row >= self.arguments.max_nonfinite:
-            raise Diverged(self.tell(stats, f"{self.bad_in_a_row} steps in a row were not finite"))
+        if self.state.bad_in_a_row >= self.arguments.max_nonfinite:
+            raise Diverged(self.tell(stats, f"{self.state.bad_in_a_row} steps in a row were not finite"))
         return (
             None
             if overflow
@@ -79,7 +77,7 @@ class Watch:
         if len(before) >= LEAST:
             mean, deviation = statistics.fmean(before), statistics.pstdev(before)
             score = (loss - mean) / max(deviation, 1e-12 + 1e-6 * abs(mean))
-            self.highest = max(self.highest, score)
+            self.state.window_spike = max(self.state.window_spike, score)
             if 0 < self.arguments.spike_sigmas < score:
                 said = (
                     f"step {self.state.step + 1}: loss {loss:.4f} is {score:.1f} standard deviations above the mean "
@@ -87,8 +85,3 @@ class Watch:
                 )
         self.state.recent_losses = [*before, loss][-HISTORY:]
         return said
-
-    def highest_score(self) -> float:
-        """The highest spike score since the last call."""
-        highest, self.highest = self.highest, 0.0
-        return highest

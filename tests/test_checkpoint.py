@@ -3,6 +3,7 @@ test_engines.py."""
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -409,6 +411,86 @@ def test_a_signal_during_an_evaluation_that_no_checkpoint_precedes_waits_for_it(
         run.fit()
     state = run.checkpoints.load(run.checkpoints.newest(), Steps(), RUN)
     assert (state.step, state.best_scores) == (3, {"score": 2.0})
+
+
+class Uneven(Steps):
+    """An engine with two objectives whose losses differ from step to step, one of them a spike, beside two skipped
+    updates. A signal comes in the steps that are named."""
+
+    def __init__(self, *told: int) -> None:
+        super().__init__(skipped=(20, 42))
+        self.told = told
+
+    def train_step(self, micro_batches, lr: float) -> StepStats:
+        if self.done in self.told:
+            send(signal.SIGTERM)
+        losses = (3.0 + math.sin(self.done) + 50.0 * (self.done == 41), 0.1 * self.done)
+        return replace(super().train_step(micro_batches, lr), losses=losses)
+
+
+def curve(folder: Path) -> list[dict]:
+    """All that is logged but the time."""
+    clocks = ("time", "train/tokens_per_second", "train/step_time_seconds", "train/peak_memory_gib")
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in point.items() if name not in clocks} for point in points]
+
+
+def divided_run(folder: str) -> tuple[list[dict], list[dict], int]:
+    """The curves of a run, and of one that signals end inside three windows of its curves, once in a skipped update."""
+    flags = {"max_steps": 60, "logging_steps": 7, "eval_steps": 99, "save_steps": 99}
+    whole, parts, ends = Path(folder) / "whole", Path(folder) / "parts", 0
+    for path, told in ((whole, ()), (parts, (4, 20, 42))):
+        while True:
+            run = trainer(path, Uneven(*told), [0.5], **flags)
+            run.objectives = ("first", "second")
+            if ends:
+                run.resume(run.checkpoints.to_resume("auto"))
+            try:
+                run.fit()
+                break
+            except Stopped:
+                told, ends = told[1:], ends + 1
+    return curve(whole), curve(parts), ends
+
+
+def test_a_run_that_signals_divide_logs_what_the_whole_run_does(tmp_path):
+    whole, parts, ends = divided_run(str(tmp_path))
+    assert ends == 3 and parts == whole
+    spikes = [point["train/spike_score"] for point in whole if "train/loss" in point]
+    assert max(spikes) > 6 and spikes.count(0.0) == 4  # fewer than 32 losses before: nothing to compare with
+
+
+@pytest.mark.slow
+def test_ranks_that_a_signal_ends_log_what_the_whole_run_does(tmp_path):
+    for whole, parts, ends in run_ranks(divided_run, str(tmp_path)):
+        assert ends == 3 and parts == whole
+
+
+def test_a_point_of_the_curves_is_the_mean_of_all_its_steps(tmp_path):
+    """By hand, over a window that a signal divides after its fifth step."""
+
+    class Given(Told):
+        def train_step(self, micro_batches, lr: float) -> StepStats:
+            return replace(
+                super().train_step(micro_batches, lr), losses=((1.0, 2.0, 3.0, 6.0, 5.0, 7.0)[self.done - 1],)
+            )
+
+    flags = {"logging_steps": 6, "eval_steps": 9, "save_steps": 9}
+    with pytest.raises(Stopped):
+        trainer(tmp_path, Given(signal.SIGTERM), [], **flags).fit()
+    again = trainer(tmp_path, Given(signal.SIGTERM), [0.5], **flags)
+    again.resume(again.checkpoints.to_resume("auto"))
+    again.fit()
+    assert [point["train/loss"] for point in curve(tmp_path) if "train/loss" in point] == [24 / 6]
+
+
+def test_a_checkpoint_of_before_the_window_was_kept_goes_on(checkpoints):
+    save(checkpoints, 10)
+    path = checkpoints.newest() / "state.json"
+    saved = json.loads(path.read_text())
+    known = {name: value for name, value in saved["state"].items() if not name.startswith(("window_", "bad_"))}
+    path.write_text(json.dumps(saved | {"state": known}))
+    assert checkpoints.load(checkpoints.to_resume("auto"), Steps(), RUN) == RunState(step=10)
 
 
 class Hanging(Steps):

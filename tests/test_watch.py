@@ -123,6 +123,20 @@ def test_what_losses_were_outlives_a_resume(tmp_path, capsys):
     assert "step 41: loss 9.0000 is" in capsys.readouterr().out
 
 
+def test_steps_that_are_not_finite_are_counted_on_after_a_resume(tmp_path):
+    steps = [GOOD, *[OVERFLOW] * 9]
+    run = trainer(tmp_path, Told(*steps), max_nonfinite=3)
+    run.end_if_asked = lambda stop: run.save() or 1 / 0 if run.state.skipped_steps == 2 else None
+    with pytest.raises(ZeroDivisionError):
+        run.fit()
+    engine = Told(*steps)
+    again = trainer(tmp_path, engine, max_nonfinite=3)
+    again.resume(again.checkpoints.to_resume("auto"))
+    with pytest.raises(Diverged, match="step 2: 3 steps in a row were not finite"):
+        again.fit()
+    assert engine.done == 4
+
+
 def both_ranks(folder: str) -> str:
     with pytest.raises(Diverged) as told:
         trainer(Path(folder), Told(NAN), nonfinite="stop").fit()
