@@ -72,6 +72,7 @@ class EncoderTask(ABC):
     row_arguments: tuple[str, ...]  # those that change the training rows
     score_arguments: tuple[str, ...] = ()  # those that change the scores alone
     needs_head: ClassVar[bool] = True  # scores mean nothing with a head that was not trained
+    files: ClassVar[tuple[str, ...]] = ()  # names of what is written beside the scores
     capacity: int  # tokens of a row at most
 
     @abstractmethod

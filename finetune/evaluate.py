@@ -5,6 +5,7 @@ python finetune/evaluate.py --model_name_or_path runs/run/model --task nsmc --va
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from finetune.encoder import load
 from finetune.questions import question_set
 from finetune.scoring import Scores, score
 from finetune.setup import inference_pauses, load_model, make_pauses, no_pauses, row_capacity
-from finetune.sweep import save_sweep, settings_of, sweep, warnings
+from finetune.sweep import beside, save_sweep, settings_of, sweep, warnings
 from finetune.tasks import ENCODER_TASKS, TASKS, Example
-from finetune.train_encoder import ENCODER_TRAINING, encoder_capacity, write_files
+from finetune.train_encoder import ENCODER_TRAINING, encoder_capacity
 from kozero import distributed
 from kozero.config import TrainingArguments, arg, at_least, batch_sizes, check_timeout, parse_arguments
 from kozero.data.framing import Framing
@@ -81,8 +82,11 @@ def main() -> None:
         *ARGUMENTS, prog="finetune/evaluate.py", description="Score a model on a task."
     )
     distributed.setup(arguments.timeout_seconds)
+    if arguments.sweep_pauses:
+        arguments.output_file = arguments.output_file or f"sweep-{data_arguments.task}.json"
     if arguments.output_file:
-        new_file("--output_file", Path(arguments.output_file))
+        path = Path(arguments.output_file)
+        new_file("--output_file", path, *(beside(path) if arguments.sweep_pauses else files(path, data_arguments.task)))
     if data_arguments.task in TASKS:
         run = sweep_language_model if arguments.sweep_pauses else score_language_model
         run(arguments, model_arguments, data_arguments, pause_arguments)
@@ -114,10 +118,9 @@ def score_language_model(
     for note in result.notes:
         distributed.say(note)
     tell(f"{task.name}: {len(questions.examples):,} examples of {source}, {pauses.num} pauses", seconds, result.values)
-    if arguments.output_file and distributed.is_main():
-        path = Path(arguments.output_file)
-        save_scores(path, result.values, str(source), num_pauses=pauses.num)
-        save_predictions(path.with_suffix(".predictions.jsonl"), result, questions.examples)
+    if arguments.output_file:
+        told = {"data": str(source), "num_pauses": pauses.num, "scores": result.values}
+        save(Path(arguments.output_file), task.name, told, [predictions(result, questions.examples)])
     engine.close()
 
 
@@ -134,7 +137,7 @@ def sweep_language_model(
     task, cells = TASKS[data.task], settings_of(arguments.sweep_pauses, arguments.sweep_placement)
     no_pauses(task, "--sweep_pauses", max(num for _, num in cells))
     name = model_arguments.model_name_or_path or str(model_arguments.config_file)
-    path = Path(arguments.output_file or f"sweep-{task.name}.json")
+    path = Path(arguments.output_file)
     require(path.suffix == ".json", f"--output_file {path}: must end in .json; the CSV and the plot go beside it")
     model = load_model(model_arguments, pause, with_pauses=False, seed=0)
     capacity = row_capacity(data.max_seq_length, task.max_seq_length, model.config.n_positions)
@@ -178,10 +181,10 @@ def score_encoder(
     for note in found.notes:
         distributed.say(note)
     tell(f"{task.name}: {len(questions.examples):,} questions of {source}", seconds, found.values)
-    if arguments.output_file and distributed.is_main():
-        path = Path(arguments.output_file)
-        save_scores(path, found.values, str(source))
-        write_files(found, path.parent, f"{path.stem}.")
+    if arguments.output_file:
+        told = {"data": str(source), "scores": found.values}
+        texts = (json.dumps(found.files[name], indent=2, ensure_ascii=False) for name in kind.files)
+        save(Path(arguments.output_file), task.name, told, texts)
     engine.close()
 
 
@@ -192,19 +195,28 @@ def tell(what: str, seconds: float, values: dict[str, float]) -> None:
         distributed.say(f"{name:>24} {value:.4f}")
 
 
-def save_scores(path: Path, values: dict[str, float], source: str, **told: Any) -> None:
-    """Scores as JSON, with what they were taken on."""
-    found = {"data": source, **told, "scores": values}
-    write_text(path, json.dumps(found, indent=2, ensure_ascii=False))
+def files(path: Path, task: str) -> list[Path]:
+    """What is written beside the scores at `path`."""
+    if task in TASKS:
+        return [path.with_suffix(".predictions.jsonl")]
+    return [path.with_name(f"{path.stem}.{name}.json") for name in ENCODER_TRAINING[task].files]
 
 
-def save_predictions(path: Path, result: Scores, examples: list[Example]) -> None:
+def save(path: Path, task: str, told: dict[str, Any], texts: Iterable[str]) -> None:
+    """Scores as JSON, after the texts of the files beside them: who finds the scores finds the rest."""
+    if distributed.is_main():
+        for file, text in zip(files(path, task), texts, strict=True):
+            write_text(file, text)
+        write_text(path, json.dumps(told, indent=2, ensure_ascii=False))
+
+
+def predictions(result: Scores, examples: list[Example]) -> str:
     """What was predicted for each example and its score, as JSON lines."""
-    rows = (
+    rows = zip(examples, result.predictions, result.each, strict=True)
+    return "".join(
         json.dumps({"id": example.id, "prediction": prediction, "score": score}, ensure_ascii=False) + "\n"
-        for example, prediction, score in zip(examples, result.predictions, result.each, strict=True)
+        for example, prediction, score in rows
     )
-    write_text(path, "".join(rows))
 
 
 if __name__ == "__main__":

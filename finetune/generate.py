@@ -24,7 +24,7 @@ from kozero import distributed
 from kozero.config import arg, at_least, parse_arguments
 from kozero.data.readers import decode_lines
 from kozero.errors import UserError, require, run_main
-from kozero.folder import new_file, write_text
+from kozero.folder import growing_file, incomplete, new_file, write_text
 from kozero.json_files import not_utf8
 from kozero.pause import InferencePauseArguments
 from kozero.text_metrics import variety
@@ -41,7 +41,9 @@ class GenerationArguments:
     tail: int = arg(128, "tokens of the text so far that the next piece of a long one reads at most, whole sentences")
     batch_size: int = arg(8, "texts that are written at once")
     stream: bool = arg(False, "show words as they are written; one text at a time")
-    output_file: str | None = arg(None, "JSON lines of prompt, text and settings, each as soon as it is written")
+    output_file: str | None = arg(
+        None, "JSON lines of prompt, text and settings; NAME.incomplete has each as soon as it is written"
+    )
     metrics: bool = arg(False, "tell how varied the texts are, and their perplexity under the model")
 
     def __post_init__(self) -> None:
@@ -64,7 +66,8 @@ def main() -> None:
     check_together(arguments, decoding)
     distributed.setup()
     if arguments.output_file:
-        new_file("--output_file", Path(arguments.output_file))
+        path = Path(arguments.output_file)
+        new_file("--output_file", path, incomplete(path), *([metrics_file(path)] if arguments.metrics else []))
     prompts = prompts_of(arguments)
     model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=decoding.seed)
     pauses = inference_pauses(model, pause_arguments)
@@ -133,12 +136,15 @@ def write_all(writer: Writer, prompts: Iterable[Prompt], settings: dict[str, Any
     for where, prompt in known or ():
         writer.check(prompt, where)
     groups = [[prompt for _, prompt in known]] if known else one_by_one(writer, prompts)
-    written: list[Written] = []
-    with open_or_none(arguments.output_file) as file:
+    texts: list[str] = []
+    losses: list[torch.Tensor] = []
+    with file_or_none(arguments.output_file) as file:
         for group in groups:
             asked = [prompt for prompt in group for _ in range(arguments.num_samples)]
             for found in writer.write(asked, **shown(writer, group)):
-                written.append(found)
+                if arguments.metrics:
+                    texts.append(found.text)
+                    losses += [writer.generator.losses(piece) for piece in found.pieces if piece.ids]
                 if not arguments.stream:
                     distributed.say(found.whole)
                 if file:
@@ -146,12 +152,17 @@ def write_all(writer: Writer, prompts: Iterable[Prompt], settings: dict[str, Any
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
     if arguments.metrics:
-        tell_metrics(writer, written, settings)
+        tell_metrics(arguments.output_file, texts, losses, settings)
 
 
-def open_or_none(path: str | None) -> AbstractContextManager[TextIO | None]:
+def file_or_none(path: str | None) -> AbstractContextManager[TextIO | None]:
     """A new text file on rank 0."""
-    return Path(path).open("w", encoding="utf-8") if path and distributed.is_main() else nullcontext()
+    return growing_file(Path(path)) if path and distributed.is_main() else nullcontext()
+
+
+def metrics_file(path: Path) -> Path:
+    """Where the metrics of the texts at `path` go."""
+    return path.with_suffix(".metrics.json")
 
 
 def one_by_one(writer: Writer, prompts: Iterable[Prompt]) -> Iterator[list[str]]:
@@ -189,16 +200,20 @@ class Shown(TextStreamer):
         super().put(value)
 
 
-def tell_metrics(writer: Writer, written: Sequence[Written], settings: dict[str, Any]) -> None:
-    """How varied the texts are and how likely the model finds what it wrote, the end of a text too."""
-    losses = torch.cat([writer.generator.losses(piece) for found in written for piece in found.pieces if piece.ids])
-    found: dict[str, float] = variety([one.text for one in written])
-    found["perplexity"] = math.exp(min(losses.double().mean().item(), 700.0))
-    found["empty"] = sum(not one.text for one in written)
+def tell_metrics(
+    output_file: str | None, texts: Sequence[str], losses: Sequence[torch.Tensor], settings: dict[str, Any]
+) -> None:
+    """How varied the texts are and how likely the model finds what it wrote, the end of a text too.
+
+    Args: losses: (T,) nats of the tokens of each piece.
+    """
+    found: dict[str, float] = variety(texts)
+    found["perplexity"] = math.exp(min(torch.cat(list(losses)).double().mean().item(), 700.0))
+    found["empty"] = sum(not text for text in texts)
     for name, value in found.items():
         distributed.say(f"{name:>16} {value:.4f}" if isinstance(value, float) else f"{name:>16} {value}")
-    if writer.arguments.output_file and distributed.is_main():
-        path = Path(writer.arguments.output_file).with_suffix(".metrics.json")
+    if output_file and distributed.is_main():
+        path = metrics_file(Path(output_file))
         write_text(path, json.dumps({"metrics": found, "settings": settings}, indent=2, ensure_ascii=False))
 
 

@@ -97,6 +97,7 @@ class Reading(EncoderTask):
     objective = "span"
     row_arguments = ("doc_stride", "max_query_length")
     score_arguments = ("n_best_size", "max_answer_length")
+    files = ("predictions", "nbest")
 
     def __init__(self, arguments: ReadingArguments, framing: Framing, capacity: int) -> None:
         room = capacity - arguments.max_query_length - SPECIAL

@@ -146,13 +146,16 @@ def warnings(cells: list[Cell]) -> list[str]:
 
 
 def save_sweep(path: Path, cells: list[Cell], told: dict) -> list[Path]:
-    """The cells as JSON, CSV and PNG beside each other. Returns the three files."""
-    rows = [asdict(cell) for cell in cells]
-    write_text(path.with_suffix(".csv"), as_csv(cells))
-    plot(path.with_suffix(".png"), cells, str(told.get("title", "")))
-    # Last: who finds it finds the others.
+    """The cells as JSON, CSV and PNG beside each other. Returns the files that were written."""
+    rows, (table, figure) = [asdict(cell) for cell in cells], beside(path)
+    write_text(table, as_csv(cells))
     write_text(path, json.dumps(told | {"cells": rows, "warnings": warnings(cells)}, indent=2, ensure_ascii=False))
-    return [path, path.with_suffix(".csv"), path.with_suffix(".png")]
+    return [path, table] + [figure] * plot(figure, cells, str(told.get("title", "")))
+
+
+def beside(path: Path) -> tuple[Path, Path]:
+    """The CSV and the PNG of a sweep whose JSON is at `path`."""
+    return path.with_suffix(".csv"), path.with_suffix(".png")
 
 
 def as_csv(cells: list[Cell]) -> str:
@@ -165,9 +168,9 @@ def as_csv(cells: list[Cell]) -> str:
     return text.getvalue()
 
 
-def plot(path: Path, cells: list[Cell], title: str) -> None:
-    """The score over the number of pauses, a line a placement, and what an example costs below it."""
-    save_figure(path, lambda figure: draw(figure, cells, title), (7, 6))
+def plot(path: Path, cells: list[Cell], title: str) -> bool:
+    """The score over the number of pauses, a line a placement, and what an example costs below it. See save_figure."""
+    return save_figure(path, lambda figure: draw(figure, cells, title), (7, 6))
 
 
 def draw(figure: Any, cells: list[Cell], title: str) -> None:

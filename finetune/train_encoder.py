@@ -87,8 +87,8 @@ def encoder_capacity(model: EncoderModel, data: DataArguments, task: Task) -> in
     return row_capacity(data.max_seq_length, task.max_seq_length, model.encoder.config.max_position_embeddings)
 
 
-def write_files(found: Found, folder: Path, prefix: str = "") -> None:
+def write_files(found: Found, folder: Path) -> None:
     """What a score leaves beside it, as JSON files."""
     if distributed.is_main():
         for name, value in found.files.items():
-            write_text(folder / f"{prefix}{name}.json", json.dumps(value, indent=2, ensure_ascii=False))
+            write_text(folder / f"{name}.json", json.dumps(value, indent=2, ensure_ascii=False))

@@ -5,13 +5,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TextIO
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
 from kozero import distributed
-from kozero.errors import UserError
+from kozero.errors import UserError, require
 
 LOCK = ".lock"
+LONGEST = 130  # bytes of the longest file name that a run makes in its folder: TensorBoard's, with the host's name
 
 
 @contextmanager
@@ -48,33 +52,66 @@ def writable_folder(flag: str, folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-probe-{distributed.rank()}"
-        probe.touch()
-        probe.unlink()
+        with NamedTemporaryFile(dir=folder, prefix=".write-probe-".ljust(LONGEST - 8, "-")):
+            pass
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
     return folder
 
 
-def new_file(flag: str, path: Path) -> Path:
-    """A file that could be written; `flag` named it.
+def new_file(flag: str, path: Path, *beside: Path) -> Path:
+    """A file that could be written, as could those `beside` it; `flag` named it.
 
     Raises: UserError, before anything long begins.
     """
-    writable_folder(flag, path.parent)
-    if path.is_dir():
-        raise UserError(f"{flag} {path}: is a folder; name a file in it")
+    for file in (path, *beside):
+        try:
+            found = file.stat()
+        except FileNotFoundError:
+            found = None
+        except OSError as error:
+            raise UserError(f"{flag} {file}: cannot be written ({error.strerror})") from None
+        writable_folder(flag, file.resolve().parent)
+        require(not file.is_dir(), f"{flag} {file}: is a folder; name a file in it")
+        usual = found is None or (file.is_file() and not any(os.path.samestat(found, os.fstat(n)) for n in (1, 2)))
+        require(usual, f"{flag} {file}: is a device, a pipe or where this program prints; name a file of its own")
     return path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one move, so that a reader sees the old text or the new."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    """Replace a small text file, see write_bytes."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a small file in one move, so that a reader sees the old content or the new. Of a symbolic link the file
+    that it points to is replaced."""
+    path = path.resolve()
+    temporary = path.with_name(f".{uuid4().hex}.new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def incomplete(path: Path) -> Path:
+    """Where a file grows until it is complete."""
+    return path.with_name(f"{path.name}.incomplete")
+
+
+@contextmanager
+def growing_file(path: Path) -> Iterator[TextIO]:
+    """A text file that grows beside the earlier one and replaces it when it is complete. What an interrupted run has
+    written stays under the name of `incomplete`."""
+    with incomplete(path).open("w", encoding="utf-8", errors="backslashreplace") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    incomplete(path).replace(path.resolve())
 
 
 def save_run(output_dir: Path, run: dict) -> None:

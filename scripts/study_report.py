@@ -129,9 +129,10 @@ def write_report(
         tables["Cost of pre-training"] = (pretraining_cost, PRETRAINING_TOLD)
     if warned := warnings_table(results, baseline):
         tables["Warnings"] = (warned, "")
-    for name, (_, draw) in pictures.items():
-        save_figure(folder / f"{name}.png", draw, (10, 4.5))
     write_text(folder / "results.csv", as_csv(results))
+    pictures = {
+        name: told for name, told in pictures.items() if save_figure(folder / f"{name}.png", told[1], (10, 4.5))
+    }
     write_text(folder / "report.md", as_markdown(title, tables, pictures, study, command))
     write_text(folder / "report.html", as_html(title, tables, pictures, study, command, folder))
     names = ["results.csv", "report.md", "report.html", *(f"{name}.png" for name in pictures)]

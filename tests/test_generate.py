@@ -250,7 +250,7 @@ def test_what_was_written_before_a_fault_is_kept(monkeypatch, tmp_path, paused_m
     monkeypatch.setattr(sys, "stdin", Input)
     with pytest.raises(UserError, match="standard input, line 2: not UTF-8"):
         call(monkeypatch, paused_model, "--max_new_tokens", 4, "--output_file", tmp_path / "out.jsonl")
-    (row,) = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    (row,) = (tmp_path / "out.jsonl.incomplete").read_text(encoding="utf-8").splitlines()
     assert json.loads(row)["prompt"] == "긍정"
 
 
