@@ -123,5 +123,5 @@ def load(arguments: ModelArguments, head: Callable[[PreTrainedModel], nn.Module]
 
 def random_encoder(path: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """An encoder of a config file with random weights."""
-    config = encoders.read_encoder_config(path, encoders.name_in_config(path), tokenizer)
+    config = encoders.read_encoder_config(path, encoders.name_in_config(path), tokenizer, distributed.say)
     return encoders.build_encoder(config, seed)

@@ -1,10 +1,12 @@
 """The encoders by name: from a JSON config or a folder, and back into a folder that AutoModel loads. What stands on an
 encoder lies beside it in heads.safetensors."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -20,6 +22,7 @@ ENCODERS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "mix_lm": (MixLmConfig, MixLmEncoder),
 }
 
+WRITTEN = ("architectures", "dtype", "transformers_version")  # by transformers, into any config.json
 HEADS = "heads.safetensors"
 ENCODER = "encoder."  # what the names of its weights begin with in a module that has heads
 
@@ -38,19 +41,22 @@ def name_in_config(path: Path) -> str:
     return names[read_model_json(path, *names)["model_type"]]
 
 
-def read_encoder_config(path: Path, name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+def read_encoder_config(
+    path: Path, name: str, tokenizer: PreTrainedTokenizerFast, say: Callable[[str], Any] = print
+) -> PreTrainedConfig:
     """An encoder's config from JSON, with the size of its tokenizer's vocabulary and its padding token.
 
-    Raises: UserError for an unknown key or a value that no model can have.
+    Args: say: gets a line about each of the two that the file gives another value: shipped sizes go with any tokenizer.
+
+    Raises: UserError for a key that is unknown or has no effect, or a value that no model can have.
     """
     kind = ENCODERS[name][0]
     values = read_model_json(path, kind.model_type)
-    known = set(kind().to_dict()) | set(kind.attribute_map) | {"model_type"}
-    for key in values:
-        if key not in known:
-            raise UserError(f"--config_file {path}: unknown key {key!r}{nearest(key, known)}")
-    values["vocab_size"] = len(tokenizer)
-    values["pad_token_id"] = padding_of(tokenizer)
+    check_config_keys(path, values, kind)
+    for key, value in (("vocab_size", len(tokenizer)), ("pad_token_id", padding_of(tokenizer))):
+        if values.get(key, value) != value:
+            say(f"{path}: {key} {values[key]}: the tokenizer's {value} is used")
+        values[key] = value
     try:
         config = kind(**values)
     except UserError as error:
@@ -59,6 +65,19 @@ def read_encoder_config(path: Path, name: str, tokenizer: PreTrainedTokenizerFas
         raise UserError(f"--config_file {path}: {first_line(error)}") from None
     config.name_or_path = str(path)  # for messages; it is not written
     return config
+
+
+def check_config_keys(path: Path, values: dict[str, Any], kind: type[PreTrainedConfig]) -> None:
+    """Every key has an effect, but for what transformers writes into each file."""
+    default, inherited = kind().to_dict(), PreTrainedConfig().to_dict().keys() - {"model_type"}
+    for key, value in values.items():
+        if key not in default.keys() | kind.attribute_map.keys():
+            raise UserError(f"--config_file {path}: unknown key {key!r}{nearest(key, default)}")
+        if key in inherited - set(WRITTEN) and value != default[key]:
+            raise UserError(f"--config_file {path}: {key} {value!r}: has no effect on this model; leave it out")
+        other = kind.attribute_map.get(key)
+        if other in values and values[other] != value:
+            raise UserError(f"--config_file {path}: {key} {value!r} and {other} {values[other]!r} are one setting")
 
 
 def padding_of(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -94,7 +113,24 @@ def load_encoder(folder: str, flag: str = "--model_name_or_path") -> PreTrainedM
     if not isinstance(config, tuple(kind for kind, _ in ENCODERS.values())):
         known = ", ".join(ENCODERS)
         raise UserError(f"{flag} {folder}: model_type {config.model_type!r}; an encoder of {known} is needed here")
-    return load_checked(AutoModel, config, folder, flag, is_ours=bool)  # each weight of the file belongs to it
+    encoder = load_checked(AutoModel, config, folder, flag, is_ours=bool)  # each weight of the file belongs to it
+    check_shared(encoder, folder, flag)
+    return encoder
+
+
+def check_shared(encoder: PreTrainedModel, folder: str, flag: str) -> None:
+    """Refuse layers with weights of their own where the config says that all share: of equal names the last would win.
+    Before one group of all layers shared attention and norms too, exports had such weights."""
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        return
+    with safe_open(path, "pt") as file:
+        own = sorted(set(file.keys()) - {name for name, _ in encoder.named_parameters()})
+    if own:
+        raise UserError(
+            f"{flag} {folder}: layer_group {encoder.config.layer_group} shares all weights of its layers, and the file "
+            f"has {own[0]} besides (exported when feed-forwards alone were shared); train it anew"
+        )
 
 
 def load_heads(module: nn.Module, folder: str) -> list[str]:

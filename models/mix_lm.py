@@ -45,7 +45,8 @@ class MixLmConfig(PreTrainedConfig):
     act_fn: str = "gelu"
     dropout_prob: float = 0.1
     initializer_range: float = 0.02
-    layer_group: int = 1  # so many consecutive layers share the parameters of one feed-forward
+    # So many consecutive layers share one feed-forward; num_hidden_layers: all share all their parameters (ALBERT).
+    layer_group: int = 1
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     LN_eps: float = 1e-12
@@ -86,6 +87,10 @@ class MixLmConfig(PreTrainedConfig):
             type(self.ln_pos) is int and self.ln_pos in (0, 1), "ln_pos", "must be 0 (pre-norm) or 1 (post-norm)"
         )
         self.check(isinstance(self.causal, bool), "causal", "must be true or false")
+        most = self.num_hidden_layers
+        self.check(
+            self.layer_group <= most, "layer_group", f"must be at most num_hidden_layers {most}, where all share"
+        )
         inside = isinstance(self.pad_token_id, int) and 0 <= self.pad_token_id < self.vocab_size
         self.check(inside, "pad_token_id", f"must be a row of the vocabulary, 0 to {self.vocab_size - 1}")
 
@@ -118,7 +123,7 @@ class FactorisedEmbedding(nn.Module):
 
     def __init__(self, config: MixLmConfig) -> None:
         super().__init__()
-        self.words = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.words = nn.Embedding(config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id)
         self.positions = nn.Embedding(config.max_position_embeddings, config.embedding_size)
         self.token_types = nn.Embedding(config.type_vocab_size, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.LN_eps)
@@ -269,7 +274,8 @@ class MixLmLayer(GradientCheckpointingLayer):
 class MixLmEncoder(PreTrainedModel):
     """The encoder without a head. A masked language model ties its head to the (V, E) `get_input_embeddings().weight`.
 
-    Parameters of a feed-forward that several layers share exist once: layer k uses `feed_forwards[k // layer_group]`.
+    Parameters that several layers share exist once: layer k uses `feed_forwards[k // layer_group]`, and where one group
+    holds all layers they are one layer.
     """
 
     config_class = MixLmConfig
@@ -279,10 +285,14 @@ class MixLmEncoder(PreTrainedModel):
 
     def __init__(self, config: MixLmConfig) -> None:
         super().__init__(config)
-        num_groups = -(-config.num_hidden_layers // config.layer_group)
+        num = config.num_hidden_layers
+        num_groups = -(-num // config.layer_group)
         self.embeddings = FactorisedEmbedding(config)
-        self.layers = nn.ModuleList(MixLmLayer(config) for _ in range(config.num_hidden_layers))
+        layers = [MixLmLayer(config) for _ in range(1 if num_groups == 1 else num)]
+        self.layers = nn.ModuleList(layers * (num // len(layers)))
         self.feed_forwards = nn.ModuleList(MixFeedForward(config) for _ in range(num_groups))
+        if num_groups == 1:
+            self._tied_weights_keys = {rf"layers\.{k}\.": r"layers\.0\." for k in range(1, num)}
         # post-norm layers end in a norm of their own
         self.norm = nn.Identity() if config.ln_pos else nn.LayerNorm(config.hidden_size, eps=config.LN_eps)
         self.post_init()

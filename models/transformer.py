@@ -50,7 +50,8 @@ class TransformerConfig(PreTrainedConfig):
     act_fn: str = "gelu"  # gelu, relu or swish
     dropout_prob: float = 0.1  # of embeddings, attention weights and what a sublayer adds
     initializer_range: float = 0.02  # standard deviation of initial matrices
-    layer_group: int = 1  # so many consecutive layers share one feed-forward: 1 none, num_hidden_layers all
+    # So many consecutive layers share one feed-forward; num_hidden_layers: all share all their parameters (ALBERT).
+    layer_group: int = 1
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     LN_eps: float = 1e-5
@@ -86,6 +87,10 @@ class TransformerConfig(PreTrainedConfig):
         self.require("act_fn", self.act_fn in known, f"one of {', '.join(known)}{nearest(str(self.act_fn), known)}")
         divides = self.hidden_size % self.num_heads == 0
         self.require("num_heads", divides, f"a divisor of hidden_size {self.hidden_size}")
+        most = self.num_hidden_layers
+        self.require(
+            "layer_group", self.layer_group <= most, f"at most num_hidden_layers {most}, where all layers share"
+        )
         known_token = self.pad_token_id is None or (is_whole(self.pad_token_id) and self.pad_token_id < self.vocab_size)
         self.require("pad_token_id", known_token, f"a token below vocab_size {self.vocab_size}, or null for none")
 
@@ -354,17 +359,15 @@ class TransformerEncoder(PreTrainedModel):
     def __init__(self, config: TransformerConfig) -> None:
         config.check()  # values that were changed after the config was made
         super().__init__(config)
-        group = config.layer_group
-        feed_forwards = [SwitchFeedForward(config) for _ in range(0, config.num_hidden_layers, group)]
+        group, num = config.layer_group, config.num_hidden_layers
+        feed_forwards = [SwitchFeedForward(config) for _ in range(0, num, group)]
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(
-            TransformerLayer(config, feed_forwards[k // group]) for k in range(config.num_hidden_layers)
-        )
+        layers = [TransformerLayer(config, feed_forwards[k // group]) for k in range(1 if group == num else num)]
+        self.layers = nn.ModuleList(layers * (num // len(layers)))
         self.norm = nn.LayerNorm(config.hidden_size, config.LN_eps) if config.ln_pos == PRE_NORM else nn.Identity()
+        shared = "" if group == num else r"feed_forward\."
         self._tied_weights_keys = {
-            rf"layers\.{k}\.feed_forward\.": rf"layers\.{k - k % group}\.feed_forward\."
-            for k in range(config.num_hidden_layers)
-            if k % group
+            rf"layers\.{k}\.{shared}": rf"layers\.{k - k % group}\.{shared}" for k in range(num) if k % group
         }
         self.post_init()
 

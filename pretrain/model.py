@@ -107,7 +107,12 @@ def causal_lm(training: PretrainingArguments, corpus: CorpusArguments, num_token
     path = corpus.config_file or str(ROOT / "models" / "kogpt2_config.json")
     config = language_model.read_config(Path(path))
     language_model.require_tied(config, f"--config_file {path}")
-    config.vocab_size = -(-num_tokens // 128) * 128
+    rows = -(-num_tokens // 128) * 128
+    if config.vocab_size != rows:
+        distributed.say(
+            f"{path}: vocab_size {config.vocab_size}: the tokenizer's {num_tokens}, rounded up to {rows}, is used"
+        )
+    config.vocab_size = rows
     return language_model.random_weights(config, training.seed, path)
 
 
@@ -124,7 +129,7 @@ def encoder_of(training: PretrainingArguments, corpus: CorpusArguments, tokenize
         check_segments(encoder.config, corpus.task, source)
         return encoder
     path = Path(corpus.config_file or encoders.config_file_of(corpus.model))
-    config = encoders.read_encoder_config(path, corpus.model, tokenizer)
+    config = encoders.read_encoder_config(path, corpus.model, tokenizer, distributed.say)
     check_segments(config, corpus.task, f"--config_file {path}")
     return encoders.build_encoder(config, training.seed)
 

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from kozero.data.framing import Framing
 from kozero.errors import UserError
@@ -115,6 +116,104 @@ def test_random_weights_are_of_32_bit_whatever_the_config_says(tmp_path, name):
 def test_sizes_beyond_any_memory_are_refused(tmp_path, name):
     said = refused(encoder_of, tmp_path, name, hidden_size=64_000_000_000)
     assert said.startswith(f"--config_file {tmp_path}/config.json: no model of these sizes can be built")
+
+
+# Another value of each key, and what else it needs to be possible.
+OTHER_VALUES = {
+    "transformer": {
+        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4, "ff_dim": 40, "n_experts": 3,
+        "capacity_factor": 0.5, "act_fn": "relu", "dropout_prob": 0.5, "initializer_range": 0.03, "layer_group": 2,
+        "max_position_embeddings": 20, "type_vocab_size": 3, "LN_eps": 0.01, "ln_pos": 1, "causal": True,
+        "embedding_size": 8, "pad_token_id": 1, "tie_word_embeddings": False,
+    },
+    "mix_lm": {
+        "vocab_size": 50, "embedding_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 2,
+        "kernel_size": 7, "n_experts": 1, "ff_dim": 40, "act_fn": "swish", "dropout_prob": 0.5,
+        "initializer_range": 0.03, "layer_group": 2, "max_position_embeddings": 20, "type_vocab_size": 3,
+        "LN_eps": 0.01, "ln_pos": 1, "causal": True, "pad_token_id": 1,
+    },
+}  # fmt: skip
+BASE = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "ff_dim": 24, "n_experts": 2, "kernel_size": 5,
+    "max_position_embeddings": 12, "num_heads": 1, "LN_eps": 1e-5, "ln_pos": 0, "dropout_prob": 0.1, "pad_token_id": 3,
+}  # fmt: skip
+
+
+def trace_of(name: str, **changes) -> list:
+    """All that a config decides: weights, and the vectors of a text in training and in evaluation."""
+    kind, model = ENCODERS[name]
+    base = {key: value for key, value in BASE.items() if key in kind.__dataclass_fields__}
+    torch.manual_seed(0)
+    encoder = model(kind(**base | changes))
+    ids = torch.arange(4, 16)[None].repeat(3, 1)
+    outputs = [encoder.train(training)(ids).last_hidden_state for training in (True, False)]
+    return [tensor.detach().numpy().tobytes() for tensor in (*encoder.parameters(), *outputs)]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_key_of_a_config_has_an_effect_or_is_refused(name):
+    kind, plain = ENCODERS[name][0], trace_of(name)
+    own = set(kind.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    assert own | {"pad_token_id"} <= set(OTHER_VALUES[name]) | {"model_type"}
+    assert trace_of(name) == plain, "negative control: nothing but a key changes it"
+    for key, value in OTHER_VALUES[name].items():
+        try:
+            changed = trace_of(name, **{key: value})
+        except UserError as error:
+            assert key in str(error)
+            continue
+        assert changed != plain, key
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_key_of_transformers_that_changes_nothing_here_is_refused(tmp_path, name):
+    assert encoder_of(tmp_path, name, output_attentions=False, dtype="float32", transformers_version="4.0")
+    for key, value in PreTrainedConfig().to_dict().items():
+        if key not in ("architectures", "dtype", "transformers_version", "model_type"):
+            other = not value if isinstance(value, bool) else 3
+            said = refused(encoder_of, tmp_path, name, **{key: other})
+            assert f"config.json: {key} {other!r}: has no effect" in said
+
+
+def test_two_spellings_of_one_key_must_agree(tmp_path):
+    assert encoder_of(tmp_path, max_position_embedding=128, max_position_embeddings=128)
+    said = refused(encoder_of, tmp_path, max_position_embedding=64, max_position_embeddings=128)
+    assert "max_position_embedding 64 and max_position_embeddings 128 are one setting" in said
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_what_the_tokenizer_decides_is_told_where_the_file_says_otherwise(tmp_path, name, capsys):
+    tokenizer = sample_tokenizer()
+    encoder_of(tmp_path, name, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    assert capsys.readouterr().out == ""
+    config = encoder_of(tmp_path, name, vocab_size=50, pad_token_id=9).config
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{tmp_path}/config.json: vocab_size 50: the tokenizer's {len(tokenizer)} is used"
+    assert said[1] == f"{tmp_path}/config.json: pad_token_id 9: the tokenizer's {tokenizer.pad_token_id} is used"
+    assert (config.vocab_size, config.pad_token_id) == (len(tokenizer), tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_vector_of_padding_is_zero_and_never_trains(tmp_path, name):
+    encoder = encoder_of(tmp_path, name)
+    pad = encoder.config.pad_token_id
+    encoder(torch.tensor([[pad, 200, pad]])).last_hidden_state[..., 0].sum().backward()
+    table = encoder.get_input_embeddings().weight
+    assert not table[pad].any() and not table.grad[pad].any() and table.grad[200].any()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_export_whose_layers_shared_feed_forwards_alone_is_refused(tmp_path, name):
+    """transformers would load each of its layers into the one that there is, so that the last is left."""
+    encoder_of(tmp_path, name, layer_group=2).save_pretrained(tmp_path / "model")
+    assert load_encoder(str(tmp_path / "model"))
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    more = {key.replace("layers.0.", "layers.1."): tensor + 1 for key, tensor in weights.items() if "layers.0" in key}
+    save_file(weights | more, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    said = refused(load_encoder, str(tmp_path / "model"), "--checkpoint")
+    assert said.startswith(
+        f"--checkpoint {tmp_path}/model: layer_group 2 shares all weights of its layers, and the file"
+    )
 
 
 # Tokenizers --------------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ from torch import nn
 
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
+from kozero.engines.plain import PlainEngine
 from kozero.engines.torch_engine import LossScale
 from kozero.engines.units import layers
 from kozero.errors import UserError
+from kozero.files import write_file
 from tests.helpers import ROOT, toy_gpt2
 
 SIZES = BatchSizes(8, 1, 1)
@@ -110,6 +112,16 @@ def test_fairscale_without_a_gpu_is_refused_with_the_way_out(monkeypatch):
 def test_an_engine_that_is_not_there_is_told():
     with pytest.raises(ValueError, match="no engine 'fsdb'"):
         build_engine(nn.Linear(1, 1), TrainingArguments(), EngineSettings("fsdb"))
+
+
+def test_a_checkpoint_with_weights_that_the_model_lacks_is_refused(one_rank, tmp_path):
+    """As one of separate layers by a model whose layers are one: the weights of the first alone would be read."""
+    two, one = (PlainEngine(Parts(layers=linears(num)), TrainingArguments()) for num in (2, 1))
+    for name, value in two.snapshot().items():
+        write_file(tmp_path / name, value)
+    assert two.load(tmp_path)
+    with pytest.raises(UserError, match=r"a checkpoint of another model: it holds layers.1.bias, which this one lacks"):
+        one.load(tmp_path)
 
 
 def test_the_loss_scale_is_that_of_torchs_scaler():

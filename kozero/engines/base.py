@@ -14,6 +14,7 @@ from torch import nn
 from kozero import distributed
 from kozero.data.batch import Batch
 from kozero.engines.pieces import Piece, Saved, States, collect
+from kozero.errors import UserError
 
 SCALE = "loss_scale.json"
 LEAST_SCALE = 1.0  # of fp16: a loss that overflows unscaled needs another precision
@@ -89,8 +90,11 @@ class Engine(ABC):
 
         Raises: UserError when they are of another model.
         """
-        saved = Saved(sorted(folder.glob("rank*.safetensors")))
-        saved.restore(self.pieces(), self.optimizer_states())
+        saved, pieces = Saved(sorted(folder.glob("rank*.safetensors"))), self.pieces()
+        known = set().union(*distributed.gather({piece.name for piece in pieces}))
+        if more := sorted(saved.kinds.keys() - known):
+            raise UserError(f"a checkpoint of another model: it holds {more[0]}, which this one lacks")
+        saved.restore(pieces, self.optimizer_states())
         if scale := json.loads((folder / SCALE).read_text(encoding="utf-8")):
             self.set_loss_scale_state(scale)
         return saved
