@@ -139,11 +139,11 @@ def skips(name: str, dtype: str) -> dict:
     engine, sizes = engine_for(name, module, said)
     good = steps(3)
     done = train(engine, sizes, good[:1], "adamw")
-    before, mine = engine.full_state_dict(), shards(module)
+    before, mine = copy.deepcopy(engine.full_state_dict()), shards(module)
     for _ in range(3):
         module.poison = math.inf if on_last_rank() else 1.0
         done += train(engine, sizes, good[1:2], "adamw", first=1)
-    after, mine_after = engine.full_state_dict(), shards(module)
+    after, mine_after = copy.deepcopy(engine.full_state_dict()), shards(module)
     done += train(engine, sizes, good[1:], "adamw", first=1)
     engine.close()
     kept = all(torch.equal(a, b) for a, b in zip(mine, mine_after, strict=True))
@@ -160,6 +160,19 @@ def shards(module: torch.nn.Module) -> list[torch.Tensor]:
     """What this rank holds of every parameter: at DeepSpeed's stage 3 beside it, under fully_shard inside it."""
     held = [getattr(p, "ds_tensor", p).detach() for p in module.parameters()]
     return [getattr(p, "_local_tensor", p).clone() for p in held]
+
+
+def half_step(name: str, dtype: str) -> dict:
+    """An unclipped step of SGD in 16 bit: the weights before and after it as they are exported, the trained ones as a
+    checkpoint holds them, and the norm that was told."""
+    engine, sizes = engine_for(name, toy(), told(name, optim="sgd", max_grad_norm=1e3, **{dtype: True}))
+    before = copy.deepcopy(engine.full_state_dict())
+    (stats,) = train(engine, sizes, steps(1), "sgd")
+    files = [file for name, file in engine.snapshot().items() if name.endswith(".safetensors")]
+    masters = [part for held in distributed.gather(files) for file in held for part in file.items()]
+    done = {"before": before, "after": engine.full_state_dict(), "masters": masters, "grad_norm": stats.grad_norm}
+    engine.close()
+    return done
 
 
 def evaluation(name: str) -> dict:
@@ -357,6 +370,7 @@ def measure(names: list[str], folder: Path) -> dict[tuple[str, str], Any]:
         for dtype in ("bf16", "fp16"):
             half = {dtype: True}
             found[name, dtype] = attempt(case, name, "sgd", FOUR_BY_TWO, None, rows, **half)
+            found[name, f"step {dtype}"] = attempt(half_step, name, dtype)
         for what, freeze in HALF_CASES.items():
             half = {what[:4]: True}
             found[name, what] = attempt(case, name, "adamw", FOUR_BY_TWO, freeze, rows, **half)

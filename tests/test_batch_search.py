@@ -137,28 +137,37 @@ def test_one_row_that_does_not_fit_is_named_with_its_size():
 # Ranks ---------------------------------------------------------------------------------------------------------------
 
 
-class Steps:
+class Steps(nn.Module):
     """An engine that notes the rows of its steps, and is the memory that they take: 1 GiB and 0.1 a row."""
 
-    def __init__(self, limit: float, fails_above: int = 10**9, skipped: int = 0) -> None:
+    def __init__(
+        self, limit: float, fails_above: int = 10**9, skipped: int = 0, row: float = 0.1, held: float = 1.0
+    ) -> None:
+        super().__init__()
         self.bytes_of_limit, self.fails_above, self.skipped = limit * GIB, fails_above, skipped
-        self.rows, self.closed, self.highest, self.module = [], 0, 0.0, nn.Identity()
+        self.rows, self.closed, self.row, self.held, self.highest = [], 0, row * GIB, int(held * GIB), 0.0
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    def forward(self, rows: int) -> None:
+        self.highest = max(self.highest, self.held + self.row * rows)
 
     def train_step(self, batches, lr) -> StepStats:
         assert lr == 0.0
         if batches > self.fails_above:
             raise torch.cuda.OutOfMemoryError
         self.rows.append(batches)
-        self.highest = max(self.highest, (1 + 0.1 * batches) * GIB)
-        self.module(torch.zeros(1))
+        self(batches)
         return StepStats((1.0,), 1.0, len(self.rows) > self.skipped, 1.0)
 
     def close(self) -> None:
         self.closed += 1
 
     def reset(self) -> float:
-        self.highest = GIB
-        return GIB
+        self.highest = self.held
+        return self.held
 
     def peak(self) -> float:
         return self.highest
@@ -171,16 +180,27 @@ def found_by(steps: Steps) -> int:
     return largest_micro_batch(Prober(lambda: steps, lambda rows: rows, steps), 1000)
 
 
-def on_rank() -> tuple[int, list[int]]:
-    """The rank with more memory takes as much as the one with less."""
-    steps = Steps(limit=5 if distributed.rank() else 11)
-    return found_by(steps), steps.rows
+UNLIKE = {  # of two ranks: what is told of each, and the rows that fit both
+    "limits": ({"limit": 11}, {"limit": 5}, range(33, 36)),  # 35 rows take 4.5 GiB, 90% of 5
+    "rows": ({"limit": 5}, {"limit": 5, "row": 0.2}, range(16, 18)),  # 17 rows take 4.4 GiB
+    "what is held": ({"limit": 5, "held": 3.0}, {"limit": 5}, range(14, 16)),
+}
 
 
-def test_two_ranks_take_what_fits_the_smaller():
-    (found, tried), (other, tried_there) = run_ranks(on_rank)
-    assert found == other and tried == tried_there
-    assert 33 <= found <= 35  # 35 rows take 4.5 GiB, 90% of 5
+def on_rank() -> dict[str, tuple[int, list[int]]]:
+    """What two ranks that are not alike take, and the rows that they tried."""
+    found = {}
+    for name, told in UNLIKE.items():
+        steps = Steps(**told[distributed.rank()])
+        found[name] = found_by(steps), steps.rows
+    return found
+
+
+def test_two_ranks_take_the_same_size_which_fits_both():
+    here, there = run_ranks(on_rank)
+    assert here == there
+    for name, (*_, fitting) in UNLIKE.items():
+        assert here[name][0] in fitting
 
 
 def test_updates_that_fp16_skips_are_not_what_is_measured(one_rank):

@@ -35,7 +35,8 @@ from kozero.files import fingerprint, write_file
 from kozero.loop import Trainer
 from kozero.pause import Pauses
 from kozero.seal import read_sealed, sealed, write_seal
-from kozero.stop import AGAIN_SECONDS
+from kozero.stop import AGAIN_SECONDS, Stop
+from models.dropout import drop
 from tests.helpers import numbered_store
 from tests.ranks import run_ranks
 
@@ -308,6 +309,28 @@ def test_on_other_ranks_a_run_goes_on_with_streams_of_its_own(checkpoints):
     assert not set(found[0].tolist()) & set(found[2].tolist()) and not set(first.tolist()) & set(found[0].tolist())
 
 
+@pytest.mark.parametrize("begin", ["anew", "from as many ranks", "from one rank"])
+def test_ranks_draw_different_dropout_masks_from_one_seed(checkpoints, monkeypatch, begin):
+    """PyTorch's, the one of models/dropout.py, and numbers of Python and NumPy."""
+    if begin != "anew":
+        save(checkpoints, 10)
+        for rank in range(3 if begin == "from as many ranks" else 0):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            distributed.seed_everything(3)
+            write_file(checkpoints.of(10) / f"rng-rank{rank}.json", random_state())
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    found = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        distributed.seed_everything(3)
+        if begin != "anew":
+            checkpoints.load(checkpoints.of(10), Steps(), RUN)
+        ones = torch.ones(64)
+        masks = torch.nn.functional.dropout(ones, 0.5), drop(ones, 0.5)
+        found.append([*(tuple(mask.tolist()) for mask in masks), random.random(), np.random.random()])
+    assert [len(set(drawn)) for drawn in zip(*found, strict=True)] == [3, 3, 3, 3]
+
+
 def test_the_best_checkpoint_is_that_of_the_highest_score_and_its_weights_can_come_back(tmp_path):
     engine = Steps()
     run = trainer(tmp_path, engine, [0.1, 0.4, 0.3, 0.4, 0.2, 0.1])
@@ -358,10 +381,21 @@ class Told(Steps):
         return super().train_step(micro_batches, lr)
 
 
+NOTED = threading.Event()
+
+
+@pytest.fixture(autouse=True)
+def signals_are_told_of(monkeypatch):
+    """Set the event when the thread that waits for signals has noted one."""
+    note = Stop.note
+    monkeypatch.setattr(Stop, "note", lambda stop, number: (note(stop, number), NOTED.set()))
+
+
 def send(number: int) -> None:
-    """A signal to this process; the thread that notes it has had its time when this returns."""
+    """A signal to this process, which has been noted when this returns."""
+    NOTED.clear()
     os.kill(os.getpid(), number)
-    time.sleep(0.05)
+    assert NOTED.wait(60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -493,13 +527,19 @@ def test_a_checkpoint_of_before_the_window_was_kept_goes_on(checkpoints):
     assert checkpoints.load(checkpoints.to_resume("auto"), Steps(), RUN) == RunState(step=10)
 
 
+def insist() -> None:
+    """Signals until this process ends: those that come soon after the first do not end it."""
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(AGAIN_SECONDS / 4)
+
+
 class Hanging(Steps):
     """An engine whose second step waits where no Python runs, as for a rank that does not answer."""
 
     def train_step(self, micro_batches, lr: float) -> StepStats:
         if self.done == 1:
-            for after in (0.1, 0.3 + AGAIN_SECONDS):
-                threading.Timer(after, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Thread(target=insist, daemon=True).start()
             torch.distributed.HashStore().get("an answer")
         return super().train_step(micro_batches, lr)
 

@@ -43,6 +43,7 @@ from tests.toys import (
     PAUSE,
     RATES,
     SELDOM,
+    SHAPE,
     SHARDINGS,
     VOCAB,
     greedy,
@@ -238,9 +239,48 @@ def test_a_gradient_that_comes_only_in_the_second_step_is_in_its_norm(alone, nam
 def test_sixteen_bits_stay_close_to_thirty_two(measured, name, dtype):
     losses, norms, _ = expected("sgd")
     found = measured(name, dtype)
-    assert close(found["loss"], losses, 2e-2)
-    assert close(found["grad_norm"], norms, 5e-2)
+    assert close(found["loss"], losses, 4e-3)
+    assert found["grad_norm"] == pytest.approx(norms, rel=5e-3)
     assert all(found["applied"])
+
+
+def gradients_of(weights: dict, after: dict) -> dict[str, torch.Tensor]:
+    """What the first step of SGD, which decays matrices, has subtracted, in 64 bit."""
+    rate = RATES["sgd"] * SHAPE[0]
+    weights, after = ({key: t.double() for key, t in state.items()} for state in (weights, after))
+    return {key: (w - after[key]) / rate - 0.1 * w * (w.dim() > 1) for key, w in weights.items()}
+
+
+def norm(gradients: dict[str, torch.Tensor]) -> float:
+    """Of all numbers together."""
+    return torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+
+
+@halves
+@every_engine
+def test_in_sixteen_bits_the_norm_is_that_of_the_very_gradients_which_are_near_to_those_of_32(measured, name, dtype):
+    found = measured(name, f"step {dtype}")
+    gradients = gradients_of(found["before"], found["after"])
+    assert found["grad_norm"] == pytest.approx(norm(gradients), rel=1e-4)
+    wanted = gradients_of(toy().plain_state(dict(toy().named_parameters())), expected("sgd", None, 1)[2])
+    off = {key: gradients[f"lm.{key}"] / norm(gradients) - wanted[key] / CLIP for key in wanted}
+    assert norm(off) < {"bf16": 0.015, "fp16": 0.002}[dtype]
+
+
+@halves
+@every_engine
+def test_exported_weights_are_the_masters_bit_for_bit_and_not_their_sixteen_bits(measured, name, dtype):
+    found, half = measured(name, f"step {dtype}"), {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for place, tensor in found["masters"]:
+        key, first, kind = place.rsplit("/", 2)
+        if kind == "weight":
+            parts.setdefault(key, {})[int(first)] = tensor.cpu()
+    assert set(parts) == set(found["after"])
+    for key, tensor in found["after"].items():
+        assert torch.equal(tensor.flatten(), torch.cat([parts[key][first] for first in sorted(parts[key])]))
+    matrices = torch.cat([tensor.flatten() for tensor in found["after"].values() if tensor.dim() > 1])
+    assert (matrices.to(half).float() != matrices).double().mean() > 0.9
 
 
 @pytest.mark.skipif(RANKS == 1, reason="one rank shares nothing")
@@ -283,7 +323,7 @@ def test_a_skipped_update_leaves_every_weight_bit_equal(measured, elsewhere, nam
 def test_training_goes_on_after_a_skipped_update_as_if_it_had_not_been(measured, name, dtype):
     losses, norms, _ = expected("adamw")
     found = measured(name, f"skips {dtype}")
-    tolerance = TOLERANCE if dtype == "fp32" else 5e-2
+    tolerance = TOLERANCE if dtype == "fp32" else 5e-3
     assert close([found["loss"][k] for k in (0, 4, 5)], losses[:3], tolerance)
     assert close([found["grad_norm"][k] for k in (0, 4, 5)], norms[:3], 2 * tolerance)
 

@@ -69,6 +69,13 @@ def test_classification_by_hand():
     assert scores["macro_f1"] == pytest.approx((4 / 5 + 1 / 2 + 2 / 3) / 3)
 
 
+def test_a_class_that_is_neither_wanted_nor_predicted_counts_0_in_macro_f1():
+    """As scikit-learn's f1_score with all labels and zero_division=0."""
+    scores = classification([0, 1, 1], [0, 1, 0], ("함의", "중립", "모순"))
+    assert scores["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert scores["predicted_모순"] == 0.0 and scores["majority"] == pytest.approx(2 / 3)
+
+
 def test_predicted_shares_show_a_model_that_says_one_thing():
     scores = classification([0, 0, 0, 0], [0, 0, 1, 1], ("부정", "긍정"))
     assert scores["predicted_부정"] == 1.0

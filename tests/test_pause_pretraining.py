@@ -22,10 +22,10 @@ PAUSE, SEP, SIZE, NUM = 99, 1, 20, 4
 PAUSED = ("--pause_placement", "random", "--pause_fraction", 0.25)
 
 
-def paused_rows(num_documents: int = 30) -> tuple[BlockRows, list[list[int]]]:
-    """Rows of 20 tokens, of which 4 are pauses."""
+def paused_rows(lengths: list[int] | None = None) -> tuple[BlockRows, list[list[int]]]:
+    """Rows of 20 tokens, of which 4 are pauses, and the documents that they are made of."""
     rng = np.random.default_rng(0)
-    documents = [rng.integers(10, 90, n).tolist() for n in rng.integers(1, 40, num_documents)]
+    documents = [rng.integers(10, 90, n).tolist() for n in lengths or rng.integers(1, 40, 30)]
     places = np.cumsum([0, *map(len, documents)])
     shard = Shard(None, np.concatenate(documents).astype(np.uint16), places, np.arange(len(documents) + 1))
     blocks = Numbered([Blocks(shard, SIZE - NUM, SEP, 0)], held_out=False)
@@ -42,6 +42,16 @@ def test_full_rows_have_their_pauses_and_lose_no_token():
     stream = np.concatenate(ids)
     assert stream[stream != PAUSE].tolist() == [token for document in documents for token in [SEP, *document]]
     assert rows.num_tokens(0, len(rows)) == sum(map(len, documents)) + len(documents)
+
+
+@pytest.mark.parametrize(("length", "pauses"), [(1, 0), (2, 0), (3, 1), (5, 1), (6, 2), (8, 2), (12, 3), (15, 4)])
+def test_a_short_last_block_has_its_share_of_pauses(length, pauses):
+    """4 of 16 tokens, rounded; the document's separator is a token."""
+    rows, _ = paused_rows([2 * (SIZE - NUM) + length - 1])
+    assert len(rows) == 3
+    counts = [sum(int((text.ids == PAUSE).sum()) for text in rows.texts(row, row)) for row in range(3)]
+    assert counts == [NUM, NUM, pauses]
+    assert sum(text.num_pauses for text in rows.texts(2, 2)) == pauses
 
 
 def test_loss_is_dropped_exactly_where_the_next_token_is_a_pause():

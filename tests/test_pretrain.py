@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 from kozero.checkpoint import RunState, damage
@@ -85,9 +86,10 @@ def test_a_language_model_learns_from_scratch_and_writes(monkeypatch, tmp_path):
     curve = losses(folder)
     assert curve[4] < curve[1]
     lm = AutoModelForCausalLM.from_pretrained(folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    out = lm.generate(**tokenizer("오늘은", return_tensors="pt"), max_new_tokens=5, do_sample=False)
-    assert len(tokenizer.decode(out[0])) > 0
+    prompt = AutoTokenizer.from_pretrained(folder / "model")("오늘은", return_tensors="pt")
+    written = lm.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)[0].tolist()
+    given = prompt["input_ids"][0].tolist()
+    assert written[: len(given)] == given and len(written) == len(given) + 5
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(monkeypatch, tmp_path):
@@ -97,6 +99,19 @@ def test_a_resumed_run_is_the_run_that_never_stopped(monkeypatch, tmp_path):
     assert losses(parts) == losses(whole)
     ours, theirs = (AutoModel.from_pretrained(folder / "model").state_dict() for folder in (whole, parts))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_whose_held_out_loss_rises_at_the_end_exports_the_best_weights(monkeypatch, tmp_path):
+    """The best ones are neither the first nor the last; what is exported is what a run of so many steps ends with."""
+    rising = iter([3.0, 2.0, 2.5, 2.25])
+    told = ("--dropout", 0, "--eval_steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "held_out_scores", lambda *_: {"loss": next(rising)})
+        found = pretrain(patch, tmp_path / "rising", *told, model="mix_lm")
+    short = pretrain(monkeypatch, tmp_path / "short", *told, "--num_steps", 2, model="mix_lm")
+    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (found, short))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert "the weights are those of step 2" in (found / "model/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("model", ["transformer", "mix_lm", "causal_lm"])

@@ -257,6 +257,35 @@ def test_right_spans_with_the_highest_logits_score_in_full(dev):
     assert half.values["f1"] < 0.75 * found.values["f1"]
 
 
+class LogitsOfTokens(nn.Module):
+    """Logits that follow from the tokens alone."""
+
+    def forward(self, input_ids, attention_mask, token_type_ids, window):
+        places = torch.arange(input_ids.shape[1])
+        outside = ((places < window[:, :1]) | (places >= window[:, 1:])) & (places > 0)
+        logits = torch.stack([(input_ids * factor % 101) / 7 for factor in (37, 53)], 1)
+        return logits.masked_fill(outside[:, None], -torch.inf)
+
+
+def test_a_rank_without_windows_changes_no_span(dev, monkeypatch):
+    """Three ranks of four windows: of the last pass the third has none, and the second a part."""
+    reading = Reading(ReadingArguments(doc_stride=24, max_query_length=24), Framing(1, 1), 64)
+    every = Windows(dev.store, reading.size, dev.numbers)
+    num = next(
+        n for n in range(3, len(dev.numbers)) if len(Windows(dev.store, reading.size, dev.numbers[:n])) % 12 == 6
+    )
+    windows = Windows(dev.store, reading.size, dev.numbers[:num])
+    assert 12 < len(windows) < len(every)
+    engine = engine_of(LogitsOfTokens())
+    alone = reading.window_spans(engine, windows, 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(reading.window_spans(engine, windows, 4))
+    assert np.array_equal(sum(parts), alone)
+
+
 def test_the_n_best_answers_are_the_best_different_texts_of_all_windows(dev):
     few = QuestionSet(dev.examples[:6], dev.numbers[:6], dev.store)
     reading = Reading(ReadingArguments(doc_stride=24, max_query_length=24, max_answer_length=4), Framing(1, 1), 64)

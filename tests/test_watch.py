@@ -107,10 +107,32 @@ def test_a_loss_far_above_the_ones_before_is_told_with_its_score(tmp_path, capsy
     assert "training examples " in line
 
 
-@pytest.mark.parametrize(("sigmas", "first"), [(0, 40), (6, 10)])
-def test_no_spike_is_told_when_it_was_not_asked_for_or_too_little_is_known(tmp_path, capsys, sigmas, first):
-    trainer(tmp_path, Told(*noisy(first), (9.0, 1.0, True)), max_steps=42, spike_sigmas=sigmas).fit()
-    assert "standard deviations" not in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("sigmas", "first", "score", "told"),
+    [
+        (6, 40, 6.1, True),
+        (6, 40, 5.9, False),
+        (5.8, 40, 5.9, True),
+        (0, 40, 50, False),
+        (6, 32, 9, True),
+        (6, 31, 9, False),
+    ],
+)
+def test_a_spike_is_told_from_the_score_that_was_asked_for_and_from_32_losses_on(
+    tmp_path, capsys, sigmas, first, score, told
+):
+    losses = [loss for loss, *_ in noisy(first)]
+    spike = statistics.mean(losses) + score * statistics.pstdev(losses)
+    trainer(tmp_path, Told(*noisy(first), (spike, 1.0, True)), max_steps=42, spike_sigmas=sigmas).fit()
+    assert (f"is {score:.1f} standard deviations above" in capsys.readouterr().out) == told
+
+
+def test_a_loss_is_compared_with_the_128_before_it(tmp_path, capsys):
+    """Those before them were far above."""
+    steps = [(50.0, 1.0, True), *noisy(128), (9.0, 1.0, True)]
+    run = trainer(tmp_path, Told(*steps), max_steps=130)
+    run.fit()
+    assert "step 130: loss 9.0000" in capsys.readouterr().out and len(run.state.recent_losses) == 128
 
 
 def test_what_losses_were_outlives_a_resume(tmp_path, capsys):
