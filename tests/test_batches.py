@@ -170,6 +170,15 @@ def test_row_lengths_count_the_tokens_and_pauses_of_a_step():
     assert batch.num_tokens == rows.num_tokens(0, 4)
 
 
+def test_packed_rows_have_one_width_and_grouped_ones_that_of_their_longest():
+    store = numbered_store(6)  # 54 tokens at most
+    widths = {
+        batching: TrainingRows(store, NO_PAUSES, 64, batching, 3).step(0, BatchSizes(1, 1, 1), 0)[0].inputs["input_ids"]
+        for batching in ("packed", "grouped")
+    }
+    assert {batching: ids.shape for batching, ids in widths.items()} == {"packed": (1, 64), "grouped": (1, 8)}
+
+
 @pytest.mark.parametrize("capacity", [16, 20])
 @pytest.mark.parametrize("batching", ["packed", "grouped"])
 def test_no_position_is_beyond_the_capacity(batching, capacity):

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from kozero.config import BatchSizes
 from kozero.data.batches import Prefixes, TrainingRows, collate
 from kozero.data.marks import MARKERS, token_marks
 from kozero.data.store import TextRow, open_or_build
@@ -224,8 +225,6 @@ def test_a_sampled_number_is_any_from_none_to_all_and_is_that_of_its_step():
 
 @pytest.mark.parametrize("batching", ["packed", "grouped"])
 def test_a_step_has_the_number_of_its_schedule(batching):
-    from kozero.config import BatchSizes
-
     rows = TrainingRows(numbered_store(60), Pauses(PAUSE, 3), 24, batching, 0, schedule("curriculum", 3, 0, 40))
     sizes = BatchSizes(4, 1, 1)
     for consumed, num in ((0, 0), (8, 1), (16, 3), (36, 3)):
@@ -234,6 +233,15 @@ def test_a_step_has_the_number_of_its_schedule(batching):
         texts = sum(len(rows.rows[number]) for number in numbers)
         assert (batch.inputs["input_ids"] == PAUSE).sum() - pauses_in(rows.store, rows, numbers) == num * texts
         assert rows.num_tokens(consumed, 4) == batch.num_tokens
+
+
+def test_random_places_of_a_text_are_others_in_the_next_epoch():
+    texts = [([], range(10, 40), [50])] * 3  # one example a row
+    rows = TrainingRows(MemoryStore(texts), Pauses(PAUSE, 2, "random"), 34, "packed", 0)
+    sizes = BatchSizes(3, 1, 1)
+    epochs = [rows.step(consumed, sizes, 0)[0].inputs["input_ids"].tolist() for consumed in (0, 3, 3)]
+    assert epochs[1] == epochs[2]
+    assert not {tuple(row) for row in epochs[0]} & {tuple(row) for row in epochs[1]}
 
 
 def pauses_in(store: MemoryStore, rows: TrainingRows, numbers: list[int]) -> int:

@@ -113,11 +113,14 @@ def test_a_moved_cut_has_the_span_in_its_middle_or_ends_with_the_context():
 
 
 def test_a_span_in_the_head_does_not_move_the_cut():
-    assert fit(one_row(50, 3, 2, (1, 5)), capacity=12, num_pauses=1).cut.tolist() == [[0, 6]]
+    for span in ((1, 5), (2, 6)):  # of the second the last token is the last one kept
+        assert fit(one_row(50, 3, 2, span), capacity=12, num_pauses=1).cut.tolist() == [[0, 6]]
+    assert fit(one_row(50, 3, 2, (3, 7)), capacity=12, num_pauses=1).cut.tolist() != [[0, 6]]
 
 
 def test_an_example_whose_span_is_longer_than_the_room_is_left_out():
-    fitted = fit(one_row(50, 3, 2, (20, 30)), capacity=12, num_pauses=1)
+    assert fit(one_row(50, 3, 2, (20, 26)), capacity=12, num_pauses=1).cut.tolist() == [[20, 26]]
+    fitted = fit(one_row(50, 3, 2, (20, 27)), capacity=12, num_pauses=1)
     assert fitted.used.tolist() == []
     assert fitted.num_left_out == 1
 

@@ -136,7 +136,13 @@ def test_marks_spaces_and_case_make_no_other_text(tmp_path):
         "is it so?",
     ]
     assert duplicates(texts, 0.8, tmp_path).tolist() == [-1, -1, 0, -1, 3, -1, 5]
+    assert duplicates(texts, 1.0, tmp_path).tolist() == [-1, -1, 0, -1, 3, -1, 5]
     assert duplicates([], 0.8, tmp_path).tolist() == []
+
+
+def test_shingles_by_hand():
+    assert shingles("영화가 정말, 좋다") == {text.encode() for text in ("영화가정말", "화가정말좋", "가정말좋다")}
+    assert shingles("다섯글자야") == {"다섯글자야".encode()} and shingles("짧다") == {"짧다".encode()}
 
 
 # Search ----------------------------------------------------------------------------------------------------------
