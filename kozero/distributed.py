@@ -21,6 +21,7 @@ from torch.distributed import distributed_c10d
 
 from kozero.errors import UserError
 from kozero.orphan import end_with_launcher
+from kozero.streams import outlive_readers
 
 T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -87,6 +88,8 @@ def make_groups(backend: str, timeout: timedelta) -> None:
             raise UserError(
                 f"WORLD_SIZE is set and {missing[0]} is not: start with torchrun or deepspeed, or unset WORLD_SIZE"
             )
+        if os.environ["WORLD_SIZE"] != "1":
+            outlive_readers()  # a rank that left because of them would take the others down
         try:
             dist.init_process_group(backend, timeout=timeout, **restarted(timeout))
         except dist.DistNetworkError as error:

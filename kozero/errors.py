@@ -1,7 +1,6 @@
 """How a run ends when it cannot go on: one line for the user, a documented exit code, no traceback."""
 
 import difflib
-import errno
 import os
 import signal
 import sys
@@ -9,6 +8,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
+
+from kozero.streams import NO_ROOM, Unread, guard_streams, outlive_readers
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 4
@@ -62,14 +63,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run an entry point; a UserError becomes one line on standard error and exit code 2, Diverged the same with 4,
-    SaveFailed with 5. Stopped, which has been told, is 128 and the number of its signal.
+    SaveFailed with 5. Stopped, which has been told, is 128 and the number of its signal; so is SIGPIPE, where results
+    were printed and nobody read them.
 
     Ranks usually fail alike. The first of a machine speaks at once, and its launcher then ends the others; they wait
     a little, and are heard only when the first has not failed.
     """
     code = 0
+    guard_streams()
     try:
         main()
+        sys.stdout.flush()
     except (UserError, Diverged, SaveFailed) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(GRACE_SECONDS)
@@ -78,11 +82,16 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         code = next(code for kind, code in codes if isinstance(error, kind))
     except Stopped as stopped:
         code = 128 + stopped.number
+    except Unread:  # as a shell tells it of other programs
+        code = 128 + signal.SIGPIPE
+    except SystemExit:
+        outlive_readers()  # the interpreter prints what is left
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             then = "make room and start again, a training run with --resume auto"
             print(f"error: {error.filename or 'a file'}: {error.strerror}; {then}", file=sys.stderr, flush=True)
             code = EXIT_NOT_SAVED
@@ -95,6 +104,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     # Everything is written and closed by now. In the usual teardown a gloo thread of PyTorch that drops the last
     # reference to a tensor asks for the interpreter's lock, Python before 3.14 ends such a thread by unwinding its C++
     # stack, and that aborts the process (one run in thirty); a launcher then reports a finished run as failed.
+    outlive_readers()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

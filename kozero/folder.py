@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from kozero import distributed
 from kozero.errors import UserError, require
+from kozero.streams import outlive_readers
 
 LOCK = ".lock"
 LONGEST = 130  # bytes of the longest file name that a run makes in its folder: TensorBoard's, with the host's name
@@ -46,7 +47,8 @@ def claim_output(name: str) -> Iterator[Path]:
 
 
 def writable_folder(flag: str, folder: Path) -> Path:
-    """A folder, made if need be, in which a file could be written just now; `flag` named it.
+    """A folder, made if need be, in which a file could be written just now; `flag` named it. The results go there, so
+    nobody needs to read what is printed.
 
     Raises: UserError, before anything long begins.
     """
@@ -56,6 +58,7 @@ def writable_folder(flag: str, folder: Path) -> Path:
             pass
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+    outlive_readers()
     return folder
 
 

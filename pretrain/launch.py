@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 from kozero import distributed
 from kozero.errors import EXIT_INTERRUPTED, GRACE_SECONDS, require, run_main
+from kozero.streams import outlive_readers
 
 RANKS_PER_CORE = 4  # more of them is a slip of the keyboard
 # A fork has the libraries that this process took seconds to import; what it has asked of CUDA, a fork cannot use.
@@ -46,6 +47,7 @@ def run_ranks(main: Callable[[], None], nproc: int) -> None:
     if "WORLD_SIZE" in os.environ or wanted == 1:
         run_main(main)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells whom it ends: not for users
+    outlive_readers()
     told = (main, wanted, distributed.free_port(), sys.argv, os.getpid())
     ranks = mp.start_processes(one_rank, told, nprocs=wanted, join=False, start_method=START)
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -19,9 +19,12 @@ from tests.helpers import ROOT
 from tests.ranks import START
 
 
-def run_script(command: str, world_size: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_script(
+    command: str, world_size: int = 1, timeout: float = 300, pipes: list[Path] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`python COMMAND` in the root; with more ranks, what torchrun starts. Standard output and error are those of all
-    ranks; the exit code is that of the first which failed, and the others are ended then."""
+    ranks, or go into two named `pipes`; the exit code is that of the first which failed, and the others are ended
+    then."""
     words, end = shlex.split(command), time.monotonic() + timeout
     port = distributed.free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +33,7 @@ def run_script(command: str, world_size: int = 1, timeout: float = 300) -> subpr
             path.touch()
         start = multiprocessing.get_context(START).Process
         told = [distributed.described(rank, world_size, port) for rank in range(world_size)] if world_size > 1 else [{}]
-        running = [start(target=work, args=(words, dict(os.environ) | rank, said)) for rank in told]
+        running = [start(target=work, args=(words, dict(os.environ) | rank, pipes or said)) for rank in told]
         for process in running:
             process.start()
         try:

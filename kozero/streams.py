@@ -1,0 +1,63 @@
+"""Standard input, output and error of a program whose output may go where Korean cannot be spelled, where no room is
+left, or where nobody reads any more."""
+
+import errno
+import io
+import os
+import select
+import sys
+from contextlib import suppress
+from typing import Any
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Unread(Exception):
+    """Nobody reads standard output any more."""
+
+
+class Output(io.FileIO):
+    """The descriptor of standard output or error. Where it is not `needed`, what cannot be written is dropped."""
+
+    needed = True  # of standard output, until the results of the program go into files
+
+    def write(self, data: Any) -> int:
+        """Raises: Unread, or OSError where there is no room."""
+        try:
+            while (done := super().write(data)) is None:  # a pipe that another program told not to wait
+                select.select([], [self], [])
+            return done
+        except OSError as error:
+            if not self.needed:
+                return len(data)
+            if error.errno in NO_ROOM:
+                raise OSError(error.errno, error.strerror, "standard output") from None
+            raise Unread from None
+
+
+def guard_streams() -> None:
+    """Let standard output and error take any text; streams that were closed before the program began lead nowhere."""
+    for name in ("stdin", "stdout", "stderr"):
+        old = getattr(sys, name)
+        number = old.fileno() if old else os.open(os.devnull, os.O_RDWR)  # the lowest that is free: its own
+        os.set_inheritable(number, True)
+        if name == "stdin":
+            sys.stdin = old or os.fdopen(number)
+        else:
+            setattr(sys, name, guarded(old or os.fdopen(number, "w", closefd=False), name == "stdout"))
+
+
+def guarded(old: io.TextIOWrapper, needed: bool) -> io.TextIOWrapper:
+    """A stream in the place of another one."""
+    with suppress(OSError):
+        old.flush()
+    raw = Output(old.fileno(), "w", closefd=False)
+    if not needed:
+        raw.needed = False
+    buffering, through = old.line_buffering, old.write_through
+    return io.TextIOWrapper(io.BufferedWriter(raw), old.encoding, "backslashreplace", None, buffering, through)
+
+
+def outlive_readers() -> None:
+    """Go on where what is printed cannot be, because the results go into files."""
+    Output.needed = False
