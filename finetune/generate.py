@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from transformers import TextStreamer
@@ -22,10 +22,9 @@ from finetune.setup import inference_pauses, load_model
 from finetune.writing import Written, write_long
 from kozero import distributed
 from kozero.config import arg, at_least, parse_arguments
-from kozero.data.readers import decode_lines
+from kozero.data.readers import decode_lines, numbered_lines
 from kozero.errors import UserError, require, run_main
 from kozero.folder import growing_file, incomplete, new_file, write_text
-from kozero.json_files import not_utf8
 from kozero.pause import InferencePauseArguments
 from kozero.text_metrics import variety
 
@@ -230,17 +229,12 @@ def prompts_of(arguments: GenerationArguments) -> Iterable[Prompt]:
     return lines_of(sys.stdin.buffer)
 
 
-def lines_of(lines: Iterable[bytes]) -> Iterator[Prompt]:
+def lines_of(file: BinaryIO) -> Iterator[Prompt]:
     """Lines of standard input that are not empty; a person is asked for each."""
     ask()
-    for number, line in enumerate(lines, start=1):
-        where = f"standard input, line {number}"
-        try:
-            prompt = line.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: {not_utf8(line)}") from None
-        if prompt:
-            yield where, prompt
+    for number, line in numbered_lines(file, "standard input, line "):
+        if line.strip():
+            yield f"standard input, line {number}", line.strip()
         ask()
 
 

@@ -15,17 +15,27 @@ EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 4
 EXIT_NOT_SAVED = 5
 EXIT_INTERRUPTED = 130
+LONGEST_MESSAGE = 1000
 GRACE_SECONDS = 3.0  # the deepspeed launcher looks every second whether a rank has ended
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The message names the file, line, flag or key, its value, and what to do.
 
-    It is one line: line breaks and what would command a terminal are spelled, for a name in a file may hold them.
+    It is one line of at most LONGEST_MESSAGE characters, for it may quote a file: line breaks and what would command a
+    terminal are spelled, and the middle of a longer message is left out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in shortened(message))
+        super().__init__(shortened("".join(spelled)))
+
+
+def shortened(message: str) -> str:
+    """A message with its beginning, which names the place, and its end, which says what to do."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    return f"{message[: LONGEST_MESSAGE // 2]} ... {message[5 - LONGEST_MESSAGE // 2 :]}"
 
 
 class Diverged(Exception):

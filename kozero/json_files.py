@@ -1,13 +1,19 @@
-"""JSON that users write: errors name the file and line, a key that is written twice or unknown is refused."""
+"""Files that users write, and JSON in them: errors name the file and line, a key that is written twice or unknown is
+refused."""
 
 import codecs
 import json
 import re
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kozero.errors import UserError, nearest, require
 
+JSON_MIB = 2048  # of a file, which is read as a whole: Python needs several times as much memory for it
 HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -22,22 +28,51 @@ def not_utf8(content: bytes) -> str:
     return f"not UTF-8; if it is {encoding.upper()}, convert it: iconv -f {encoding} -t utf-8"
 
 
+def regular(path: Path) -> Path:
+    """`path`, unless it is missing or a FIFO, device or socket, which may never end.
+
+    Raises: UserError.
+    """
+    try:
+        is_regular = stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    require(is_regular, f"{path}: is not a regular file; save what it holds in one")
+    return path
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading; one that cannot be read is a UserError."""
+    regular(path)
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def read_json(path: str | Path) -> Any:
     """Parse a UTF-8 JSON file; one that is missing, broken or names a key twice is a UserError with file and line."""
     path = Path(path)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise UserError(f"{path}: key {sorted(twice)[0]!r} is written twice; remove one")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = min(key for key, num in Counter(key for key, _ in pairs).items() if num > 1)
+            raise UserError(f"{path}: key {twice!r} is written twice; remove one")
+        return found
 
+    with reading(path) as file:
+        mib = -(-path.stat().st_size // 2**20)
+        require(
+            mib <= JSON_MIB, f"{path}: {mib:,} MiB of JSON, which is read as a whole; at most {JSON_MIB:,}, split it"
+        )
+        content = file.read().replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # errors count lines
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=no_duplicates)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=no_duplicates)
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: {not_utf8(error.object)}") from None

@@ -8,26 +8,24 @@ it stopped, and a corpus larger than memory needs no more of it than a small one
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import accumulate, chain, islice, takewhile
 from os import SEEK_END
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from kozero.data.readers import load_hub
+from kozero.data.readers import LINE_END, check_line, load_hub, raw_lines
 from kozero.data.store import META, build_once, encodings, key_of, seal, tokenizer_hash
 from kozero.errors import UserError, require
-from kozero.json_files import not_utf8
+from kozero.json_files import not_utf8, reading
 from kozero.seal import read_sealed
 
 PIECE_BYTES = 16 * 2**20
 LINE_BYTES = 2**20  # a longer line is no text
-TOO_LONG = f"a line of over {LINE_BYTES:,} bytes; break it into lines"
 ENCODE_SENTENCES = 4096  # handed to the tokenizer at once
 
 Document = list[str]  # its lines
@@ -66,13 +64,14 @@ class Piece:
         Raises: UserError naming the line that is not UTF-8 or too long.
         """
         content = self.content()
-        for number, line in enumerate(content.split(b"\n")):
+        for number, line in enumerate(content.splitlines()):
             if len(line) > LINE_BYTES:
-                raise fault(self.path, self.start, number, TOO_LONG)
+                check_line(place_of_line(self.path, self.start, number), line, LINE_BYTES)
             try:
                 text = line.decode("utf-8-sig")
             except UnicodeDecodeError:
-                raise fault(self.path, self.start, number, not_utf8(content)) from None
+                where = place_of_line(self.path, self.start, number)
+                raise UserError(f"{where}: {not_utf8(content)}") from None
             yield text.strip()
 
 
@@ -92,26 +91,15 @@ class HubPiece:
     def documents(self) -> Iterator[Document]:
         """Rows as their lines without the empty ones; rows without text are passed over."""
         for row in self.rows.select(range(self.start, self.end)):
-            if lines := [line.strip() for line in (row[self.column] or "").split("\n") if line.strip()]:
+            if lines := [line.strip() for line in LINE_END.split(row[self.column] or "") if line.strip()]:
                 yield lines
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[BinaryIO]:
-    """A file open for reading; one that cannot be read is a UserError."""
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def fault(path: Path, place: int, number: int, what: str) -> UserError:
-    """What is wrong with the line `number` lines after that at byte `place`. Counts lines with a block in memory."""
+def place_of_line(path: Path, place: int, number: int) -> str:
+    """File and number of the line `number` lines after that at byte `place`. Counts lines with a block in memory."""
     with reading(path) as file:
-        blocks = iter(lambda: file.read(min(2**20, place - file.tell())), b"")
-        before = sum(block.count(b"\n") for block in blocks)
-    return UserError(f"{path}:{before + number + 1}: {what}")
+        ends = takewhile(lambda end: end <= place, accumulate(map(len, raw_lines(file))))
+        return f"{path}:{sum(1 for _ in ends) + number + 1}"
 
 
 def pieces_of(path: Path) -> Iterator[Piece]:
@@ -119,21 +107,15 @@ def pieces_of(path: Path) -> Iterator[Piece]:
     with reading(path) as file:
         size, start = file.seek(0, SEEK_END), 0
         while start < size:
-            file.seek(min(start + PIECE_BYTES, size) - 1)
-            next_line(file, path)  # the rest of one, so it tells nothing
-            while line := next_line(file, path):
-                if not line.strip() or file.tell() > start + 2 * PIECE_BYTES:
+            place = file.seek(min(start + PIECE_BYTES, size) - 1)
+            for number, line in enumerate(raw_lines(file, LINE_BYTES)):
+                if len(line) > LINE_BYTES:
+                    check_line(place_of_line(path, place, 0), line, LINE_BYTES)
+                place += len(line)
+                if number and (not line.strip() or place > start + 2 * PIECE_BYTES):  # 0 is the rest of a line
                     break
-            yield Piece(path, start, file.tell())
-            start = file.tell()
-
-
-def next_line(file: BinaryIO, path: Path) -> bytes:
-    """A line, or what is left of one; empty at the end of the file."""
-    start, line = file.tell(), file.readline(LINE_BYTES + 1)
-    if len(line) > LINE_BYTES + line.endswith(b"\n"):
-        raise fault(path, start, 0, TOO_LONG)
-    return line
+            yield Piece(path, start, place)
+            start = place
 
 
 def hub_pieces(name: str, split: str, column: str, rows: int = 10_000) -> list[HubPiece]:

@@ -4,6 +4,8 @@ encoders. Both have 100 spare tokens.
 python scripts/train_tokenizer.py --files reviews.txt --vocab_size 8192 --output_dir runs/tokenizer
 """
 
+import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,8 @@ from kozero.folder import writable_folder
 
 GPT = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>", *(f"<unused{n}>" for n in range(100))]
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[unused{n}]" for n in range(100))]
+LONGEST_WORD = 1000  # characters; training takes time with the square of a word's length
+LONG_WORD = re.compile(rf"[^ ]{{{LONGEST_WORD}}}(?=[^ ])")
 SPECIAL = {"bpe": GPT, "wordpiece": BERT}  # ids from 0 on, as in KoGPT2 and in BERT
 
 
@@ -54,7 +58,7 @@ def main() -> None:
 
 
 def lines(files: list[Path], column: int) -> Iterator[str]:
-    """Texts of the files that are not empty."""
+    """Texts of the files that are not empty, in NFC, longer words cut at LONGEST_WORD."""
     found = False
     for name in files:
         for number, line in decode_lines(name):
@@ -64,7 +68,7 @@ def lines(files: list[Path], column: int) -> Iterator[str]:
                 line = fields[column]
             if line.strip():
                 found = True
-                yield line.strip()
+                yield LONG_WORD.sub(r"\g<0> ", unicodedata.normalize("NFC", line.strip()))
     require(found, f"{', '.join(map(str, files))}: no text")
 
 

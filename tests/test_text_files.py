@@ -1,9 +1,30 @@
-"""The text files that a flag names."""
+"""Files that a flag names: which ones a folder holds, what a line is, and that nothing endless is read."""
+
+import io
+import json
+import os
+import threading
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from kozero.data.readers import text_files
+from finetune import generate
+from finetune.tasks import TASKS, Source
+from kozero.data import documents as document_files
+from kozero.data import readers
+from kozero.data.documents import documents
+from kozero.data.readers import BadRow, LeftOut, decode_lines, raw_lines, read_tsv, text_field, text_files
 from kozero.errors import UserError
+from kozero.json_files import read_json
+from pretrain.corpus import HubPiece, pieces_of
+from scripts import train_tokenizer
+
+# Folders ---------------------------------------------------------------------------------------------------------
+
+
+def found_in(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in text_files("--files", folder)]
 
 
 def test_a_folder_is_searched_to_the_bottom_in_the_order_of_names(tmp_path):
@@ -11,8 +32,7 @@ def test_a_folder_is_searched_to_the_bottom_in_the_order_of_names(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("글", encoding="utf-8")
     (tmp_path / "folder.txt").mkdir()
-    found = [str(path.relative_to(tmp_path)) for path in text_files("--files", tmp_path)]
-    assert found == ["a/b/c.txt", "a/z.dat", "b.txt"]
+    assert found_in(tmp_path) == ["a/b/c.txt", "a/z.dat", "b.txt"]
 
 
 def test_a_single_file_may_have_any_name(tmp_path):
@@ -25,3 +45,210 @@ def test_a_path_without_files_is_refused(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=rf"--corpus_path .*{name}: {message}"):
         text_files("--corpus_path", tmp_path / name)
+
+
+def test_linked_folders_are_searched_once_and_circles_end(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/a.txt").touch()
+    folder = tmp_path / "corpus"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner/b.txt").touch()
+    (folder / "near").symlink_to(tmp_path / "far")
+    (folder / "again").symlink_to(tmp_path / "far")
+    (folder / "inner/up").symlink_to(folder)
+    (folder / "c.txt").symlink_to(tmp_path / "far/a.txt")
+    assert found_in(folder) == ["again/a.txt", "c.txt", "inner/b.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").touch()
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
+        text_files("--files", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "dangling link"])
+def test_what_is_no_file_in_a_folder_is_named_and_not_left_out(tmp_path, kind):
+    (tmp_path / "a.txt").touch()
+    os.mkfifo(tmp_path / "b.txt") if kind == "fifo" else (tmp_path / "b.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"b\.txt: (is not a regular file|no such file)"):
+        text_files("--files", tmp_path)
+
+
+READERS = {
+    "--files, --corpus_path": lambda path: text_files("--files", path),
+    "lines": lambda path: list(decode_lines(path)),
+    "JSON": read_json,
+    "documents": lambda path: list(documents(path, "line", Counter())),
+    "corpus": lambda path: list(pieces_of(path)),
+    "prompts": lambda path: generate.prompts_of(generate.GenerationArguments(prompts_file=str(path))),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_fifo_is_refused_before_it_is_opened(tmp_path, reader):
+    os.mkfifo(tmp_path / "pipe.txt")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe.txt").write_text("[]"), daemon=True)
+    writer.start()  # a reader that opens it does not wait for ever, and gets what it should not
+    with pytest.raises(UserError, match=r"pipe\.txt: is not a regular file; save what it holds in one"):
+        READERS[reader](tmp_path / "pipe.txt")
+
+
+@pytest.mark.parametrize("reader", [name for name in READERS if name != "documents"])
+def test_a_device_is_refused(reader):
+    with pytest.raises(UserError, match="/dev/null: is not a regular file"):
+        READERS[reader](Path("/dev/null"))
+
+
+# Lines -----------------------------------------------------------------------------------------------------------
+
+
+def hub_lines(path: Path) -> list:
+    class Rows:
+        def select(self, numbers):
+            return [{"text": path.read_bytes().decode("utf-8-sig")}]
+
+    return list(HubPiece(Rows(), "text", 0, 1).documents())
+
+
+def rows_of_task(name: str):
+    return lambda path: list(TASKS[name].examples(Source(path), LeftOut()))
+
+
+def faults_of_json(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_json(path)
+    return str(caught.value)
+
+
+TEXT = "눈이 온다.\n길이 희다.\n\n국을 끓인다.\n"
+JSON_LINES = '{"text": "첫 글이다"}\n{"text": "둘째 글이다"}\n'
+OF_LINES = {  # name of the file, its content, what reads it
+    "documents": ("a.txt", TEXT, lambda path: list(documents(path, "document", Counter()))),
+    "documents by line": ("a.txt", TEXT, lambda path: list(documents(path, "line", Counter()))),
+    "documents in CP949": ("a.dat", TEXT, lambda path: list(documents(path, "document", Counter()))),
+    "table of documents": ("a.txt", "id\tdocument\tlabel\n1\t좋다\t1\n2\t싫다\t0\n", lambda path: list(
+        documents(path, "line", Counter())
+    )),
+    "documents in JSON": ("a.jsonl", JSON_LINES, lambda path: list(documents(path, "line", Counter()))),
+    "corpus": ("a.txt", TEXT, lambda path: [one for piece in pieces_of(path) for one in piece.documents()]),
+    "hub": ("a.txt", TEXT, hub_lines),
+    "tokenizer": ("a.txt", TEXT, lambda path: list(train_tokenizer.lines([path], -1))),
+    "prompts": ("a.txt", TEXT, READERS["prompts"]),
+    "standard input": ("a.txt", TEXT, lambda path: list(generate.lines_of(path.open("rb")))),
+    "nsmc": ("a.txt", "id\tdocument\tlabel\n1\t좋다\t1\n2\t싫다\t0\n", rows_of_task("nsmc")),
+    "essay": ("a.jsonl", JSON_LINES, rows_of_task("essay")),
+    "JSON": ("a.json", '{"a": 1,\n"b": 2,\n"c" 3}\n', faults_of_json),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n"])
+@pytest.mark.parametrize("kind", OF_LINES)
+def test_lines_are_the_same_whatever_ends_them(tmp_path, kind, end):
+    name, content, reader = OF_LINES[kind]
+    path, encoding = tmp_path / name, "cp949" if "CP949" in kind else "utf-8"
+    path.write_bytes(content.encode(encoding))
+    wanted = reader(path)
+    path.write_bytes(content.replace("\n", end).encode(encoding))
+    assert reader(path) == wanted and len(wanted) > 0
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 2**16])
+def test_no_line_end_is_lost_or_doubled_where_blocks_meet(monkeypatch, block):
+    monkeypatch.setattr(readers, "BLOCK", block)
+    content = "가\r\n나\r\r\n\n다\r라\n\n\r\r\n마".encode()
+    lines = list(raw_lines(io.BytesIO(content)))
+    assert b"".join(lines) == content and lines == content.splitlines(keepends=True)
+
+
+def test_a_line_without_an_end_is_not_read_to_its_end():
+    file = io.BytesIO(b"a\n" + b"x" * 10**6)
+    assert len(list(raw_lines(file, 1000))[-1]) > 1000
+    assert file.tell() <= 2 + 1000 + 2 * readers.BLOCK
+
+
+LONG = {
+    "documents": (lambda path: list(documents(path, "document", Counter())), "a.txt"),
+    "rows": (lambda path: list(read_tsv(path, ("id",))), "a.txt"),
+    "tokenizer": (lambda path: list(train_tokenizer.lines([path], -1)), "a.txt"),
+    "prompts": (READERS["prompts"], "a.txt"),
+    "standard input": (lambda path: list(generate.lines_of(path.open("rb"))), "line 2"),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_line_that_is_no_text_is_named_with_its_place_and_the_bound(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(readers, "LINE_BYTES", 30)
+    reader, name = LONG[kind]
+    (tmp_path / "a.txt").write_text("id\n" + "x" * 31)
+    with pytest.raises(UserError, match=rf"{name}.*2?: a line of over 30 bytes; break it into lines"):
+        reader(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("id\n" + "x" * 30 + "\r\n" + "y" * 30)
+    reader(tmp_path / "a.txt")
+
+
+def test_documents_and_texts_of_rows_are_bounded_too(tmp_path, monkeypatch):
+    for module in (readers, document_files):
+        monkeypatch.setattr(module, "LINE_BYTES", 30)
+    (tmp_path / "a.txt").write_text("짧다\n\n" + "가나다라\n" * 9, encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.txt:3: a document of over 30 characters; put blank lines"):
+        list(documents(tmp_path / "a.txt", "document", Counter()))
+    assert len(list(documents(tmp_path / "a.txt", "line", Counter()))) == 10
+    with pytest.raises(BadRow, match="row 7: field 'text' has 31 characters, at most 30"):
+        text_field("row 7", {"text": "가" * 31}, "text")
+
+
+# Messages and tables of any size ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [10, 10**6])
+def test_a_message_holds_a_line_of_a_users_data_at_most(tmp_path, size):
+    """Its beginning, which names the place, and its end, which says what to do, stay."""
+    (tmp_path / "a.txt").write_text("\t".join(f"c{k}" for k in range(size)) + "\n1\n")
+    with pytest.raises(UserError) as caught:
+        list(read_tsv(tmp_path / "a.txt", ("document",)))
+    assert len(str(caught.value)) <= 1000
+    assert str(caught.value).startswith(f"{tmp_path}/a.txt:1: no column 'document'; found c0, c1")
+    assert str(caught.value).endswith(f"c{size - 1}")
+    for text in ("\x00" * 10**6, "가" * 1001):
+        assert len(str(UserError(f"{text}: mend it"))) <= 1000 and str(UserError(f"{text}: mend it")).endswith(
+            "mend it"
+        )
+
+
+def test_json_of_many_keys_is_read_and_a_key_that_is_there_twice_is_found(tmp_path):
+    keys = {f"key {k}": k for k in range(30_000)}
+    (tmp_path / "a.json").write_text(json.dumps(keys))
+    assert read_json(tmp_path / "a.json") == keys
+    (tmp_path / "a.json").write_text(json.dumps(keys)[:-1] + ', "key 7": 1}')
+    with pytest.raises(UserError, match="key 'key 7' is written twice"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_that_would_fill_the_memory_is_refused_unread(tmp_path, monkeypatch):
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(2**31 + 1)  # sparse: takes no room
+    with pytest.raises(UserError, match=r"a\.json: 2,049 MiB of JSON, which is read as a whole; at most 2,048"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["가" * 3000, "가나 " * 900 + "다" * 2500 + " 라", "\u1112\u1161\u11ab" * 3000],
+    ids=["one word", "words around it", "decomposed"],
+)
+def test_no_word_that_a_tokenizer_learns_from_makes_training_quadratic(tmp_path, text):
+    """Merges are searched in whole words; nothing of the text is lost, and no syllable is cut."""
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (found,) = train_tokenizer.lines([tmp_path / "a.txt"], -1)
+    assert max(map(len, found.split(" "))) <= train_tokenizer.LONGEST_WORD
+    composed = text.replace("\u1112\u1161\u11ab", "한")
+    assert found.replace(" ", "") == composed.replace(" ", "")

@@ -1,5 +1,6 @@
 """finetune/train.py, evaluate.py and generate.py as a user calls them, in this process."""
 
+import io
 import json
 import shlex
 import shutil
@@ -437,7 +438,7 @@ def test_scores_do_not_go_into_a_folder(monkeypatch, config, tmp_path):
 
 def test_a_prompt_that_is_not_utf8_is_named_by_line():
     with pytest.raises(UserError, match="standard input, line 2: not UTF-8"):
-        list(generate.lines_of(["가\n".encode(), b"\xff\xfe\n"]))
+        list(generate.lines_of(io.BytesIO("가\n".encode() + b"\xff\xfe\n")))
 
 
 def test_notes_of_a_cache_name_the_file_that_is_read(monkeypatch, config, tmp_path, capsys):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kozero.data.readers import BadRow, Located, read_jsonl, read_tsv, text_field
-from kozero.errors import UserError, require
-from kozero.json_files import not_utf8, read_json_object
+from kozero.data.readers import LINE_BYTES, BadRow, Located, check_line, raw_lines, read_jsonl, read_tsv, text_field
+from kozero.errors import require
+from kozero.json_files import not_utf8, read_json_object, reading
 
 SUFFIXES = (".txt", ".dat", ".jsonl", ".json")
 
@@ -34,8 +34,9 @@ def documents(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
 
 def is_nsmc(path: Path) -> bool:
     """Whether a file is a table in NSMC's form."""
-    with path.open("rb") as file:
-        return file.readline(100).rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8) == b"id\tdocument\tlabel"
+    with reading(path) as file:
+        first = next(raw_lines(file), b"")
+    return first.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8) == b"id\tdocument\tlabel"
 
 
 def reviews(path: Path, counts: Counter) -> Iterator[Located]:
@@ -50,10 +51,15 @@ def reviews(path: Path, counts: Counter) -> Iterator[Located]:
 def texts(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
     """Documents of a plain text."""
     lines: list[str] = []
-    first = 1
+    first, size = 1, 0
     for number, line in enumerate(lenient_lines(path, counts), start=1):
         if line.strip() and unit == "document":
-            first = first if lines else number
+            first, size = (first, size + len(line)) if lines else (number, len(line))
+            require(
+                size <= LINE_BYTES,
+                f"{path}:{first}: a document of over {LINE_BYTES:,} characters; put blank lines between documents, or "
+                "read each line as one (--unit line)",
+            )
             lines.append(line)
         elif line.strip():
             yield f"{path}:{number}", {"text": line}
@@ -66,18 +72,16 @@ def texts(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
 
 def lenient_lines(path: Path, counts: Counter) -> Iterator[str]:
     """Lines in UTF-8, or else in CP949, as older Korean files are, or else with U+FFFD for what is neither."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file):
-                wide = number == 0 and line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-                require(not wide, f"{path}: {not_utf8(line)}")
-                try:
-                    text = line.decode("utf-8-sig" if number == 0 else "utf-8")
-                except UnicodeDecodeError:
-                    text = from_cp949(line, counts)
-                yield text.rstrip("\r\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    with reading(path) as file:
+        for number, line in enumerate(raw_lines(file), start=1):
+            wide = number == 1 and line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            require(not wide, f"{path}: {not_utf8(line)}")
+            line = check_line(f"{path}:{number}", line)
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                text = from_cp949(line, counts)
+            yield text
 
 
 def from_cp949(line: bytes, counts: Counter) -> str:
@@ -111,9 +115,9 @@ def paragraphs(path: Path, counts: Counter) -> Iterator[Located]:
     for number, article in enumerate(articles, start=1):
         counts["articles without paragraphs"] += not members(article)
         for place, paragraph in enumerate(members(article), start=1):
-            text = paragraph.get("context") if isinstance(paragraph, dict) else None
-            require(isinstance(text, str), f"{path} article {number} paragraph {place}: no text 'context'")
-            yield f"{path} article {number} paragraph {place}", {"text": text}
+            where = f"{path} article {number} paragraph {place}"
+            require(isinstance(paragraph, dict), f"{where}: not a JSON object")
+            yield where, {"text": text_field(where, paragraph, "context")}
 
 
 def members(article: object) -> Iterable:

@@ -1,15 +1,20 @@
 """Rows of data files and hub data sets, each with the place it came from, and one-line errors that name that place."""
 
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kozero.errors import UserError, first_line, require
-from kozero.json_files import has_lone_surrogate, not_utf8, read_json
+from kozero.json_files import has_lone_surrogate, not_utf8, read_json, reading, regular
 
 TEXT_SUFFIXES = (".txt", ".dat")
+LINE_BYTES = 2**24  # of a line, and characters of a document or of a text in a row: more would fill the memory
+BLOCK = 2**16  # bytes that are read at once
+LINE_END = re.compile("\r\n|\r|\n")
 
 Row = dict[str, Any]
 Located = tuple[str, Row]  # ("file:line" or "file item 3", the row)
@@ -36,29 +41,71 @@ class LeftOut:
         return [f"left out {n} rows: {reason} (first: {self.first[reason]})" for reason, n in self.counts.items()]
 
 
+def raw_lines(file: BinaryIO, most: int = 0) -> Iterator[bytes]:
+    """Lines with their ends: CR, LF, or both. A line is there as soon as its end is known, so a person may type them.
+
+    Of a line of more than `most` bytes (0: LINE_BYTES) the part that was read comes last; see `check_line`.
+    """
+    rest = b""
+    while len(rest) <= (most or LINE_BYTES) + 2 and (block := file.read1(BLOCK)):
+        lines = (rest + block).splitlines(keepends=True)
+        rest = b"" if lines[-1].endswith(b"\n") else lines.pop()  # a CR may have its LF in the next block
+        yield from lines
+    if rest:
+        yield rest
+
+
+def check_line(where: str, line: bytes, most: int = 0) -> bytes:
+    """A line without its end; one of more than `most` bytes (0: LINE_BYTES) is a UserError."""
+    most, line = most or LINE_BYTES, line.rstrip(b"\r\n")
+    require(len(line) <= most, f"{where}: a line of over {most:,} bytes; break it into lines")
+    return line
+
+
+def numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines in UTF-8, with or without BOM; `name` and a number are a line's place in an error."""
+    for number, line in enumerate(raw_lines(file), start=1):
+        try:
+            text = check_line(f"{name}{number}", line).decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{name}{number}: {not_utf8(line)}") from None
+        yield number, text
+
+
 def decode_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, with or without BOM, whatever ends its lines."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, text.rstrip("\r\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: {not_utf8(error.object)}") from None
+    with reading(path) as file:
+        yield from numbered_lines(file, f"{path}:")
 
 
 def text_files(flag: str, path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
-    """The file that a flag names, or all files of a folder with one of the suffixes in the order of their names."""
+    """The file that a flag names, or all files of a folder with one of the suffixes in the order of their names.
+
+    Raises: UserError for what cannot be read, which would be missing without a word.
+    """
     require(path.exists(), f"{flag} {path}: no such file or folder")
-    if path.is_file():
-        return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
+    if not path.is_dir():
+        return [regular(path)]
+    files = sorted(regular(file) for file in files_below(path) if file.suffix in suffixes)
     require(bool(files), f"{flag} {path}: no {' or '.join(suffixes)} file in it")
     return files
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All that is in a folder and in those below it, linked ones too; a folder with several names is read once."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); make it readable or move it away")
+
+    seen = set()
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        identity = os.stat(here)
+        if (identity.st_dev, identity.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((identity.st_dev, identity.st_ino))
+        folders.sort()
+        yield from (Path(here, name) for name in names)
 
 
 def read_tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Located | BadRow]:
@@ -138,6 +185,8 @@ def text_field(where: str, row: Row, name: str) -> str:
         raise BadRow(f"{where}: no field {name!r}; found {', '.join(map(str, row))}")
     if not isinstance(row[name], str):
         raise BadRow(f"{where}: field {name!r} is {type(row[name]).__name__}, not text")
+    if len(row[name]) > LINE_BYTES:
+        raise BadRow(f"{where}: field {name!r} has {len(row[name]):,} characters, at most {LINE_BYTES:,} are read")
     if has_lone_surrogate(row[name]):
         raise BadRow(f"{where}: field {name!r} holds half a character (a lone surrogate)")
     return row[name].strip()
