@@ -18,6 +18,7 @@ from kozero.data.marks import MARKERS, token_marks
 from kozero.errors import UserError, first_line, require
 from kozero.pause import PLACEMENTS, Pauses, begins_inside, filler_id
 from models.language_model import load_tokenizer
+from models.tokenizer import keep_out_of_text
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class PausedGenerator:
         token_id = filler_id(tokenizer) if placement == "filler" else settings.get("token_id")
         require(type(num) is int and num >= 0, f"num_pauses {num!r}: must be a whole number, 0 or more")
         require(num == 0 or token_id is not None, f"{folder}: its config.json names no pause; num_pauses must be 0")
+        if placement != "filler" and token_id is not None:
+            keep_out_of_text(tokenizer, [token_id])
         lm = lm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(lm, tokenizer, Pauses(token_id or 0, num, placement, begins_inside(tokenizer)))
 

@@ -28,7 +28,8 @@ from transformers.utils import logging as transformers_logging
 from kozero.errors import UserError, first_line, nearest
 from kozero.json_files import read_json
 from models.causal_lm import CausalLM, build, reset_row, resize_vocabulary
-from models.loading import OFFLINE, build_or_refuse, load_any_config, load_checked, require_folder
+from models.loading import build_or_refuse, cannot_load, load_any_config, load_checked, quiet, require_folder
+from models.tokenizer import keep_out_of_text, read_tokenizer
 
 transformers_logging.disable_progress_bar()  # a bar for each file that is read or written hides what matters
 
@@ -67,26 +68,33 @@ class LanguageModel:
 
 
 def load_tokenizer(name: str, writes: bool = True) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a folder or hub name, with the usual special tokens where its files name none.
+    """The fast tokenizer of a folder or hub name, with the usual special tokens where its files name none. No text has
+    the id of a special token (see keep_out_of_text).
 
     Args: writes: it is for a model that writes, and so has to end a text.
 
-    Raises: UserError when it is not there or has no end-of-text token that it needs.
+    Raises: UserError when it is not there, has no end-of-text token that it needs, or takes text for a special token.
     """
     require_folder(name, "tokenizer")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+        with quiet():
+            tokenizer = read_tokenizer(name)
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, or the tokenizer library's own bare Exception
-        raise UserError(f"tokenizer {name}: cannot be loaded ({first_line(error)}). {OFFLINE}") from None
+        raise cannot_load(name, "tokenizer", error) from None
     vocabulary = tokenizer.get_vocab()
     for role, tokens in SPECIAL_TOKENS.items():
         for token in tokens:
             if getattr(tokenizer, role) is None and token in vocabulary:
                 setattr(tokenizer, role, token)
+    if tokenizer.unk_token is None:
+        tokenizer.unk_token = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
     if writes and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {name}: no end-of-text token; its vocabulary lacks </s>")
     if writes and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    keep_out_of_text(tokenizer)
     return tokenizer
 
 
@@ -217,6 +225,8 @@ def with_pause_token(
         raise UserError(f"{name}: its config.json pauses with {token}, which the tokenizer lacks")
     if pause_id is None and with_pauses:
         pause_id = add_pause_token(lm, tokenizer)
+    if pause_id is not None:
+        keep_out_of_text(tokenizer, [pause_id])
     if with_pauses and "token" not in settings:
         reset_row(lm, pause_id, seed)
     silent = list(range(len(tokenizer), lm.config.vocab_size)) + (

@@ -1,6 +1,7 @@
 """A pre-trained model from a folder or the hub, or a new one of a config's sizes, with one line about what is wrong."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,17 +52,14 @@ def load_checked(auto: Any, config: PreTrainedConfig, name: str, flag: str, is_o
         auto: the class of transformers that loads it.
         is_ours: of a weight's name that the model does not have: whether that is a mistake.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a table of many lines about what is told below in one
     try:
-        model, loading = auto.from_pretrained(
-            name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        with quiet():
+            model, loading = auto.from_pretrained(
+                name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
     except Exception as error:  # OSError, ValueError, SafetensorError, hub errors
         raise cannot_load(name, flag, error) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     for wrong, what in (
         (loading["missing_keys"], "are missing"),
         ({str(key[0]) for key in loading["mismatched_keys"]}, "have another shape than its config.json says"),
@@ -71,6 +69,17 @@ def load_checked(auto: Any, config: PreTrainedConfig, name: str, flag: str, is_o
         if wrong:
             raise UserError(f"{flag} {name}: {len(wrong)} weights {what}, the first is {min(wrong)}")
     return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of transformers, tables of many lines about what is told here in one."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def cannot_load(name: str, flag: str, error: Exception) -> UserError:

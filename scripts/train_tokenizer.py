@@ -17,11 +17,13 @@ from kozero.config import arg, parse_arguments
 from kozero.data.readers import decode_lines, text_files
 from kozero.errors import require, run_main
 from kozero.folder import writable_folder
+from models.tokenizer import cut_within
 
 GPT = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>", *(f"<unused{n}>" for n in range(100))]
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[unused{n}]" for n in range(100))]
 LONGEST_WORD = 1000  # characters; training takes time with the square of a word's length
 LONG_WORD = re.compile(rf"[^ ]{{{LONGEST_WORD}}}(?=[^ ])")
+TEXT_COLUMNS = ("document", "text")
 SPECIAL = {"bpe": GPT, "wordpiece": BERT}  # ids from 0 on, as in KoGPT2 and in BERT
 
 
@@ -35,7 +37,11 @@ class TokenizerArguments:
     kind: str = arg("bpe", "bpe: for models that write; wordpiece: for encoders", choices=list(SPECIAL))
     vocab_size: int = arg(8192, "tokens in all, the special and spare ones (bpe 107, wordpiece 105) among them")
     output_dir: str = arg("runs/tokenizer", "folder for tokenizer.json and tokenizer_config.json")
-    column: int = arg(-1, "tab-separated column to read, counted from 0; -1: the whole line")
+    column: str | None = arg(
+        None,
+        "tab-separated column to read: its name in the first line, or where that line is no header its number from 0; "
+        f"-1: whole lines; default: whole lines, of a file with columns {' or '.join(TEXT_COLUMNS)}",
+    )
 
 
 def main() -> None:
@@ -50,36 +56,63 @@ def main() -> None:
         f"--output_dir {folder}: holds a tokenizer.json already; choose another folder, or delete the file",
     )
     files = [file for name in arguments.files for file in text_files("--files", Path(name))]
+    for file in files:
+        rows = f"--files {file}: holds rows, not texts; write its texts into a .txt file, one a line"
+        require(file.suffix not in (".json", ".jsonl", ".csv"), rows)
     tokenizer = KINDS[arguments.kind](lines(files, arguments.column), arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output_dir)
     sample = next(lines(files, arguments.column))[:40]
+    if len(tokenizer) < arguments.vocab_size:
+        print(f"--vocab_size {arguments.vocab_size:,}: the text gives no more than {len(tokenizer):,} tokens")
     print(f"{len(tokenizer):,} tokens; {sample!r} -> {' '.join(tokenizer.tokenize(sample))}")
     print(arguments.output_dir)
 
 
-def lines(files: list[Path], column: int) -> Iterator[str]:
+def lines(files: list[Path], column: str | None) -> Iterator[str]:
     """Texts of the files that are not empty, in NFC, longer words cut at LONGEST_WORD."""
     found = False
     for name in files:
+        place, begin = 0, 1
         for number, line in decode_lines(name):
-            if column >= 0:
-                fields = line.split("\t")
-                require(column < len(fields), f"{name}:{number}: no column {column}; the line has {len(fields)}")
-                line = fields[column]
-            if line.strip():
+            fields = line.split("\t")
+            if number == 1:
+                place, begin = column_of(f"{name}:1", fields, column)
+            if number >= begin and place >= 0:
+                require(place < len(fields), f"{name}:{number}: no column {place}; the line has {len(fields)}")
+                line = fields[place]
+            if number >= begin and line.strip():
                 found = True
                 yield LONG_WORD.sub(r"\g<0> ", unicodedata.normalize("NFC", line.strip()))
     require(found, f"{', '.join(map(str, files))}: no text")
 
 
+def column_of(where: str, fields: list[str], column: str | None) -> tuple[int, int]:
+    """The place of the column to read in a file, -1 for whole lines, and the line that its texts begin in.
+
+    Args: fields: of the first line.
+
+    Raises: UserError for a file with columns of which none is chosen.
+    """
+    if column is None and len(fields) > 1:
+        column = next((name for name in TEXT_COLUMNS if name in fields), None)
+        more = "name the one to read with --column, or give --column -1 for whole lines"
+        require(column is not None, f"{where}: {len(fields)} tab-separated columns; {more}")
+    if column is None or column.removeprefix("-").isdecimal():
+        return int(column or -1), 1
+    require(column in fields, f"{where}: no column {column!r}; found {', '.join(fields)[:200]}")
+    return fields.index(column), 2
+
+
 def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """BPE over NFC-normalised text. A character that was never seen becomes <unk>."""
+    """BPE over NFC-normalised text. A character that was never seen becomes <unk>. No merges spell a special token."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    words = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, cut_within(GPT)])
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=GPT, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     names = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>", **names)
 

@@ -123,7 +123,7 @@ def test_a_tokenizer_without_spare_tokens_gets_a_pause_and_padded_rows(config_fi
 
 def test_an_added_pause_is_one_token_that_is_never_shown(config_file, plain_words):
     tokenizer = loaded(config=config_file(vocab_size=103), tokenizer=plain_words).tokenizer
-    assert tokenizer("w1 <pause> w2")["input_ids"] == [4, 103, 5]
+    assert tokenizer("w1 <pause> w2", split_special_tokens=False)["input_ids"] == [4, 103, 5]
     assert tokenizer.decode([4, 103, 5], skip_special_tokens=True) == "w1 w2"
 
 
@@ -185,7 +185,9 @@ def test_the_tokenizer_goes_with_the_model(tmp_path, config_file):
     model = loaded(config=config_file())
     tokenizer = AutoTokenizer.from_pretrained(exported(tmp_path / "model", model))
     text = "부정 아 더빙.. 진짜 <unused0>"
-    assert tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+    for split in (True, False):
+        wanted = model.tokenizer(text, split_special_tokens=split)["input_ids"]
+        assert tokenizer(text, split_special_tokens=split)["input_ids"] == wanted
     assert tokenizer.eos_token == "</s>"
 
 
