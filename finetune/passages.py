@@ -23,6 +23,7 @@ from kozero.config import TrainingArguments, batch_sizes, describe_run
 from kozero.data.framing import Framing
 from kozero.data.readers import LeftOut
 from kozero.engines import build_engine, prepare_engine
+from kozero.files import fingerprint
 from kozero.folder import write_text
 from kozero.metrics import RECALL_AT, retrieval
 
@@ -74,7 +75,7 @@ def encode_passages(
         }
         run = describe_run(training, model_arguments, data, reading)
         (output_dir / "vectors.npy").unlink(missing_ok=True)
-        save(output_dir, passages, told, scores, run)
+        save(output_dir, building, passages, told, scores, run)
         building.rename(output_dir / "vectors.npy")
     engine.close()
     distributed.shutdown()
@@ -100,14 +101,19 @@ def bm25_ranks(questions: QuestionSet, passages: Collection, data: TrainingDataA
     return rank_by_bm25(asked, passages.texts, max(RECALL_AT), Path(data.cache_dir).expanduser())
 
 
-def save(output_dir: Path, passages: Collection, told: dict[str, str], scores: dict[str, dict], run: dict) -> None:
-    """The texts of the vectors, the table, and everything as JSON; prints the table."""
+def save(
+    output_dir: Path, vectors: Path, passages: Collection, told: dict[str, str], scores: dict[str, dict], run: dict
+) -> None:
+    """The texts of the vectors, the table, and everything as JSON with the hashes of vectors and texts; prints the
+    table."""
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in passages.texts)
     write_text(output_dir / "passages.jsonl", "".join(lines))
     text = table(scores)
     notes = "".join(f"- {name}: {value}\n" for name, value in told.items())
     write_text(output_dir / "retrieval.md", f"{text}\n{notes}")
-    write_text(output_dir / "retrieval.json", json.dumps(told | {"scores": scores} | run, indent=2, ensure_ascii=False))
+    files = {"vectors.npy": fingerprint(vectors), "passages.jsonl": fingerprint(output_dir / "passages.jsonl")}
+    found = told | {"scores": scores, "files": files} | run
+    write_text(output_dir / "retrieval.json", json.dumps(found, indent=2, ensure_ascii=False))
     print(f"{text}\n{notes}", end="")
 
 

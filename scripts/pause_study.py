@@ -24,7 +24,9 @@ from finetune import evaluate, train
 from finetune.arguments import DataArguments
 from kozero.config import arg, parse_arguments
 from kozero.errors import EXIT_DIVERGED, GRACE_SECONDS, Diverged, UserError, require, run_main
+from kozero.files import fingerprint
 from kozero.folder import LOCK, writable_folder, write_text
+from kozero.seal import damage, write_seal
 from pretrain.arguments import CorpusArguments, PretrainingArguments
 from scripts.study import Study, name_of
 from scripts.study_report import Result, write_report
@@ -81,8 +83,22 @@ class Step:
 
     @property
     def is_done(self) -> bool:
-        """Whether what it leaves is there. A score of other settings is none: scoring again costs little."""
-        return (self.folder / self.leaves).exists() and self.begun_as == self.identity
+        """Whether what it leaves is there, and is what it left. A score of other settings is none: scoring again costs
+        little, as does a finished training, which exports its best checkpoint again."""
+        there = (self.folder / self.leaves).exists() and self.begun_as == self.identity
+        return there and not ((self.folder / self.seal).exists() and damage(self.folder, self.seal))
+
+    @property
+    def seal(self) -> str:
+        """The file that names the hashes of what it left."""
+        return f"{self.leaves}.sealed"
+
+    def seal_all(self) -> None:
+        """Seal what it left: a training its model too."""
+        model = [] if self.entry == EVALUATE else (self.folder / "model").rglob("*")
+        files = [path for path in (self.folder / self.leaves, *model) if path.is_file()]
+        left = {path.relative_to(self.folder).as_posix(): fingerprint(path) for path in files}
+        write_seal(self.folder / self.seal, {"files": left})
 
     def check(self, path: Path) -> None:
         """Raises: UserError naming the step and the argument that does not parse."""
@@ -116,6 +132,8 @@ class Step:
                 process.wait()
             finally:
                 end(process)
+        if not process.returncode:
+            self.seal_all()
         if process.returncode or not self.is_done:
             said = last_words(log.read_bytes()[start:].decode("utf-8", "replace"), process.returncode)
             kind = Diverged if process.returncode == EXIT_DIVERGED else UserError

@@ -171,6 +171,9 @@ def test_what_is_done_is_not_run_again_and_a_failure_says_why_and_where_to_read_
     run_all([working])
     assert Path("out/count").read_text() == "xxxx"
     assert "1 of 1 runs are done" in capsys.readouterr().out
+    Path("out/done").write_text("other")
+    run_all([working])
+    assert Path("out/count").read_text() == "xxxxx"
 
 
 def test_a_run_that_is_still_there_is_waited_for(monkeypatch, tmp_path):
