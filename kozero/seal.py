@@ -4,12 +4,14 @@ itself. Checkpoints and caches are sealed by it, and checked before they are tru
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kozero.errors import first_line
-from kozero.files import file_hash, fingerprint, sync_folder
+from kozero.files import file_hash, fingerprint, sync_folder, to_disk
 from kozero.folder import write_text
 
 CHANGED = "its SHA-256 is not that of what was written"
@@ -82,6 +84,28 @@ def put_in_place(staging: Path, final: Path) -> None:
         sync_folder(Path(folder))
     staging.rename(final)
     sync_folder(final.parent)
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `final` when all of it is on the disk, or goes again. Its files
+    have the mode that the umask leaves, whoever made them (safetensors makes its own for the owner alone)."""
+    staging, old = (final.with_name(f"{final.name}{suffix}") for suffix in (".incomplete", ".old"))
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in staging.rglob("*"):
+            if path.is_file():
+                path.chmod(staging.stat().st_mode & 0o666)
+                to_disk(path)
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        put_in_place(staging, final)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_seal(path: Path, value: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from filelock import FileLock
 from tokenizers import Encoding
 
 from kozero.errors import UserError
-from kozero.seal import damage, fingerprints, put_in_place, read_sealed, write_seal
+from kozero.seal import damage, fingerprints, read_sealed, whole_folder, write_seal
 
 META = "meta.json"  # seals a store
 FORMAT = 5  # counts up when the layout or the meaning of a store changes
@@ -119,21 +119,16 @@ def build_once(cache: Path, key: str, write: Callable[[Path], None]) -> Path:
 
     Raises: UserError when the cache cannot be written.
     """
-    folder, building = cache / key, cache / f"{key}.incomplete"  # that of the one process that holds the lock
+    folder = cache / key
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{key}.lock"):
             if found := damage(folder, META):
                 if folder.exists():
                     print(f"warning: {folder}: {found}; it is built anew", flush=True)
-                shutil.rmtree(building, ignore_errors=True)
-                shutil.rmtree(folder, ignore_errors=True)
-                building.mkdir()
-                try:
+                shutil.rmtree(folder, ignore_errors=True)  # first: there may be no room for two
+                with whole_folder(folder) as building:
                     write(building)
-                    put_in_place(building, folder)
-                finally:
-                    shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise UserError(f"--cache_dir {cache}: cannot be written ({error.strerror or error})") from None
     return folder
