@@ -19,9 +19,13 @@ from kozero.engines.base import Engine
 from kozero.errors import require
 from kozero.folder import save_run, write_text
 from kozero.loop import Trainer
+from kozero.seal import whole_folder
 
 # What a changed value of a resume key comes from.
 DATA, LENGTH = "data (files, --max_train_samples, --bad_rows, tokenizer)", "row length (--max_seq_length)"
+
+
+Export = Callable[[Path, dict[str, torch.Tensor] | None, RunState], None]  # fills a folder; None: without weights
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,12 @@ def run_to_end(setting: Setting, trainer: Trainer, run: dict[str, Any], rows: st
     return state
 
 
-def finish(
-    engine: Engine, output_dir: Path, state: RunState, export: Callable[[dict[str, torch.Tensor]], None]
-) -> None:
+def finish(engine: Engine, output_dir: Path, state: RunState, export: Export) -> None:
     """Export the best weights, keep their scores, and let the engine go."""
     weights = engine.full_state_dict()
     if distributed.is_main():
-        export(weights)
+        with whole_folder(output_dir / "model") as folder:
+            export(folder, weights, state)
         scores = {"step": state.best_step, "scores": state.best_scores}
         write_text(output_dir / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False))
         shown = " ".join(f"{name} {value:.4f}" for name, value in state.best_scores.items())

@@ -8,6 +8,7 @@ Reads top to bottom: arguments, model, data, engine, loop, export.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from finetune.arguments import (
@@ -28,6 +29,7 @@ from finetune.setup import load_model, make_pauses, no_pauses, row_capacity
 from finetune.tasks import TASKS, Source, Task
 from finetune.train_encoder import train_encoder
 from kozero import distributed, plan
+from kozero.checkpoint import RunState
 from kozero.config import BatchSizes, TrainingArguments, arg, batch_sizes, describe_run, parse_arguments
 from kozero.data.batches import Prefixes, TrainingRows
 from kozero.data.rows import fit, pieces
@@ -39,6 +41,7 @@ from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters
 from kozero.loop import Trainer, total_steps
 from kozero.pause import PauseArguments, Pauses, schedule
 from kozero.runlog import RunLog
+from kozero.seal import rehearse
 from models.language_model import LanguageModel, checkpoint_activations, export
 
 TINY = Path(__file__).parent.parent / "models" / "tiny_config.json"
@@ -122,6 +125,15 @@ def train(
     for line in report(freeze_plan, counts, shape, capacity, saved_bytes[0] - saved_bytes[1], cached):
         distributed.say(line)
 
+    run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
+    pause = pause_settings(model, pause_arguments)
+    names = (str(train_source), str(validation_source))
+
+    def save_model(folder: Path, weights: dict | None, state: RunState) -> None:
+        card = model_card(task.name, run, names, state.best_scores, state.best_step, pause)
+        export(folder, model, weights, pause, card)
+
+    rehearse(output_dir, partial(save_model, state=RunState()))
     rows = training_rows(train_source, task, data_arguments, training, model, pause_arguments, capacity, setting.sizes)
     placement = pause_arguments.pause_placement
     validation = evaluation_set(validation_source, task, data_arguments, model.tokenizer, placement)
@@ -145,7 +157,6 @@ def train(
         log.text(step, "eval/sample", sample_text(engine, validation, inference, capacity, model))
         return result.values
 
-    run = describe_run(training, model_arguments, data_arguments, pause_arguments, freeze_arguments)
     same = resume_key(
         setting, run["arguments"], ("batching", "freeze", "num_pauses", "pause_placement", "pause_schedule"),
         {
@@ -164,10 +175,7 @@ def train(
         f"{task.name}: {len(rows):,} rows of {capacity} tokens ({filled})",
         f"{len(validation.examples):,} validate",
     )  # fmt: skip
-    pause = pause_settings(model, pause_arguments)
-    data = (str(train_source), str(validation_source))
-    card = model_card(task.name, run, data, state.best_scores, state.best_step, pause)
-    finish(engine, output_dir, state, lambda weights: export(output_dir / "model", model, weights, pause, card))
+    finish(engine, output_dir, state, save_model)
     generate = "generate: python finetune/generate.py --model_name_or_path {model} --prompt ..."
     tell_next(output_dir, run["arguments"], (), generate)
 

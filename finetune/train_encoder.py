@@ -2,6 +2,7 @@
 model, data, engine, loop, export."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from finetune.arguments import DataArguments, FinetuningArguments, ModelArguments, ReadingArguments
@@ -15,12 +16,14 @@ from finetune.run import DATA, LENGTH, Setting, finish, resume_key, run_to_end, 
 from finetune.setup import row_capacity
 from finetune.tasks import ENCODER_TASKS, Task
 from kozero import distributed
+from kozero.checkpoint import RunState
 from kozero.config import describe_run
 from kozero.data.framing import Framing
 from kozero.engines import build_engine
 from kozero.folder import write_text
 from kozero.loop import Trainer
 from kozero.runlog import RunLog
+from kozero.seal import rehearse
 from models.heads import ROUTER
 from models.language_model import checkpoint_activations, own_values
 
@@ -47,6 +50,13 @@ def train_encoder(
     distributed.seed_everything(training.seed)
     model = load(model_arguments, kind.head, training.seed)
     learner = kind(reading, Framing.of(model.tokenizer), encoder_capacity(model, data, task))
+    run = describe_run(training, model_arguments, data, reading)
+    names = (str(train_source), str(validation_source))
+
+    def save_model(folder: Path, weights: dict | None, state: RunState) -> None:
+        model.export(folder, weights, encoder_card(task.name, run, names, state.best_scores, state.best_step))
+
+    rehearse(output_dir, partial(save_model, state=RunState()))
     store = open_questions(train_source, task, data.max_train_samples, model.tokenizer, data.cache_dir)
     rows = learner.rows(store, setting.sizes, training.seed, model.routes)
     validation = question_set(validation_source, task, data.max_eval_samples, model.tokenizer, data.cache_dir)
@@ -63,7 +73,6 @@ def train_encoder(
             log.text(step, "eval/sample", found.sample)
         return found.values
 
-    run = describe_run(training, model_arguments, data, reading)
     same = resume_key(
         setting, run["arguments"], kind.row_arguments,
         {DATA: store.folder.name, LENGTH: learner.capacity, "model sizes": own_values(model.encoder.config)},
@@ -76,9 +85,7 @@ def train_encoder(
     )  # fmt: skip
     best = scored.get(state.best_step) or learner.score(engine, validation, setting.eval_rows)
     write_files(best, output_dir)
-    data_names = (str(train_source), str(validation_source))
-    card = encoder_card(task.name, run, data_names, state.best_scores, state.best_step)
-    finish(engine, output_dir, state, lambda weights: model.export(output_dir / "model", weights, card))
+    finish(engine, output_dir, state, save_model)
     tell_next(output_dir, run["arguments"], (*kind.row_arguments, *kind.score_arguments), NEXT[task.name])
 
 

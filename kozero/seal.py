@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kozero.errors import first_line
+from kozero import distributed
+from kozero.errors import UserError, first_line
 from kozero.files import file_hash, fingerprint, sync_folder, to_disk
 from kozero.folder import write_text
 
@@ -106,6 +108,33 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def rehearse(output_dir: Path, export: Callable[[Path, None], None]) -> None:
+    """Try on rank 0 whether a model can be exported: all but its weights, into a folder that goes again. Collective.
+
+    Args: export: fills a folder, without weights when it is given None.
+
+    Raises: UserError with what fails, on all ranks.
+    """
+    distributed.together(partial(attempt, output_dir, export) if distributed.is_main() else distributed.nothing)
+
+
+def attempt(output_dir: Path, export: Callable[[Path, None], None]) -> None:
+    """What `rehearse` tries."""
+    folder = output_dir / ".rehearsal"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        export(folder, None)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a library does not like in a tokenizer or a config
+        raise UserError(
+            f"--output_dir {output_dir}: the model could not be exported there ({first_line(error)})"
+        ) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_seal(path: Path, value: dict[str, Any]) -> None:

@@ -164,18 +164,24 @@ def set_dropout(encoder: PreTrainedModel, rate: float) -> None:
 
 
 def export_encoder(
-    folder: Path, module: nn.Module, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast, card: str
+    folder: Path,
+    module: nn.Module,
+    state: dict[str, torch.Tensor] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    card: str,
 ) -> None:
-    """Write a folder that `AutoModel` and `AutoTokenizer` load, and the heads beside it, whole or not at all.
+    """Fill a folder that `AutoModel` and `AutoTokenizer` load, and the heads in it.
 
     Args:
         module: has the encoder as `encoder`; the rest of it is heads.
-        state: all weights by the names of `module`, shared ones once.
+        state: all weights by the names of `module`, shared ones once; None: the folder without them.
     """
-    own = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
-    heads = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(ENCODER)}
     with torch.device("meta"):
         whole = AutoModel.from_config(module.encoder.config)
+    if state is None:
+        return save_folder(folder, whole, tokenizer, card, None)
+    own = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+    heads = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(ENCODER)}
     missing, unexpected = whole.load_state_dict(own, strict=False, assign=True)
     whole.tie_weights()
     if unexpected or any(parameter.is_meta for parameter in whole.parameters()):

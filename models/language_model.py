@@ -4,7 +4,6 @@ plain transformers loads. Of the rest of the project only `kozero.errors` and `k
 import copy
 import dataclasses
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ SPECIAL_TOKENS = {
 }
 DEFAULT_PAUSE, NEW_PAUSE = "<unused0>", "<pause>"
 FLAG = "--model_name_or_path"
+FILE_NAME = re.compile(r"\w[\w.-]{,99}", re.ASCII)
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -303,12 +303,12 @@ def set_dropout(lm: GPT2LMHeadModel, rate: float) -> None:
 
 
 def export(
-    folder: Path, model: LanguageModel, state: dict[str, torch.Tensor], pause: dict[str, Any], card: str
+    folder: Path, model: LanguageModel, state: dict[str, torch.Tensor] | None, pause: dict[str, Any], card: str
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load: safetensors in 32 bit with tied weights
+    """Fill a folder that `AutoModelForCausalLM` and `AutoTokenizer` load: safetensors in 32 bit with tied weights
     once, the tokenizer, pause settings in config.json, silent tokens in generation_config.json, and a model card.
 
-    Args: state: all weights by the names of `model.module`. The folder appears whole or not at all.
+    Args: state: all weights by the names of `model.module`; None: the folder without them.
     """
     config = copy.deepcopy(model.config)
     for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -317,10 +317,11 @@ def export(
         config.pause = pause
     with torch.device("meta"):
         lm = GPT2LMHeadModel(config)
-    missing, unexpected = lm.load_state_dict(model.module.plain_state(state), strict=False, assign=True)
-    lm.tie_weights()
-    if set(missing) - {"lm_head.weight"} or unexpected:
-        raise RuntimeError(f"weights do not match the model: missing {missing}, unexpected {unexpected}")
+    if state is not None:
+        missing, unexpected = lm.load_state_dict(model.module.plain_state(state), strict=False, assign=True)
+        lm.tie_weights()
+        if set(missing) - {"lm_head.weight"} or unexpected:
+            raise RuntimeError(f"weights do not match the model: missing {missing}, unexpected {unexpected}")
     tokenizer = model.tokenizer
     silent = list(range(len(tokenizer), config.vocab_size)) + ([pause["token_id"]] if "token_id" in pause else [])
     lm.generation_config.update(
@@ -329,7 +330,7 @@ def export(
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=silent or None,
     )
-    save_folder(folder, lm, tokenizer, card)
+    save_folder(folder, lm, tokenizer, card, None if state is None else {})
 
 
 def save_folder(
@@ -337,19 +338,16 @@ def save_folder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     card: str,
-    beside: Mapping[str, dict[str, torch.Tensor]] | None = None,
+    beside: Mapping[str, dict[str, torch.Tensor]] | None,
 ) -> None:
-    """Model, tokenizer, card and files of further weights in a folder that appears whole or not at all."""
-    staging = folder.with_name(folder.name + ".incomplete")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    (staging / "README.md").write_text(card, encoding="utf-8")
+    """Fill a folder with a model, its tokenizer and card.
+
+    Args: beside: files of further weights; None: no weights at all.
+    """
+    model.save_pretrained(folder, state_dict={} if beside is None else None)
+    # The names of chat templates become those of files unless they are kept in tokenizer_config.json.
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    tokenizer.save_pretrained(folder, save_jinja_files=all(map(FILE_NAME.fullmatch, templates)))
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     for name, weights in (beside or {}).items():
-        save_file(weights, staging / name)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        save_file(weights, folder / name)

@@ -9,7 +9,6 @@ from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from kozero import distributed
 from kozero.checkpoint import RunState
-from kozero.engines.base import Engine
 from kozero.errors import require
 from models import encoders, language_model
 from models.causal_lm import CausalLM
@@ -166,11 +165,11 @@ def pause_settings(module: CausalLM, corpus: CorpusArguments, tokenizer: Any) ->
     }
 
 
-def export(engine: Engine, module: nn.Module, corpus: CorpusArguments, tokenizer: Any, folder: Path, text: str) -> None:
-    """Write the best weights as a folder that transformers loads; the heads of an encoder lie beside it."""
-    state = engine.full_state_dict()
-    if not distributed.is_main():
-        return
+def export(
+    module: nn.Module, corpus: CorpusArguments, tokenizer: Any, folder: Path, state: dict | None, text: str
+) -> None:
+    """Fill a folder that transformers loads, without weights where `state` is None; the heads of an encoder lie in it
+    too."""
     if isinstance(module, CausalLM):
         model = language_model.LanguageModel(module, tokenizer, {})
         language_model.export(folder, model, state, pause_settings(module, corpus, tokenizer), text)

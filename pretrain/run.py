@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from kozero import distributed
 from kozero.batch_search import Prober, largest_micro_batch
-from kozero.checkpoint import Checkpoints, random_state, restore_random_state, saved_run
+from kozero.checkpoint import Checkpoints, RunState, random_state, restore_random_state, saved_run
 from kozero.config import BatchSizes, batch_sizes, describe_run, parse_arguments
 from kozero.contrast import check_negatives
 from kozero.data.batch import Rows, deal
@@ -27,6 +27,7 @@ from kozero.folder import claim_output, save_run
 from kozero.loop import Trainer
 from kozero.memory import rank_memory
 from kozero.runlog import RunLog
+from kozero.seal import rehearse, whole_folder
 from models.language_model import own_values
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
 from pretrain.corpus import Shard
@@ -100,6 +101,12 @@ def pretrain(
     distributed.seed_everything(training.seed)
     tokenizer = load_tokenizer(corpus)
     module = build_module(training, corpus, tokenizer)
+
+    def save_model(folder: Path, weights: dict | None, state: RunState) -> None:
+        text = card(training.model_name, describe_run(training, corpus, wanted), state)
+        export(module, corpus, tokenizer, folder, weights, text)
+
+    rehearse(output_dir, partial(save_model, state=RunState()))
     shards = open_shards(corpus, tokenizer)
     config = module.lm.config if corpus.task == "clm" else module.encoder.config
     router = hasattr(config, "capacity_factor")
@@ -134,7 +141,10 @@ def pretrain(
     )
     state = trainer.fit()
     trainer.load_best()
-    export(engine, module, corpus, tokenizer, output_dir / "model", card(training.model_name, run, state))
+    weights = engine.full_state_dict()
+    if distributed.is_main():
+        with whole_folder(output_dir / "model") as folder:
+            save_model(folder, weights, state)
     engine.close()
     distributed.shutdown()
     distributed.say(f"curves:   tensorboard --logdir {output_dir}")
