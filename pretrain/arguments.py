@@ -96,7 +96,7 @@ class CorpusArguments:
         "hide whole words instead of single tokens: eojeol; with a WordPiece tokenizer a word also ends at a "
         "punctuation mark",
     )
-    mask_share: float = arg(0.15, "share of the tokens that are hidden")
+    mask_share: float = arg(0.15, "share of the tokens that are hidden, of a short row at least one (word)")
     validation_fraction: float | None = arg(
         None,
         "share of the documents that validates, at the end of each piece; 0: none; default: 0.01, of a small corpus as "

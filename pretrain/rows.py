@@ -72,8 +72,8 @@ class Masking:
     whole_words: bool = False
 
     def __call__(self, units: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Units of a segment, without special tokens, to (T,) ids with some hidden, and (T,) what each must predict or
-        IGNORE. At least one token is hidden. No word goes on in the next unit."""
+        """Units of a row, without special tokens, to (T,) ids with some hidden, and (T,) what each must predict or
+        IGNORE. No word goes on in the next unit."""
         ids = np.concatenate(units)
         words = np.arange(len(ids))
         if self.whole_words:
@@ -89,16 +89,12 @@ class Masking:
         return np.where(hidden, shown, ids), targets
 
     def draw(self, words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Which of (T,) tokens are hidden, given the number of each one's word. Words are taken in random order, those
-        passed over that do not fit into what is left of the share; a shortest one where none fits."""
-        sizes = np.bincount(words)
-        order = rng.permutation(len(sizes))
-        taken, left = np.zeros(len(sizes), dtype=bool), round(self.share * len(words))
-        for word, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-            if size <= left:
-                taken[word], left = True, left - size
-        if not taken.any():
-            taken[order[np.argmin(sizes[order])]] = True
+        """Which of (T,) tokens are hidden, given the number of each one's word: the share of the words, drawn without
+        regard to their length, so that the share of the tokens is the same on average. The number is rounded up or down
+        at random, which keeps that average too, except that at least one word is hidden."""
+        num = int(words[-1]) + 1
+        taken = np.zeros(num, dtype=bool)
+        taken[rng.permutation(num)[: max(1, int(self.share * num + rng.random()))]] = True
         return taken[words]
 
 
@@ -195,10 +191,11 @@ class EncoderRows(OrderedRows):
 
     def framed(self, segments: Sequence[Sequence[np.ndarray]], rng: np.random.Generator, **other: Any) -> Sample:
         """Segments, each of some units, with tokens hidden and special tokens around them."""
-        hidden = [self.masking(units, rng) for units in segments]
-        ids, types = self.masking.tokens.framing(*(ids for ids, _ in hidden))
+        ends = np.cumsum([sum(map(len, units)) for units in segments])[:-1]
+        shown, targets = (np.split(part, ends) for part in self.masking([u for units in segments for u in units], rng))
+        ids, types = self.masking.tokens.framing(*shown)
         ignored = np.array([IGNORE])
-        predicts = np.concatenate([ignored, *(part for _, targets in hidden for part in (targets, ignored))])
+        predicts = np.concatenate([ignored, *(part for segment in targets for part in (segment, ignored))])
         return Sample(ids, types, predicts, **other)
 
 
