@@ -17,7 +17,7 @@ from kozero.config import BatchSizes, TrainingArguments, batch_sizes
 from kozero.engines import EngineSettings, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import require
-from kozero.folder import save_run, write_text
+from kozero.folder import write_text
 from kozero.loop import Trainer
 from kozero.seal import whole_folder
 
@@ -48,6 +48,8 @@ class Setting:
             base is None or Path(base).resolve() != (output_dir / "model").resolve(),
             f"--model_name_or_path {base}: --output_dir would write over it; choose another --output_dir",
         )
+        if training.max_steps and training.num_train_epochs:
+            distributed.say(f"--max_steps {training.max_steps} decides, not --num_train_epochs")
         training.num_train_epochs = training.num_train_epochs or task.num_train_epochs
         sizes = batch_sizes(training, distributed.world_size())
         engine = prepare_engine(training, sizes)
@@ -84,10 +86,7 @@ def run_to_end(setting: Setting, trainer: Trainer, run: dict[str, Any], rows: st
 
     Args: run: what is kept in run.json; rows, validation: what it trains and validates on, in words.
     """
-    if setting.checkpoint:
-        trainer.resume(setting.checkpoint)
-        distributed.say(f"resumed from {setting.checkpoint} at step {trainer.state.step}")
-    save_run(setting.output_dir, run | {"deepspeed": setting.engine.resolved})
+    trainer.begin(setting.checkpoint, run | {"deepspeed": setting.engine.resolved})
     distributed.say(f"{rows}, {setting}, {trainer.total_steps:,} steps; {validation}")
     state = trainer.fit()
     trainer.load_best()

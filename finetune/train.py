@@ -206,8 +206,8 @@ def training_rows(
         store = store.with_rows(pieces(store.rows, capacity)[0])
     pauses = make_pauses(model, pause.num_pauses, placement, training.seed)
     rows = TrainingRows(store, pauses, capacity, data.batching, training.seed)
+    total_rows = total_steps(training, len(rows), sizes) * sizes.global_batch  # refuses a schedule that ends before
     if pause.pause_schedule != "fixed":
-        total_rows = total_steps(training, len(rows), sizes) * sizes.global_batch
         rows.schedule = schedule(pause.pause_schedule, pause.num_pauses, training.seed, total_rows)
     if rows.fit.num_cut:
         distributed.say(f"{rows.fit.num_cut:,} of {len(store):,} training contexts were cut to fit {capacity} tokens")

@@ -90,10 +90,7 @@ class TrainingArguments:
             "scheduler_num_steps", "eval_steps", "save_steps", "early_stopping_patience", "learning_rate",
             "spike_sigmas",
         )  # fmt: skip
-        require(
-            not 0 < self.scheduler_num_steps < self.max_steps,
-            f"--scheduler_num_steps {self.scheduler_num_steps}: must be the run's {self.max_steps} steps or more",
-        )
+        check_schedule(self, self.max_steps)
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be in [0, 1)")
         epochs = self.num_train_epochs  # None where an entry lets the task decide
@@ -130,6 +127,16 @@ class BatchSizes:
 def batch_sizes(arguments: TrainingArguments, world_size: int) -> BatchSizes:
     """The batch of a run on `world_size` ranks."""
     return BatchSizes(arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps, world_size)
+
+
+def check_schedule(arguments: TrainingArguments, total_steps: int) -> None:
+    """A run of so many steps must not go on after its rate is 0."""
+    end, idle = arguments.scheduler_num_steps, total_steps - arguments.scheduler_num_steps
+    require(
+        end == 0 or idle <= 0 or arguments.lr_scheduler_type == "constant",
+        f"--scheduler_num_steps {end}: must be the run's {total_steps} steps or more; the rate would be 0 in {idle} of "
+        "them",
+    )
 
 
 def check_seed(seed: int) -> None:

@@ -2,21 +2,23 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 from torch import nn
 
 from kozero import distributed
-from kozero.checkpoint import Checkpoints, RunState, content_damage, damage, step_of
-from kozero.config import BatchSizes, TrainingArguments
+from kozero.checkpoint import Checkpoints, RunState, content_damage, damage, saved_run, step_of
+from kozero.config import BatchSizes, TrainingArguments, check_schedule
 from kozero.data.ahead import Ahead
 from kozero.data.batch import Rows
 from kozero.engines.base import Engine, StepStats
 from kozero.engines.units import compile_layers
 from kozero.errors import Diverged, Stopped, UserError, require
+from kozero.folder import save_run
 from kozero.optim import schedule
 from kozero.runlog import RunLog, peak_memory_gib
 from kozero.stop import Stop
@@ -42,8 +44,13 @@ class Intervals:
 
 
 def total_steps(arguments: TrainingArguments, num_rows: int, sizes: BatchSizes) -> int:
-    """Updates of the run: --max_steps, or the epochs rounded up to whole steps."""
-    return arguments.max_steps or max(1, math.ceil(arguments.num_train_epochs * num_rows / sizes.global_batch))
+    """Updates of the run: --max_steps, or the epochs rounded up to whole steps.
+
+    Raises: UserError where the schedule of the rate ends before them.
+    """
+    found = arguments.max_steps or max(1, math.ceil(arguments.num_train_epochs * num_rows / sizes.global_batch))
+    check_schedule(arguments, found)
+    return found
 
 
 @dataclass
@@ -122,22 +129,64 @@ class Trainer:
         self.objectives, self.extra, self.lower_is_better = objectives, extra, lower_is_better
         self.total_steps = total_steps(arguments, len(rows), sizes)
         self.lr_at = schedule(arguments, arguments.scheduler_num_steps or self.total_steps)
-        warn_of_endless_warmup(arguments, self.lr_at, self.total_steps)
         if arguments.torch_compile:
             compile_long(engine.module, self.total_steps)
         self.every = Intervals.of(arguments, self.total_steps)
+        for line in idle_settings(self):
+            distributed.say(f"warning: {line}")
         self.output_dir = Path(arguments.output_dir)
         self.checkpoints = Checkpoints(self.output_dir, arguments.save_total_limit, arguments.async_save)
         self.state = RunState()
+        said = {name: value for name, value in asdict(arguments).items() if name not in ("resume", "local_rank")}
+        self.settings = said | {"total_steps": self.total_steps, "ranks": sizes.world_size}
+        self.history = [{"step": 0, "settings": self.settings}]
+
+    def begin(self, checkpoint: Path | None, run: dict) -> None:
+        """Go on from a checkpoint if there is one, and keep in run.json what the run was told, now and before.
+
+        Args: run: that of describe_run, with the resolved DeepSpeed JSON as `deepspeed`.
+        """
+        told = run["arguments"] | run["versions"] | {f"deepspeed {name}": v for name, v in run["deepspeed"].items()}
+        self.settings |= {name: value for name, value in told.items() if name != "resume"}
+        if checkpoint:
+            self.resume(checkpoint)
+        save_run(self.output_dir, run | {"history": self.history})
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint. Later ones of the same folder are set aside, and a best score counts only while
-        its checkpoint is here to be exported."""
-        self.state = self.checkpoints.load(folder, self.engine, self.run)
-        self.checkpoints.set_aside_after(self.state.step)
-        state = self.state
+        its checkpoint is here to be exported.
+
+        Raises: UserError where it has done more steps than this run has, or another run than this one has written it.
+        """
+        self.state = state = self.checkpoints.load(folder, self.engine, self.run)
+        require(
+            state.step <= self.total_steps,
+            f"--resume {folder}: has done {state.step:,} steps and this run has {self.total_steps:,}; give more with "
+            "--max_steps or --num_train_epochs, or resume from an earlier checkpoint",
+        )
+        distributed.say(f"resumed from {folder} at step {state.step}")
+        self.go_on_from(saved_run(folder).get("history", []))
+        self.checkpoints.set_aside_after(state.step)
         if not (state.best_scores and self.checkpoints.point_to_best(state.best_step)):
             state.best_score, state.best_scores, state.best_step, state.evaluations_since_best = None, {}, state.step, 0
+
+    def go_on_from(self, history: list[dict]) -> None:
+        """Tell each setting that is not that of the checkpoint as `name: old -> new`, and what this does to the rate.
+
+        Args: history: the settings that the run has had, each with the step that it began at.
+        """
+        now, step = self.settings, self.state.step
+        if not history:  # of a checkpoint of an earlier version
+            self.history = [{"step": step, "settings": now}]
+            return
+        before = history[-1]["settings"]
+        changed = {name: (before[name], now[name]) for name in now if before.get(name, now[name]) != now[name]}
+        then = schedule(SimpleNamespace(**before), before["scheduler_num_steps"] or before["total_steps"])
+        if then(step) != self.lr_at(step):
+            changed[f"rate of update {step + 1}"] = (then(step), self.lr_at(step))
+        for name, (old, new) in changed.items():
+            distributed.say(f"{name}: {old!r} -> {new!r}")
+        self.history = [*history, {"step": step, "settings": now}] if changed else history
 
     def fit(self) -> RunState:
         """Train to the end and return where the run stands.
@@ -213,7 +262,7 @@ class Trainer:
 
     def save(self, best: bool = False) -> None:
         """A checkpoint of where the run stands."""
-        self.checkpoints.save(self.engine, self.state, self.run, best)
+        self.checkpoints.save(self.engine, self.state, self.run | {"history": self.history}, best)
 
     def end_if_asked(self, stop: Stop) -> None:
         """Save, unless this step has been, and raise Stopped if any rank was told to end."""
@@ -282,10 +331,20 @@ def compile_long(module: nn.Module, total_steps: int) -> None:
         )
 
 
-def warn_of_endless_warmup(arguments: TrainingArguments, lr_at: Callable[[int], float], total_steps: int) -> None:
-    """Tell when the rate still rises after the last update, which is number `total_steps` - 1."""
-    if lr_at(total_steps) > (highest := lr_at(total_steps - 1)):
-        distributed.say(
-            f"warning: --warmup_steps {arguments.warmup_steps:g} is no shorter than the run of {total_steps:,} steps; "
-            f"the rate gets no higher than {highest:.2e} of {arguments.learning_rate:g}: give fewer"
+def idle_settings(trainer: Trainer) -> Iterator[str]:
+    """What was asked for and does nothing in a run of this length."""
+    said, total, lr_at = trainer.arguments, trainer.total_steps, trainer.lr_at
+    changed = [f.name for f in fields(said) if getattr(said, f.name) != f.default]
+    if lr_at(total) > (highest := lr_at(total - 1)):
+        yield (
+            f"--warmup_steps {said.warmup_steps:g} is no shorter than the run of {total:,} steps; the rate gets no "
+            f"higher than {highest:.2e} of {said.learning_rate:g}: give fewer"
         )
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if name in changed and (steps := getattr(said, name)) > total:
+            yield f"--{name} {steps}: the run has {total:,} steps, so it counts at the end alone"
+    evaluations, patience = -(-total // trainer.every.eval) * bool(trainer.best_score), said.early_stopping_patience
+    if patience and patience + 1 >= evaluations:
+        yield f"--early_stopping_patience {patience}: the run is scored {evaluations} times and so never stops early"
+    if said.optim == "sgd" and (names := [f"--{name}" for name in changed if name.startswith("adam_")]):
+        yield f"{', '.join(names)}: --optim sgd has none"

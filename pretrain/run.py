@@ -23,7 +23,7 @@ from kozero.ds_config import resolve
 from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import require, run_main
-from kozero.folder import claim_output, save_run
+from kozero.folder import claim_output
 from kozero.loop import Trainer
 from kozero.memory import rank_memory
 from kozero.runlog import RunLog
@@ -126,14 +126,11 @@ def pretrain(
 
     run = describe_run(training, corpus, wanted)
     trainer = Trainer(
-        engine, data.training, training, sizes, evaluate, "loss",
+        engine, data.training, training, sizes, evaluate, "loss" if data.validation else "",
         resume_key(training, corpus, shards, sizes, settings, config),
         data.objectives, partial(router_statistics, module), lower_is_better=True,
     )  # fmt: skip
-    if checkpoint:
-        trainer.resume(checkpoint)
-        distributed.say(f"resumed from {checkpoint} at step {trainer.state.step}")
-    save_run(output_dir, run | {"deepspeed": settings.resolved})
+    trainer.begin(checkpoint, run | {"deepspeed": settings.resolved})
     distributed.say(
         f"{corpus.task}: {len(data.training):,} rows an epoch, {sizes.global_batch} a step on {sizes.world_size} ranks "
         f"({distributed.device().type}, {training.dtype}, {settings.engine}, ZeRO-{settings.stage}), "

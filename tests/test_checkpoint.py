@@ -518,13 +518,16 @@ def test_a_point_of_the_curves_is_the_mean_of_all_its_steps(tmp_path):
     assert [point["train/loss"] for point in curve(tmp_path) if "train/loss" in point] == [24 / 6]
 
 
-def test_a_checkpoint_of_before_the_window_was_kept_goes_on(checkpoints):
+def test_a_checkpoint_of_before_the_window_was_kept_goes_on(checkpoints, tmp_path):
     save(checkpoints, 10)
     path = checkpoints.newest() / "state.json"
-    saved = json.loads(path.read_text())
+    saved = read_sealed(path)
     known = {name: value for name, value in saved["state"].items() if not name.startswith(("window_", "bad_"))}
-    path.write_text(json.dumps(saved | {"state": known}))
+    write_seal(path, saved | {"state": known})
     assert checkpoints.load(checkpoints.to_resume("auto"), Steps(), RUN) == RunState(step=10)
+    run = trainer(tmp_path, Steps(), [], max_steps=12)
+    run.resume(checkpoints.newest())  # nor had it the settings
+    assert [entry["step"] for entry in run.history] == [10]
 
 
 def insist() -> None:
@@ -580,6 +583,82 @@ def test_a_warm_up_that_does_not_end_is_told_with_the_highest_rate(tmp_path, cap
         assert f"no higher than {max(engine.rates):.2e}" in told
     else:
         assert max(engine.rates) == run.arguments.learning_rate
+
+
+def test_a_schedule_that_ends_before_the_epochs_is_refused(tmp_path):
+    """80 steps, however they are told."""
+    epochs = {"max_steps": 0, "num_train_epochs": 8.0}
+    with pytest.raises(UserError, match=r"--scheduler_num_steps 5: must be the run's 80 steps .* 0 in 75 of them"):
+        trainer(tmp_path, Steps(), [], **epochs, scheduler_num_steps=5)
+    with pytest.raises(UserError, match="0 in 1 of them"):
+        trainer(tmp_path, Steps(), [], **epochs, scheduler_num_steps=79)
+    for flags in ({"scheduler_num_steps": 80}, {"scheduler_num_steps": 5, "lr_scheduler_type": "constant"}):
+        run = trainer(tmp_path, Steps(), [], **epochs, **flags)
+        assert run.total_steps == 80 and all(run.lr_at(step) > 0 for step in range(80))
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"eval_steps": 7}, "--eval_steps 7: the run has 6 steps, so it counts at the end alone"),
+        ({"save_steps": 99}, "--save_steps 99: the run has 6 steps, so it counts at the end alone"),
+        ({"early_stopping_patience": 5}, "--early_stopping_patience 5: the run is scored 6 times and so never stops"),
+        ({"early_stopping_patience": 1, "eval_steps": 6}, "is scored 1 times and so never stops early"),
+        (
+            {"optim": "sgd", "adam_beta2": 0.9, "adam_epsilon": 0.1},
+            "--adam_beta2, --adam_epsilon: --optim sgd has none",
+        ),
+        ({"early_stopping_patience": 4, "eval_steps": 1, "save_steps": 6, "adam_beta2": 0.9}, None),
+    ],
+)
+def test_a_setting_that_does_nothing_in_a_run_is_told(tmp_path, capsys, flags, line):
+    run = trainer(tmp_path, Steps(), [0.5, 0.4, 0.3, 0.2, 0.1, 0.0], **flags)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == bool(line) and (not line or line in told[0])
+    if "patience" in (line or "patience"):
+        assert (run.fit().step == 6) == bool(line)
+
+
+KEPT = {"versions": {"torch": "2"}, "deepspeed": {}}
+
+
+def test_settings_that_a_resumed_run_changes_are_told_and_both_are_kept(tmp_path, capsys):
+    straight = Steps()
+    trainer(tmp_path / "straight", straight, [0.0] * 6).fit()
+    run = trainer(tmp_path / "run", Steps(), [0.0] * 6, save_total_limit=20)
+    run.begin(None, KEPT | {"arguments": {"dropout": 0.1, "resume": None}})
+    run.fit()
+    told = {"max_steps": 12, "learning_rate": 3.0, "max_grad_norm": 0.5, "save_total_limit": 20, "resume": "auto"}
+    engine = Steps()
+    again = trainer(tmp_path / "run", engine, [0.0] * 9, **told)
+    capsys.readouterr()
+    again.begin(run.checkpoints.of(3), KEPT | {"arguments": {"dropout": 0.0, "resume": "auto"}})
+    lines = capsys.readouterr().out.splitlines()
+    again.fit()
+    assert set(lines[1:]) == {
+        "max_steps: 6 -> 12", "learning_rate: 1.0 -> 3.0", "max_grad_norm: 1.0 -> 0.5", "total_steps: 6 -> 12",
+        "dropout: 0.1 -> 0.0", f"rate of update 4: {straight.rates[3]} -> {engine.rates[0]}",
+    }  # fmt: skip
+    history = json.loads((tmp_path / "run/run.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [0, 3]
+    assert [entry["settings"]["learning_rate"] for entry in history] == [1.0, 3.0]
+    assert [entry["settings"]["dropout"] for entry in history] == [0.1, 0.0]
+    for folder, begun in ((run.checkpoints.of(12), [0, 3]), (run.checkpoints.of(2), [0, 2])):
+        once_more = trainer(tmp_path / "run", Steps(), [], **told)
+        capsys.readouterr()
+        once_more.begin(folder, KEPT | {"arguments": {"dropout": 0.0, "resume": "auto"}})
+        assert [entry["step"] for entry in once_more.history] == begun
+        assert len(capsys.readouterr().out.splitlines()) == (1 if begun == [0, 3] else 7)
+
+
+def test_a_run_of_fewer_steps_than_its_checkpoint_has_done_is_refused(tmp_path):
+    run = trainer(tmp_path, Steps(), [0.0] * 6)
+    run.fit()
+    before = names(run.checkpoints)
+    again = trainer(tmp_path, Steps(), [], max_steps=5)
+    with pytest.raises(UserError, match=r"--resume .*step-000006: has done 6 steps and this run has 5; give more with"):
+        again.resume(run.checkpoints.newest())
+    assert names(run.checkpoints) == before
 
 
 def test_patience_ends_a_run_early_and_outlives_a_resume(tmp_path):

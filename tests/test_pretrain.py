@@ -92,10 +92,12 @@ def test_a_language_model_learns_from_scratch_and_writes(monkeypatch, tmp_path):
     assert written[: len(given)] == given and len(written) == len(given) + 5
 
 
-def test_a_resumed_run_is_the_run_that_never_stopped(monkeypatch, tmp_path):
+def test_a_resumed_run_is_the_run_that_never_stopped(monkeypatch, tmp_path, capsys):
     whole = pretrain(monkeypatch, tmp_path / "whole")
     pretrain(monkeypatch, tmp_path / "parts", "--num_steps", 2)
+    capsys.readouterr()
     parts = pretrain(monkeypatch, tmp_path / "parts", "--resume", "auto")
+    assert {"max_steps: 2 -> 4", "total_steps: 2 -> 4"} <= set(capsys.readouterr().out.splitlines())
     assert losses(parts) == losses(whole)
     ours, theirs = (AutoModel.from_pretrained(folder / "model").state_dict() for folder in (whole, parts))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

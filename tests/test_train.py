@@ -220,6 +220,10 @@ BAD_INPUT = {
     "nothing to train": (["--freeze", "wte,wpe,h.0-1,ln_f"], "nothing is left to train"),
     "layer above the model": (["--freeze", "h.0-7"], "the model has 2 layers"),
     "resume from nothing": (["--resume", "no-checkpoint"], "not a whole checkpoint"),
+    "schedule shorter than the epochs": (
+        ["--max_steps", "0", "--num_train_epochs", "3", "--scheduler_num_steps", "5"],
+        "--scheduler_num_steps 5: must be the run's",
+    ),
     "negative accumulation": (["--gradient_accumulation_steps", "0"], "must be 1 or more"),
     "both halves": (["--fp16", "--bf16"], "--fp16 and --bf16"),
     "output folder is a file": (["--output_dir", "README.md"], "--output_dir README.md: cannot be written"),
@@ -252,6 +256,8 @@ def test_going_on_from_an_older_step_sets_the_later_ones_aside(monkeypatch, conf
     run(monkeypatch, config, out, *flags, "--max_steps", 2, "--resume", folder / "step-000001")
     assert sorted(p.name for p in folder.glob("step-??????")) == ["step-000001", "step-000002"]
     assert (folder / "latest").read_text() == "step-000002" and (folder / "step-000004.set-aside").is_dir()
+    history = json.loads((out / "run.json").read_text())["history"]
+    assert [(entry["step"], entry["settings"]["max_steps"]) for entry in history] == [(0, 4), (1, 2)]
 
 
 def test_a_run_that_goes_on_in_another_folder_exports_the_weights_that_have_its_scores(monkeypatch, config, tmp_path):
