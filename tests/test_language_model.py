@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertCo
 from transformers.activations import ACT2FN
 
 from kozero.errors import UserError
+from kozero.seal import whole_folder
 from models import language_model
 from models.language_model import LanguageModel, export, load, load_config, read_config
 from tests.helpers import ROOT, SAMPLE_TOKENIZER, word_tokenizer
@@ -54,7 +55,8 @@ def pauses_of(model: LanguageModel, num: int = 2) -> dict:
 
 
 def exported(folder, model: LanguageModel, pause: dict | None = None):
-    export(folder, model, model.module.state_dict(), pauses_of(model) if pause is None else pause, "# card")
+    with whole_folder(folder) as made:
+        export(made, model, model.module.state_dict(), pauses_of(model) if pause is None else pause, "# card")
     return folder
 
 
