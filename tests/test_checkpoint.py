@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -381,21 +382,12 @@ class Told(Steps):
         return super().train_step(micro_batches, lr)
 
 
-NOTED = threading.Event()
-
-
-@pytest.fixture(autouse=True)
-def signals_are_told_of(monkeypatch):
-    """Set the event when the thread that waits for signals has noted one."""
-    note = Stop.note
-    monkeypatch.setattr(Stop, "note", lambda stop, number: (note(stop, number), NOTED.set()))
-
-
 def send(number: int) -> None:
-    """A signal to this process, which has been noted when this returns."""
-    NOTED.clear()
-    os.kill(os.getpid(), number)
-    assert NOTED.wait(60)
+    """A signal to this process; the thread that waits for them has noted it when this returns."""
+    noted, note = threading.Event(), Stop.note
+    with mock.patch.object(Stop, "note", lambda stop, told: (note(stop, told), noted.set())):
+        os.kill(os.getpid(), number)
+        assert noted.wait(60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
