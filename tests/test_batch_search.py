@@ -138,14 +138,22 @@ def test_one_row_that_does_not_fit_is_named_with_its_size():
 
 
 class Steps(nn.Module):
-    """An engine that notes the rows of its steps, and is the memory that they take: 1 GiB and 0.1 a row."""
+    """An engine that notes the rows of its steps, and is the memory that they take: 1 GiB and 0.1 a row, or what is
+    held and the gradients."""
 
     def __init__(
-        self, limit: float, fails_above: int = 10**9, skipped: int = 0, row: float = 0.1, held: float = 1.0
+        self,
+        limit: float,
+        fails_above: int = 10**9,
+        skipped: int = 0,
+        row: float = 0.1,
+        held: float = 1.0,
+        gradients: float = 0.0,
     ) -> None:
         super().__init__()
         self.bytes_of_limit, self.fails_above, self.skipped = limit * GIB, fails_above, skipped
         self.rows, self.closed, self.row, self.held, self.highest = [], 0, row * GIB, int(held * GIB), 0.0
+        self.gradients = gradients * GIB
 
     @property
     def module(self) -> nn.Module:
@@ -160,6 +168,7 @@ class Steps(nn.Module):
             raise torch.cuda.OutOfMemoryError
         self.rows.append(batches)
         self(batches)
+        self.highest = max(self.highest, self.held + self.gradients)
         return StepStats((1.0,), 1.0, len(self.rows) > self.skipped, 1.0)
 
     def close(self) -> None:
@@ -183,6 +192,11 @@ def found_by(steps: Steps) -> int:
 UNLIKE = {  # of two ranks: what is told of each, and the rows that fit both
     "limits": ({"limit": 11}, {"limit": 5}, range(33, 36)),  # 35 rows take 4.5 GiB, 90% of 5
     "rows": ({"limit": 5}, {"limit": 5, "row": 0.2}, range(16, 18)),  # 17 rows take 4.4 GiB
+    "rows behind gradients": (
+        {"limit": 5, "gradients": 1.5},
+        {"limit": 5, "gradients": 1.5, "row": 0.2},
+        range(16, 18),
+    ),
     "what is held": ({"limit": 5, "held": 3.0}, {"limit": 5}, range(14, 16)),
 }
 
