@@ -239,6 +239,41 @@ def test_a_bad_row_of_the_hub_is_named_by_data_set_split_and_row(local_hub):
         examples_of(NSMC, Source(hub=(str(local_hub), None, "train")))
 
 
+@pytest.mark.parametrize("config", [None, "nli"])
+def test_a_data_set_that_is_a_script_is_read_as_the_parquet_files_of_the_hub(local_hub, tmp_path, monkeypatch, config):
+    """The library itself tells that it runs no script. The hub's branch holds a folder a config, in it one a split."""
+    import datasets
+
+    (local_hub / "hub.py").touch()
+    branch, load = tmp_path / "branch", datasets.load_dataset
+    for folder, split, text in ((config or "default", "train", "좋다"), (config or "default", "test", "나쁘다")):
+        (branch / folder / split).mkdir(parents=True)
+        rows = datasets.Dataset.from_list([{"id": "1", "document": text, "label": 1}])
+        rows.to_parquet(branch / folder / split / "0000.parquet")
+    if config:
+        (branch / "sts/train").mkdir(parents=True)
+        datasets.Dataset.from_list([{"other": 1}]).to_parquet(branch / "sts/train/0000.parquet")
+
+    def hub(path, split, name=None, data_dir=None, revision=None):
+        if revision == "refs/convert/parquet":
+            return load(str(branch), data_dir=data_dir, split=split)
+        return load(path, name, split=split)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    for split, text in (("train", "좋다"), ("test", "나쁘다")):
+        (example,) = examples_of(NSMC, Source(hub=(str(local_hub), config, split)))
+        assert example.targets == (text,)
+
+
+def test_a_script_without_parquet_files_is_one_line_with_the_way_out(local_hub):
+    (local_hub / "hub.py").touch()
+    told = (
+        r"^data set .*hub:train: cannot be loaded \(RuntimeError: Dataset scripts .* hub.py; as parquet: .*--train_file"
+    )
+    with pytest.raises(UserError, match=told):
+        list(read_hub(str(local_hub), None, "train"))
+
+
 def test_a_data_set_that_cannot_be_reached_is_one_line_with_the_way_out():
     with pytest.raises(UserError, match=r"klue/nli:train.*--train_file") as caught:
         list(read_hub("klue", "nli", "train"))

@@ -12,6 +12,9 @@ from kozero.errors import UserError, first_line, require
 from kozero.json_files import has_lone_surrogate, not_utf8, read_json, reading, regular
 
 TEXT_SUFFIXES = (".txt", ".dat")
+PARQUET = "refs/convert/parquet"  # the hub's branch of data sets as parquet: a folder a config, in it one a split
+# What datasets 4 and later say of a data set that is a script, the second where another config of it is in their cache.
+SCRIPT = ("scripts are no longer supported", "find cache for")
 LINE_BYTES = 2**24  # of a line, and characters of a document or of a text in a row: more would fill the memory
 BLOCK = 2**16  # bytes that are read at once
 LINE_END = re.compile("\r\n|\r|\n")
@@ -166,17 +169,22 @@ def read_hub(name: str, config: str | None, split: str) -> Iterator[Located]:
 
 
 def load_hub(label: str, advice: str, name: str, config: str | None, split: str) -> Any:
-    """A split of a hub data set (or of a local folder that `datasets` can load): datasets.Dataset.
+    """A split of a hub data set (or of a local folder that `datasets` can load): datasets.Dataset. Of one that is a
+    script, the parquet files into which the hub has converted it.
 
     Raises: UserError that begins with `label` and ends with `advice` to somebody offline.
     """
     import datasets  # imported here: it takes a second, and files do not need it
 
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{label}: cannot be loaded ({type(error).__name__}: {reason}). Offline? {advice}") from None
+    reasons = []
+    for where in ({"name": config}, {"data_dir": config, "revision": PARQUET}):
+        try:
+            return datasets.load_dataset(name, split=split, **where)
+        except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
+            reasons.append(first_line(error))
+            if not any(words in reasons[-1] for words in SCRIPT):
+                break
+    raise UserError(f"{label}: cannot be loaded ({'; as parquet: '.join(reasons)}). Offline? {advice}")
 
 
 def text_field(where: str, row: Row, name: str) -> str:
