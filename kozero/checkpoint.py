@@ -41,8 +41,8 @@ INCOMPLETE, REMOVED = ".incomplete", ".removed"  # behind the name of one that i
 class RunState:
     """Where a run stands. `step` counts optimizer updates, `consumed_rows` the rows they and skipped steps took.
 
-    `window_*` are sums over the steps since the last point of the curves (losses: one sum an objective) and the
-    highest spike score among them.
+    `window_*` are sums over the steps since the last point of the curves (losses: one sum an objective, and the number
+    of steps that had targets of it) and the highest spike score among them.
     """
 
     step: int = 0
@@ -58,6 +58,7 @@ class RunState:
     bad_in_a_row: int = 0
     window_steps: int = 0
     window_losses: list[float] = field(default_factory=list)
+    window_counts: list[float] = field(default_factory=list)
     window_tokens: int = 0
     window_seconds: float = 0.0
     window_spike: float = 0.0

@@ -65,20 +65,23 @@ class Meter:
         """Count a step, also one without an update."""
         state, now = self.state, time.perf_counter()
         sums = state.window_losses or [0.0] * len(stats.losses)
-        state.window_losses = [total + loss for total, loss in zip(sums, stats.losses, strict=True)]
+        counts = state.window_counts or [float(state.window_steps)] * len(stats.losses)
+        state.window_losses = [total + (loss or 0.0) for total, loss in zip(sums, stats.losses, strict=True)]
+        state.window_counts = [n + (loss is not None) for n, loss in zip(counts, stats.losses, strict=True)]
         state.window_steps += 1
         state.window_tokens += tokens
         state.window_seconds += now - self.since
         self.since = now
 
     def point(self, stats: StepStats, lr: float, epoch: float, objectives: tuple[str, ...]) -> dict[str, float]:
-        """The scalars of a point, by their TensorBoard names; the next one begins from nothing."""
-        state = self.state
-        means = [total / state.window_steps for total in state.window_losses]  # one not finite shows
-        parts = {f"train/{name}_loss": mean for name, mean in zip(objectives, means, strict=True)} if objectives else {}
+        """The scalars of a point, by their TensorBoard names; the next one begins from nothing. An objective that no
+        step had targets of has none."""
+        state, names = self.state, objectives or [""] * len(stats.losses)
+        sums = zip(names, state.window_losses, state.window_counts, strict=True)
+        means = {name: total / num for name, total, num in sums if num}  # one not finite shows
         found = {
-            "train/loss": sum(means),
-            **parts,
+            "train/loss": sum(means.values()),
+            **{f"train/{name}_loss": mean for name, mean in means.items() if name},
             "train/learning_rate": lr,
             "train/grad_norm": stats.grad_norm,
             "train/loss_scale": stats.loss_scale,
@@ -89,7 +92,7 @@ class Meter:
             "train/peak_memory_gib": peak_memory_gib(),
             "train/spike_score": state.window_spike,
         }
-        state.window_steps, state.window_losses, state.window_tokens = 0, [], 0
+        state.window_steps, state.window_losses, state.window_counts, state.window_tokens = 0, [], [], 0
         state.window_seconds = state.window_spike = 0.0
         return found
 
@@ -298,10 +301,11 @@ class Trainer:
 
     def note_scores(self, scores: dict[str, float]) -> bool:
         """Remember scores; True when they are the best so far."""
-        state, score = self.state, scores.get(self.best_score, 0.0)
+        state, score = self.state, scores.get(self.best_score)
         state.evaluated_step = state.step
+        score = score if score is not None and math.isfinite(score) else None
         signed = -1.0 if self.lower_is_better else 1.0
-        if scores and state.best_score is not None and not signed * score > signed * state.best_score:
+        if state.best_score is not None and not (score is not None and signed * score > signed * state.best_score):
             state.evaluations_since_best += 1
             return False
         state.best_score, state.best_step, state.evaluations_since_best = score, state.step, 0

@@ -1,4 +1,5 @@
-"""Scores: classification by label, KorQuAD's exact match and character F1, and ranks of what was searched for."""
+"""Scores: classification by label, KorQuAD's exact match and character F1, and ranks of what was searched for. Of
+nothing there is no score: {}."""
 
 import math
 import string
@@ -37,8 +38,9 @@ def character_f1(prediction: str, answer: str) -> float:
 
 def question_answering(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
     """KorQuAD 1.0 scores in percent: for each question the best over its answers, then the mean over questions."""
-    num = max(1, len(predictions))
     pairs = list(zip(predictions, answers, strict=True))
+    if not (num := len(pairs)):
+        return {}
     return {
         "exact_match": 100.0 * sum(max(exact_match(p, a) for a in golds) for p, golds in pairs) / num,
         "f1": 100.0 * sum(max(character_f1(p, a) for a in golds) for p, golds in pairs) / num,
@@ -48,13 +50,14 @@ def question_answering(predictions: Sequence[str], answers: Sequence[Sequence[st
 def classification(predictions: Sequence[int], labels: Sequence[int], names: Sequence[str]) -> dict[str, float]:
     """Accuracy, macro F1 over all classes (a class that never occurs nor is predicted counts 0), the accuracy
     of always answering the most frequent label, and the share of rows predicted as each label."""
-    num = max(1, len(labels))
+    if not (num := len(labels)):
+        return {}
     hits, predicted, wanted = Counter(), Counter(predictions), Counter(labels)
     for prediction, label in zip(predictions, labels, strict=True):
         hits[label] += prediction == label
     f1 = [2 * hits[k] / max(1, predicted[k] + wanted[k]) for k in range(len(names))]
     scores = {"accuracy": sum(hits.values()) / num, "macro_f1": sum(f1) / len(names)}
-    scores["majority"] = max(wanted.values(), default=0) / num
+    scores["majority"] = max(wanted.values()) / num
     return scores | {f"predicted_{name}": predicted[k] / num for k, name in enumerate(names)}
 
 
@@ -64,7 +67,9 @@ def perplexity(losses: Sequence[float], num_tokens: Sequence[float], num_charact
 
     Args: of each text, summed over its tokens.
     """
-    loss = sum(losses) / max(1, sum(num_tokens))
+    if not sum(num_tokens):
+        return {}
+    loss = sum(losses) / sum(num_tokens)
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -78,6 +83,8 @@ def retrieval(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     Args: found: (Q, K) numbers, the best first; wanted: (Q,) the right ones. One that is not found has the
     reciprocal rank 0, so it is that of the first K.
     """
+    if not len(wanted):
+        return {}
     hits = found == wanted[:, None]
     first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1.0, np.inf)
     recall = {f"recall@{depth}": float((first <= depth).mean()) for depth in RECALL_AT}

@@ -197,10 +197,10 @@ class Numbered:
             found[parts == part] = self.parts[part].lengths(rows[parts == part])
         return found
 
-    def any_divisible(self) -> bool:
-        """Whether a chunk among them has two units or more: what there is to learn beside hidden tokens."""
+    def num_divisible(self) -> int:
+        """Chunks of two units or more: there is something to learn in them beside hidden tokens."""
         kinds = zip(self.parts, self.first, np.diff(self.begins), strict=True)
-        return any(bool((np.diff(part.chunks[first : first + num + 1]) > 1).any()) for part, first, num in kinds)
+        return sum(int((np.diff(part.chunks[first : first + num + 1]) > 1).sum()) for part, first, num in kinds)
 
     def longest(self, most: int) -> int:
         """Tokens of the longest row; looks no further once one has `most`."""

@@ -117,7 +117,7 @@ def number_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any) ->
         "--task mlm_sop",
     )
     require(
-        corpus.task in ("mlm", "clm") or train.any_divisible(),
+        corpus.task in ("mlm", "clm") or train.num_divisible() > 0,
         f"--task {corpus.task}: no document has two sentences that fit into a row of --max_seq_length {length} tokens; "
         "put one sentence on a line and a blank line between documents, give --sentences kiwi, or --task mlm",
     )
@@ -146,6 +146,8 @@ def make_rows(
     """The rows of a task. `router`: the model has the two losses of a Switch transformer."""
     length = corpus.max_seq_length
     train, held_out = number_rows(shards, corpus, tokenizer)
+    if "_" in corpus.task:
+        distributed.say(share_of_second(corpus.task, train, held_out))
 
     pauses = None
     if corpus.num_pauses:
@@ -165,6 +167,15 @@ def make_rows(
     return PretrainingData(
         rows(train, sizes.global_batch, training.seed, min(limit, len(train))), validation, objectives
     )
+
+
+def share_of_second(task: str, train: Numbered, held_out: Numbered) -> str:
+    """How many rows carry the second objective, in words."""
+    parts = {"training": (train, len(train)), "held-out": (held_out, len(held_out))}
+    shares = {name: numbered.num_divisible() / num for name, (numbered, num) in parts.items() if num}
+    told = " and ".join(f"{share:.1%} of the {name} rows" for name, share in shares.items())
+    line = f"{task.split('_')[1]}: {told} have the two sentences that it needs"
+    return line if all(shares.values()) else f"warning: {line}; it gets no held-out score"
 
 
 def held_out_sizes(training: PretrainingArguments, world_size: int) -> BatchSizes:

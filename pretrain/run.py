@@ -195,7 +195,8 @@ def find_batch(
 def held_out_scores(
     engine: Engine, rows: OrderedRows | None, limit: int, sizes: BatchSizes, objectives: tuple[str, ...]
 ) -> dict[str, float]:
-    """Losses in nats and shares of right answers on held-out rows, each counted once. Collective."""
+    """Losses in nats and shares of right answers on held-out rows, each counted once; none of an objective that no row
+    has targets of. Collective."""
     if rows is None:
         return {}
     num = min(limit or len(rows), len(rows))
@@ -213,12 +214,13 @@ def held_out_scores(
             total[: len(found)] += found
             total[2] += torch.tensor(batch.num_targets, dtype=torch.float64)
     sums, right, counts = distributed.all_reduce(total.to(distributed.device())).cpu()
-    losses, shares = (sums / counts.clamp(min=1)).tolist(), (right / counts.clamp(min=1)).tolist()
-    scores = {"loss": sum(losses)}
-    for name, loss, share in zip(objectives, losses, shares, strict=True):
-        scores |= {f"{name}_loss": loss}
-        scores |= {f"{name}_accuracy": share} if name in ("mlm", "sop", "ict") else {}
-        scores |= {"perplexity": math.exp(min(loss, 80.0))} if name == "clm" else {}
+    known = [k for k, count in enumerate(counts.tolist()) if count]
+    losses, shares = (sums / counts).tolist(), (right / counts).tolist()
+    scores = {"loss": sum(losses[k] for k in known)} if known else {}
+    for k in known:
+        scores |= {f"{objectives[k]}_loss": losses[k]}
+        scores |= {f"{objectives[k]}_accuracy": shares[k]} if objectives[k] in ("mlm", "sop", "ict") else {}
+        scores |= {"perplexity": math.exp(min(losses[k], 80.0))} if objectives[k] == "clm" else {}
     return scores
 
 

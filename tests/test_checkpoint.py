@@ -510,6 +510,49 @@ def test_a_point_of_the_curves_is_the_mean_of_all_its_steps(tmp_path):
     assert [point["train/loss"] for point in curve(tmp_path) if "train/loss" in point] == [24 / 6]
 
 
+def test_the_point_of_an_objective_is_over_the_steps_that_had_targets_of_it(tmp_path):
+    """By hand, over a window that a signal divides after its fifth step; the last window has none of the second."""
+
+    class Given(Told):
+        def train_step(self, micro_batches, lr: float) -> StepStats:
+            pairs = [
+                (1.0, None),
+                (2.0, 8.0),
+                (3.0, None),
+                (6.0, None),
+                (5.0, None),
+                (7.0, 4.0),
+                (3.0, None),
+                (1.0, None),
+            ]
+            return replace(super().train_step(micro_batches, lr), losses=pairs[self.done - 1])
+
+    flags = {"logging_steps": 6, "eval_steps": 9, "save_steps": 9, "max_steps": 8}
+    broken_off, again = (trainer(tmp_path, Given(signal.SIGTERM), [0.5], **flags) for _ in range(2))
+    broken_off.objectives = again.objectives = ("mlm", "sop")
+    with pytest.raises(Stopped):
+        broken_off.fit()
+    again.resume(again.checkpoints.to_resume("auto"))
+    again.fit()
+    first, last = (point for point in curve(tmp_path) if "train/loss" in point)
+    assert [first[f"train/{name}loss"] for name in ("mlm_", "sop_", "")] == [24 / 6, 12 / 2, 24 / 6 + 12 / 2]
+    assert (last["train/mlm_loss"], last["train/loss"]) == (4 / 2, 4 / 2) and "train/sop_loss" not in last
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_no_score_is_never_the_best(tmp_path, lower_is_better):
+    """Neither one that is absent nor one that is no number; without any the last checkpoint counts as the best."""
+    run = trainer(tmp_path, Steps(), [])
+    run.lower_is_better = lower_is_better
+    for step, scores in enumerate(
+        [{}, {"score": math.nan}, {"score": 5.0}, {}, {"other": 9.0}, {"score": math.nan}], 1
+    ):
+        run.state.step = step
+        run.note_scores({run.best_score if name == "score" else name: value for name, value in scores.items()})
+        assert run.state.best_step == min(step, 3)
+    assert (run.state.best_score, run.state.evaluations_since_best) == (5.0, 3)
+
+
 def test_a_checkpoint_of_before_the_window_was_kept_goes_on(checkpoints, tmp_path):
     save(checkpoints, 10)
     path = checkpoints.newest() / "state.json"

@@ -1,8 +1,17 @@
 """KorQuAD scores and classification scores against numbers worked by hand."""
 
+import numpy as np
 import pytest
 
-from kozero.metrics import character_f1, classification, exact_match, normalize_answer, question_answering
+from kozero.metrics import (
+    character_f1,
+    classification,
+    exact_match,
+    normalize_answer,
+    perplexity,
+    question_answering,
+    retrieval,
+)
 
 
 @pytest.mark.parametrize(
@@ -89,3 +98,9 @@ def test_an_example_without_prediction_counts_as_wrong():
     assert scores["accuracy"] == 0.5
     assert scores["macro_f1"] == pytest.approx(0.5)
     assert scores["predicted_부정"] + scores["predicted_긍정"] == 0.5
+
+
+def test_of_nothing_there_is_no_score():
+    """A zero would be one, and of a loss the best there is."""
+    assert classification([], [], ("부정", "긍정")) == question_answering([], []) == perplexity([], [], []) == {}
+    assert retrieval(np.zeros((0, 5), dtype=int), np.zeros(0, dtype=int)) == {}

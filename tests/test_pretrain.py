@@ -140,6 +140,26 @@ def test_held_out_scores_do_not_depend_on_the_batch(monkeypatch, tmp_path, task)
         assert scores == pytest.approx(last[0], rel=1e-5)
 
 
+def test_an_objective_without_targets_has_no_value_and_its_share_is_told(monkeypatch, tmp_path, capsys):
+    """Of nine documents the first alone has two sentences, and the last three are held out."""
+    (tmp_path / "corpus.txt").write_text(
+        "산이 높다.\n물이 맑다.\n" + "".join(f"\n문장 {k}.\n" for k in range(8)), "utf-8"
+    )
+    told = ("--corpus_path", tmp_path / "corpus.txt", "--validation_fraction", 0.3, "--train_batch_size", 2)
+    folder = pretrain(monkeypatch, tmp_path / "runs", *told, "--num_steps", 3, model="mix_lm")
+    said = capsys.readouterr().out
+    assert "warning: sop: 16.7% of the training rows and 0.0% of the held-out rows have the two sentences" in said
+    trained = [point for point in points(folder) if "train/loss" in point]
+    with_sop = [point for point in trained if "train/sop_loss" in point]
+    assert len(trained) == 3 and len(with_sop) == 1  # six rows, each once
+    for point in trained:
+        parts = [point[name] for name in ("train/mlm_loss", "train/sop_loss") if name in point]
+        assert min(parts) > 0.1 and point["train/loss"] == pytest.approx(sum(parts))
+    scores = {name: value for name, value in points(folder)[-1].items() if name.startswith("eval/")}
+    assert set(scores) == {"eval/loss", "eval/mlm_loss", "eval/mlm_accuracy"}
+    assert scores["eval/loss"] == scores["eval/mlm_loss"]
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("act_fn", "relu"), ("num_heads", 4), ("causal", True), ("capacity_factor", 2.0)]
 )

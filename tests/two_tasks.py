@@ -140,8 +140,9 @@ def deal_examples(some: list[Example], sizes: BatchSizes) -> list[Batch]:
     return [batch_of(some[k : k + sizes.micro]) for k in starts]
 
 
-def reference_of_two(optim: str) -> tuple[list[tuple[float, ...]], list[float], dict[str, torch.Tensor]]:
-    """Losses of both objectives, gradient norms and final weights by plain PyTorch, all examples in one pass."""
+def reference_of_two(optim: str) -> tuple[list[tuple[float | None, ...]], list[float], dict[str, torch.Tensor]]:
+    """Losses of both objectives (None without targets), gradient norms and final weights by plain PyTorch, all examples
+    in one pass."""
     module = two_tasks()
     decays = [p for p in module.parameters() if p.dim() >= 2]
     rest = [p for p in module.parameters() if p.dim() < 2]
@@ -157,7 +158,7 @@ def reference_of_two(optim: str) -> tuple[list[tuple[float, ...]], list[float], 
         for group in optimizer.param_groups:
             group["lr"] = RATES[optim] * SHAPE[step]
         optimizer.step()
-        losses.append(tuple(means.tolist()))
+        losses.append(tuple(mean if num else None for mean, num in zip(means.tolist(), batch.num_targets, strict=True)))
     return losses, norms, {name: p.detach().clone() for name, p in module.named_parameters()}
 
 

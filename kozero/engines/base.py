@@ -24,12 +24,12 @@ LEAST_SCALE = 1.0  # of fp16: a loss that overflows unscaled needs another preci
 class StepStats:
     """What one training step did.
 
-    `losses` are the means over all targets of the step, in nats, one an objective; `grad_norm` is taken before
-    clipping; `applied` is False when the update was skipped because a gradient was not finite; `loss_scale` is the
-    one that this step used; `own` (K,) this rank's part of the losses.
+    `losses` are the means over all targets of the step, in nats, one an objective, None for one without targets;
+    `grad_norm` is taken before clipping; `applied` is False when the update was skipped because a gradient was not
+    finite; `loss_scale` is the one that this step used; `own` (K,) this rank's part of the losses.
     """
 
-    losses: tuple[float, ...]
+    losses: tuple[float | None, ...]
     grad_norm: float
     applied: bool
     loss_scale: float
@@ -38,7 +38,7 @@ class StepStats:
     @property
     def loss(self) -> float:
         """What the step made smaller."""
-        return sum(self.losses)
+        return sum(loss for loss in self.losses if loss is not None)
 
 
 class Engine(ABC):
@@ -111,7 +111,12 @@ class Engine(ABC):
 def count_targets(micro_batches: Sequence[Batch]) -> torch.Tensor:
     """(K,) targets of the step over all micro batches and ranks, on the device, so that the host waits for nothing."""
     mine = torch.tensor([batch.num_targets for batch in micro_batches], dtype=torch.float32).sum(0)
-    return distributed.all_reduce(mine.to(distributed.device(), non_blocking=True)).clamp(min=1.0)
+    return distributed.all_reduce(mine.to(distributed.device(), non_blocking=True))
+
+
+def known_losses(losses: Sequence[float], num_targets: Sequence[float]) -> tuple[float | None, ...]:
+    """Mean losses of the objectives of a step; None for one that had no targets."""
+    return tuple(loss if num else None for loss, num in zip(losses, num_targets, strict=True))
 
 
 def cpu_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from torch import nn
 from kozero import distributed
 from kozero.config import TrainingArguments
 from kozero.data.batch import Batch
-from kozero.engines.base import Engine, StepStats, count_targets
+from kozero.engines.base import Engine, StepStats, count_targets, known_losses
 from kozero.engines.pieces import WEIGHT, Piece, Saved, States
 from kozero.errors import UserError
 from kozero.footprint import ZeroSizes
@@ -74,7 +74,8 @@ class DeepSpeedEngine(Engine):
         self.engine.train()
         num_targets = count_targets(micro_batches)
         scale = self.loss_scale()
-        factor = distributed.world_size() * len(micro_batches) / num_targets
+        divisor = num_targets.clamp(min=1)
+        factor = distributed.world_size() * len(micro_batches) / divisor
         total = torch.zeros_like(num_targets)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -83,9 +84,10 @@ class DeepSpeedEngine(Engine):
             self.engine.backward((sums * factor).sum())
             total += sums.detach()
             self.engine.step()
-        losses = distributed.all_reduce(total.clone()) / num_targets
+        losses = distributed.all_reduce(total.clone()) / divisor
         norm = float(self.engine.get_global_grad_norm())
-        return StepStats(tuple(losses.tolist()), norm, self.engine.was_step_applied(), scale, total / num_targets)
+        known = known_losses(losses.tolist(), num_targets.tolist())
+        return StepStats(known, norm, self.engine.was_step_applied(), scale, total / divisor)
 
     def loss_scale(self) -> float:
         """The dynamic scale of fp16, 1 otherwise."""

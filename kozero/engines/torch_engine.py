@@ -9,7 +9,7 @@ from torch import nn
 from kozero import distributed
 from kozero.config import TrainingArguments
 from kozero.data.batch import Batch
-from kozero.engines.base import LEAST_SCALE, Engine, StepStats, count_targets
+from kozero.engines.base import LEAST_SCALE, Engine, StepStats, count_targets, known_losses
 from kozero.engines.pieces import States
 from kozero.optim import divide_gradients
 
@@ -68,13 +68,13 @@ class TorchEngine(Engine):
             with self.micro_batch(last=k == len(micro_batches) - 1):
                 # The gradients of a weight that several layers use would be summed in 16 bit if it were cast once.
                 with self.autocast(keep_casts=False):
-                    losses = self.wrapped(**batch.to(self.device)) / num_targets
+                    losses = self.wrapped(**batch.to(self.device)) / num_targets.clamp(min=1)
                 # Gradients are averaged over ranks, the step's loss is a sum over them.
                 (losses.sum() * (distributed.world_size() * self.loss_scale.value)).backward()
             total += losses.detach()
-        return self.update(total, lr)
+        return self.update(total, num_targets, lr)
 
-    def update(self, own: torch.Tensor, lr: float) -> StepStats:
+    def update(self, own: torch.Tensor, num_targets: torch.Tensor, lr: float) -> StepStats:
         """Clip and step, unless a gradient or loss is not finite: both are the same on all ranks, they decide alike.
 
         The host waits for the device once, at the end of the step.
@@ -89,9 +89,9 @@ class TorchEngine(Engine):
         if divide_gradients(self.own_optimizer(), scale / clipping, finite):
             self.optimizer.step()
         self.zero_grad()
-        *values, grad_norm, applied = torch.cat([losses.flatten(), norm.view(1), finite.float().view(1)]).tolist()
+        *values, grad_norm, applied = torch.cat([losses, num_targets, norm.view(1), finite.float().view(1)]).tolist()
         self.loss_scale.update(bool(applied))
-        return StepStats(tuple(values), grad_norm, bool(applied), scale, own)
+        return StepStats(known_losses(values[: len(own)], values[len(own) :]), grad_norm, bool(applied), scale, own)
 
     def own_optimizer(self) -> torch.optim.Optimizer:
         """The one that updates what this rank does."""
