@@ -23,7 +23,7 @@ from kozero.data.batch import Batch, padded
 from kozero.data.framing import Framing
 from kozero.data.order import Order, OrderedRows
 from kozero.engines.base import Engine
-from kozero.errors import UserError, require
+from kozero.errors import SaveFailed, require
 from kozero.metrics import RECALL_AT, retrieval
 from models.heads import PositionPool, router_sums
 
@@ -179,12 +179,12 @@ class Retrieval(EncoderTask):
         """(N, H) fp32 vectors of texts in a file that is mapped into memory, in numpy's format. Each rank writes its
         rows. Collective.
 
-        Raises: UserError when there is no room for the file.
+        Raises: SaveFailed when there is no room for the file.
         """
         shape = (len(texts), engine.module.encoder.config.hidden_size)
         message = reserve(path, shape) if distributed.is_main() else None
         if message := distributed.broadcast(message):
-            raise UserError(message)
+            raise SaveFailed(message)
         out = np.lib.format.open_memmap(path, "r+")
         self.encode(engine, texts, micro, out)
         out.flush()

@@ -1,7 +1,9 @@
 """How a run ends when it cannot go on: one line for the user, a documented exit code, no traceback."""
 
 import difflib
+import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -43,7 +45,7 @@ class Diverged(Exception):
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; the one before is whole."""
+    """Results could not be written; what was there before, an earlier checkpoint too, is whole."""
 
 
 class Stopped(Exception):
@@ -65,6 +67,23 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
 
+def disk_error(error: BaseException | None) -> str | None:
+    """What to tell of an error that a full or broken disk has caused; None of any other.
+
+    Libraries raise what they like of it: with the number of the system's error, with its words, or, as numpy and torch
+    do, with how much was written.
+    """
+    while error is not None:
+        told = str(error)
+        for number in (*NO_ROOM, errno.EIO):
+            if number == getattr(error, "errno", None) or f"(os error {number})" in told or os.strerror(number) in told:
+                return f"{getattr(error, 'filename', None) or 'results'}: {os.strerror(number)}"
+        if re.search(r"\d+ requested and \d+ written|inline_container.*unexpected pos", told):
+            return f"results: {os.strerror(errno.ENOSPC)}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`, did you mean X?` for the closest known word, or an empty string when none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
@@ -73,7 +92,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run an entry point; a UserError becomes one line on standard error and exit code 2, Diverged the same with 4,
-    SaveFailed with 5. Stopped, which has been told, is 128 and the number of its signal; so is SIGPIPE, where results
+    SaveFailed and whatever comes of a full or broken disk with 5. Stopped, which has been told, is 128 and the number of its signal; so is SIGPIPE, where results
     were printed and nobody read them.
 
     Ranks usually fail alike. The first of a machine speaks at once, and its launcher then ends the others; they wait
@@ -90,6 +109,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr, flush=True)
         codes = ((UserError, EXIT_BAD_INPUT), (Diverged, EXIT_DIVERGED), (SaveFailed, EXIT_NOT_SAVED))
         code = next(code for kind, code in codes if isinstance(error, kind))
+        code = EXIT_NOT_SAVED if disk_error(error.__context__) else code
     except Stopped as stopped:
         code = 128 + stopped.number
     except Unread:  # as a shell tells it of other programs
@@ -100,17 +120,14 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            then = "make room and start again, a training run with --resume auto"
-            print(f"error: {error.filename or 'a file'}: {error.strerror}; {then}", file=sys.stderr, flush=True)
+    except Exception as error:  # the interpreter would wait for threads that wait for a rank that is gone
+        if told := disk_error(error):
+            then = "make room, or see to the disk, and start again, a training run with --resume auto"
+            print(f"error: {told}; {then}", file=sys.stderr, flush=True)
             code = EXIT_NOT_SAVED
         else:
             traceback.print_exc()
             code = 1
-    except Exception:  # not left to the interpreter, which would wait for threads that wait for a rank that is gone
-        traceback.print_exc()
-        code = 1
     # Everything is written and closed by now. In the usual teardown a gloo thread of PyTorch that drops the last
     # reference to a tensor asks for the interpreter's lock, Python before 3.14 ends such a thread by unwinding its C++
     # stack, and that aborts the process (one run in thirty); a launcher then reports a finished run as failed.

@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from kozero import distributed
-from kozero.errors import UserError, first_line
+from kozero.errors import UserError, first_line, require
 from kozero.files import file_hash, fingerprint, sync_folder, to_disk
 from kozero.folder import write_text
 
@@ -108,6 +110,33 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(flag: str, folder: Path) -> Iterator[Path]:
+    """`whole_folder` of a user's results where nothing is yet, for one process at a time. What a killed one has left
+    beside it is removed.
+
+    Raises: UserError when the folder that `flag` names holds something, cannot be made, or is being written.
+    """
+    folder = folder.resolve()
+    require(not os.path.ismount(folder), f"{flag} {folder}: is a mount point; name a folder in it")
+    lock = FileLock(folder.with_name(f"{folder.name}.incomplete.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{flag} {folder}: another run is writing it; wait for it or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+    try:
+        is_empty = folder.is_dir() and not any(folder.iterdir())
+        require(is_empty or not folder.exists(), f"{flag} {folder}: holds something already; choose another folder")
+        with whole_folder(folder) as made:
+            yield made
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def rehearse(output_dir: Path, export: Callable[[Path, None], None]) -> None:

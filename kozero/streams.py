@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Unread(Exception):

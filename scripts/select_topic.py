@@ -25,10 +25,10 @@ from kozero.data.documents import SUFFIXES, Pool, documents
 from kozero.data.duplicates import duplicates
 from kozero.data.readers import text_files
 from kozero.errors import require, run_main
-from kozero.folder import writable_folder, write_text
+from kozero.folder import write_text
 from kozero.json_files import has_lone_surrogate, read_json_object
+from kozero.seal import new_folder
 
-WORK = ".work-"
 FUSION = 60  # of reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009)
 TOPIC = re.compile(r"\w[\w +-]{0,59}")  # it becomes a folder's name, of at most 180 bytes
 
@@ -73,18 +73,17 @@ def main() -> None:
     (arguments,) = parse_arguments(SelectionArguments, prog="scripts/select_topic.py", description=__doc__)
     wanted = topics(arguments)
     files = [file for name in arguments.files for file in text_files("--files", Path(name), SUFFIXES)]
-    folder = writable_folder("--output_dir", Path(arguments.output_dir))
-    others = [path for path in folder.iterdir() if not path.name.startswith(WORK)]  # a killed run leaves its work
-    require(not others, f"--output_dir {folder}: holds something already; choose another folder")
     if arguments.terms == "kiwi" and not has_kiwi():
         print("kiwipiepy is not installed: BM25 counts pairs of syllables")
         arguments.terms = "bigram"
-    with tempfile.TemporaryDirectory(dir=folder, prefix=WORK) as work:
-        report = select(arguments, wanted, files, folder, Path(work))
-    write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
-    write_text(folder / "summary.md", summary(report))
-    print(folder / "summary.md")
-    print(next_command(folder, report["topics"]))
+    named = Path(arguments.output_dir)
+    with new_folder("--output_dir", named) as folder:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            report = select(arguments, wanted, files, folder, Path(scratch))
+        write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
+        write_text(folder / "summary.md", summary(report))
+    print(named / "summary.md")
+    print(next_command(named, report["topics"]))
 
 
 def next_command(folder: Path, told: dict[str, dict]) -> str:
@@ -119,9 +118,9 @@ def is_query(value: Any) -> bool:
 
 
 def select(
-    arguments: SelectionArguments, wanted: dict[str, list[str]], files: list[Path], folder: Path, work: Path
+    arguments: SelectionArguments, wanted: dict[str, list[str]], files: list[Path], folder: Path, scratch: Path
 ) -> dict[str, Any]:
-    """The whole way. Returns the report."""
+    """The whole way: a folder of each topic in `folder`. Returns the report."""
     cleaner = Cleaner(arguments.min_chars, arguments.max_chars, arguments.min_hangul)
     clock, rates = time.monotonic(), {}
 
@@ -132,11 +131,11 @@ def select(
         print(f"{what}: {num:,} documents, {seconds:.1f} s, {rates[what]:,} a second", flush=True)
 
     found = (item for file in files for item in documents(file, arguments.unit, cleaner.counts))
-    pool = Pool(work / "documents.jsonl", cleaner.texts(found))
+    pool = Pool(scratch / "documents.jsonl", cleaner.texts(found))
     why = counted(cleaner.counts) or "there is none"
     require(len(pool) > 0, f"--files {' '.join(arguments.files)}: no document stays ({why})")
     lap("cleaned", cleaner.counts["documents read"])
-    earlier = duplicates(pool, arguments.similarity, work)
+    earlier = duplicates(pool, arguments.similarity, scratch)
     cleaner.counts["left out: near duplicates"] = int((earlier >= 0).sum())
     lap("compared", len(pool))
     pool.keep(np.flatnonzero(earlier < 0))
@@ -156,10 +155,8 @@ def select(
     report = {"counts": dict(cleaner.counts), "documents": len(pool), "documents_per_second": rates}
     report |= {"validation_fraction": arguments.validation_fraction, "topics": {}}
     for name, found in chosen.items():
-        told = write_topic(work / "topics" / name, pool, found, validating, arguments.seed)
+        told = write_topic(folder / name, pool, found, validating, arguments.seed)
         report["topics"][name] = {"queries": wanted[name]} | told
-    for name in chosen:  # all of them, or none
-        (work / "topics" / name).rename(folder / name)
     report["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KiB on Linux
     return report
 
@@ -207,7 +204,7 @@ def write_topic(
     random.jsonl has other documents, as many characters as train.jsonl, none of the side that validates: what the same
     amount of text teaches that was not chosen.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir()
     sides: dict[str, list[dict]] = {"train": [], "validation": [], "random": []}
     for number, score in chosen:
         where, text = pool[number]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from kozero.config import arg, parse_arguments
 from kozero.data.readers import decode_lines, text_files
 from kozero.errors import require, run_main
-from kozero.folder import writable_folder
+from kozero.seal import new_folder
 from models.tokenizer import cut_within
 
 GPT = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>", *(f"<unused{n}>" for n in range(100))]
@@ -50,17 +50,13 @@ def main() -> None:
     require(bool(arguments.files), "--files: name at least one text file")
     smallest = len(SPECIAL[arguments.kind])
     require(arguments.vocab_size > smallest, f"--vocab_size {arguments.vocab_size}: must be above {smallest}")
-    folder = writable_folder("--output_dir", Path(arguments.output_dir))
-    require(
-        not (folder / "tokenizer.json").exists(),
-        f"--output_dir {folder}: holds a tokenizer.json already; choose another folder, or delete the file",
-    )
     files = [file for name in arguments.files for file in text_files("--files", Path(name))]
     for file in files:
         rows = f"--files {file}: holds rows, not texts; write its texts into a .txt file, one a line"
         require(file.suffix not in (".json", ".jsonl", ".csv"), rows)
-    tokenizer = KINDS[arguments.kind](lines(files, arguments.column), arguments.vocab_size)
-    tokenizer.save_pretrained(arguments.output_dir)
+    with new_folder("--output_dir", Path(arguments.output_dir)) as folder:
+        tokenizer = KINDS[arguments.kind](lines(files, arguments.column), arguments.vocab_size)
+        tokenizer.save_pretrained(folder)
     sample = next(lines(files, arguments.column))[:40]
     if len(tokenizer) < arguments.vocab_size:
         print(f"--vocab_size {arguments.vocab_size:,}: the text gives no more than {len(tokenizer):,} tokens")
