@@ -92,8 +92,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run an entry point; a UserError becomes one line on standard error and exit code 2, Diverged the same with 4,
-    SaveFailed and whatever comes of a full or broken disk with 5. Stopped, which has been told, is 128 and the number of its signal; so is SIGPIPE, where results
-    were printed and nobody read them.
+    SaveFailed, and whatever comes of a full or broken disk, with 5. Stopped, which has been told, is 128 and the number
+    of its signal; so is SIGPIPE, where results were printed and nobody read them.
 
     Ranks usually fail alike. The first of a machine speaks at once, and its launcher then ends the others; they wait
     a little, and are heard only when the first has not failed.

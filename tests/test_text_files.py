@@ -141,7 +141,7 @@ OF_LINES = {  # name of the file, its content, what reads it
     "documents in JSON": ("a.jsonl", JSON_LINES, lambda path: list(documents(path, "line", Counter()))),
     "corpus": ("a.txt", TEXT, lambda path: [one for piece in pieces_of(path) for one in piece.documents()]),
     "hub": ("a.txt", TEXT, hub_lines),
-    "tokenizer": ("a.txt", TEXT, lambda path: list(train_tokenizer.lines([path], -1))),
+    "tokenizer": ("a.txt", TEXT, lambda path: list(train_tokenizer.lines([path], None))),
     "prompts": ("a.txt", TEXT, READERS["prompts"]),
     "standard input": ("a.txt", TEXT, lambda path: list(generate.lines_of(path.open("rb")))),
     "nsmc": ("a.txt", "id\tdocument\tlabel\n1\t좋다\t1\n2\t싫다\t0\n", rows_of_task("nsmc")),
@@ -178,7 +178,7 @@ def test_a_line_without_an_end_is_not_read_to_its_end():
 LONG = {
     "documents": (lambda path: list(documents(path, "document", Counter())), "a.txt"),
     "rows": (lambda path: list(read_tsv(path, ("id",))), "a.txt"),
-    "tokenizer": (lambda path: list(train_tokenizer.lines([path], -1)), "a.txt"),
+    "tokenizer": (lambda path: list(train_tokenizer.lines([path], None)), "a.txt"),
     "prompts": (READERS["prompts"], "a.txt"),
     "standard input": (lambda path: list(generate.lines_of(path.open("rb"))), "line 2"),
 }
@@ -248,7 +248,7 @@ def test_json_that_would_fill_the_memory_is_refused_unread(tmp_path, monkeypatch
 def test_no_word_that_a_tokenizer_learns_from_makes_training_quadratic(tmp_path, text):
     """Merges are searched in whole words; nothing of the text is lost, and no syllable is cut."""
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    (found,) = train_tokenizer.lines([tmp_path / "a.txt"], -1)
+    (found,) = train_tokenizer.lines([tmp_path / "a.txt"], None)
     assert max(map(len, found.split(" "))) <= train_tokenizer.LONGEST_WORD
     composed = text.replace("\u1112\u1161\u11ab", "한")
     assert found.replace(" ", "") == composed.replace(" ", "")
