@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kozero.data.store import build_once, key_of, seal
+from kozero.distributed import usable_cores
 
 NAME = "morphemes.jsonl"
 CONTENT = ("N", "V", "M", "X", "SN", "SL", "SH")  # Sejong tags: nouns, verbs, modifiers, roots, numbers, other scripts
@@ -80,7 +81,7 @@ def morphemes(texts: Iterable[str], cache: Path) -> Iterator[list[str]]:
         from kiwipiepy import Kiwi
 
         with (folder / NAME).open("w", encoding="utf-8") as file:
-            for tokens in Kiwi().tokenize(texts):
+            for tokens in Kiwi(num_workers=usable_cores()).tokenize(texts):
                 forms = [token.form for token in tokens if token.tag.startswith(CONTENT)]
                 file.write(json.dumps(forms, ensure_ascii=False) + "\n")
         seal(folder)

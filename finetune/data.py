@@ -17,6 +17,7 @@ from kozero.data.readers import LeftOut
 from kozero.data.store import TextRow, TokenStore, key_of, open_or_build, tokenizer_hash
 from kozero.errors import UserError, require
 from kozero.files import file_hash
+from kozero.folder import cache_folder
 
 HERE = "<file>"  # the source's path in a store's notes: another file of the same content has the same store
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
@@ -73,7 +74,7 @@ def cached_store(
         for example in read(source, task, left_out, limit):
             yield from text_rows(example, task, kind)
 
-    cache = Path(cache_dir).expanduser()
+    cache = cache_folder(cache_dir)
 
     def notes() -> list[str]:
         return [line.replace(str(source.path), HERE) for line in left_out.lines()]

@@ -24,7 +24,7 @@ from kozero.data.framing import Framing
 from kozero.data.readers import LeftOut
 from kozero.engines import build_engine, prepare_engine
 from kozero.files import fingerprint
-from kozero.folder import write_text
+from kozero.folder import cache_folder, write_text
 from kozero.metrics import RECALL_AT, retrieval
 
 BM25 = "BM25 (bm25s, kiwipiepy morphemes)"
@@ -98,7 +98,7 @@ def bm25_ranks(questions: QuestionSet, passages: Collection, data: TrainingDataA
     if not distributed.is_main():
         return None
     asked = [example.prompt for example in questions.examples]
-    return rank_by_bm25(asked, passages.texts, max(RECALL_AT), Path(data.cache_dir).expanduser())
+    return rank_by_bm25(asked, passages.texts, max(RECALL_AT), cache_folder(data.cache_dir))
 
 
 def save(

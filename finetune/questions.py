@@ -25,6 +25,7 @@ from kozero.data.store import (
     token_span,
     tokenizer_hash,
 )
+from kozero.folder import cache_folder
 from kozero.metrics import exact_match
 from kozero.seal import read_sealed
 
@@ -94,7 +95,7 @@ def open_questions(source: Source, task: Task, limit: int, tokenizer: Any, cache
     key = key_of("questions", *identity(source, limit), tokenizer_hash(tokenizer))
     left_out = LeftOut()
     write = partial(write_store, lambda: read(source, task, left_out, limit), tokenizer, left_out.lines)
-    cache = Path(cache_dir).expanduser()
+    cache = cache_folder(cache_dir)
     store = QuestionStore(distributed.once_a_machine(lambda: build_once(cache, key, write)))
     for note in store.notes:
         distributed.say(f"{source}: {note}")

@@ -1,9 +1,11 @@
 """KoZeRO: ZeRO-sharded training of Korean language models, with pause tokens."""
 
 import sys
+from pathlib import Path
 from types import TracebackType
 
 __version__ = "0.1.0"
+_ENTRIES = {Path(__file__).resolve().parents[1] / name for name in ("finetune", "pretrain", "scripts")}
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -14,4 +16,5 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _tell
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent in _ENTRIES:
+    sys.excepthook = _tell  # of a program of this project; one that imports a part of it keeps its own

@@ -198,10 +198,19 @@ def tidy(arguments: Any) -> None:
         value = getattr(arguments, f.name)
         require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} {value}: must be finite")
         if isinstance(value, str):
+            require("\0" not in value, f"--{f.name} {value}: holds a zero character")
             require(value != "", f"--{f.name}: is empty; give a value or leave it out")
             require(not has_lone_surrogate(value), f"--{f.name} {value!a}: is not UTF-8")
-            if value.startswith("~/"):
-                setattr(arguments, f.name, str(Path(value).expanduser()))
+            if value.startswith("~/") and value != f.default:  # a default is looked for where it is used
+                setattr(arguments, f.name, in_home(f.name, value))
+
+
+def in_home(name: str, path: str) -> str:
+    """A path with the home folder in the place of `~`; argument `name` holds it."""
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise UserError(f"--{name} {path}: this user has no home folder; write the whole path, or set HOME") from None
 
 
 def flags_of_file(path: str, parser: ArgumentParser) -> list[str]:

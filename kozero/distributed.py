@@ -4,26 +4,32 @@ A run always has a process group, also with one rank, so that nothing else asks 
 """
 
 import ctypes
+import math
 import os
 import random
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from kozero.errors import UserError
-from kozero.orphan import end_with_launcher
+from kozero import cgroups
+from kozero.errors import UserError, first_line, require
+from kozero.orphan import end_with_launcher, launching_command
 from kozero.streams import outlive_readers
 
 T = TypeVar("T")
+DESCRIBED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NEEDED = (("RANK", "WORLD_SIZE"), *(("WORLD_SIZE", name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")))
+BY_LAUNCHER = "start with torchrun or deepspeed, or unset"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 FROM_MKL = (
     torch.exp, torch.log, torch.log2, torch.log10, torch.sqrt, torch.sin, torch.cos, torch.tan, torch.tanh, torch.asin,
@@ -45,6 +51,7 @@ def setup(timeout_seconds: float = 600.0) -> None:
     """Join the process group that `torchrun` or `deepspeed` describes in the environment, or make one of one rank."""
     if dist.is_initialized():
         return
+    check_environment()
     end_with_launcher()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
@@ -52,17 +59,63 @@ def setup(timeout_seconds: float = 600.0) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    else:
-        # Ranks of one machine share its cores; more threads than cores slows every rank down.
-        torch.set_num_threads(max(1, usable_cores() // local_world_size()))
-        keep_freed_memory()
-        resolve_kernels()
-        # oneDNN keeps what it prepared for 1,024 shapes. Where every batch has new shapes those lie scattered between
-        # tensors, and a process grew by 9 MiB a step (fully_shard, MLM + ICT); not with 128, which hold those of a step
-        # (KoGPT2 has about 30; with 16 they drove each other out, and a step of 1.8 s spent 0.16 on preparing).
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     with ended_by_interrupts():
         make_groups(backend, timeout)
+        number_ranks()
+    if not torch.cuda.is_available():
+        settle_processor()
+
+
+def check_environment() -> None:
+    """Refuse a description of the ranks that no launcher gives.
+
+    Raises: UserError that names the variable.
+    """
+    told = {name: os.environ[name] for name in DESCRIBED if name in os.environ}
+    for name, value in told.items():
+        right = name == "MASTER_ADDR" or (value.isascii() and value.isdecimal())
+        require(right, f"{name} {value!r}: must be a whole number; {BY_LAUNCHER} {name}")
+    for name, needed in NEEDED:
+        require(name not in told or needed in told, f"{name} is set and {needed} is not: {BY_LAUNCHER} {name}")
+    limits = {"RANK": told.get("WORLD_SIZE"), "LOCAL_RANK": told.get("LOCAL_WORLD_SIZE"), "MASTER_PORT": 2**16}
+    for name, limit in limits.items():
+        right = name not in told or limit is None or int(told[name]) < int(limit)
+        require(right, f"{name} {told.get(name)}: must be below {limit}; {BY_LAUNCHER} {name}")
+    gpus = torch.cuda.device_count()
+    require(not gpus or local_rank() < gpus, f"LOCAL_RANK {local_rank()}: one rank a GPU, and {gpus} are visible here")
+
+
+def number_ranks() -> None:
+    """Say which rank of its machine this is where who started it has not: Kubernetes (PyTorchJob) sets RANK,
+    WORLD_SIZE and MASTER_* alone. Collective."""
+    hosts = gather(socket.gethostname(), patient)
+    if "LOCAL_RANK" not in os.environ:
+        os.environ["LOCAL_RANK"] = str(hosts[: rank()].count(hosts[rank()]))
+        os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+
+
+def settle_processor() -> None:
+    """Threads and memory of a rank that computes on a CPU."""
+    if not threads_are_chosen():
+        # Ranks of one machine share its cores; more threads than cores slows every rank down.
+        torch.set_num_threads(max(1, usable_cores() // local_world_size()))
+    keep_freed_memory()
+    resolve_kernels()
+    # oneDNN keeps what it prepared for 1,024 shapes. Where every batch has new shapes those lie scattered between
+    # tensors, and a process grew by 9 MiB a step (fully_shard, MLM + ICT); not with 128, which hold those of a step
+    # (KoGPT2 has about 30; with 16 they drove each other out, and a step of 1.8 s spent 0.16 on preparing).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+
+def threads_are_chosen() -> bool:
+    """Whether the user has set OMP_NUM_THREADS. torchrun sets it to 1 for its ranks where nobody has."""
+    environment: Mapping[str, str] = os.environ
+    with suppress(psutil.Error):
+        if "TORCHELASTIC_RUN_ID" in os.environ and (launcher := launching_command()):
+            environment = launcher.environ()
+    return "OMP_NUM_THREADS" in environment
 
 
 @contextmanager
@@ -84,21 +137,17 @@ def make_groups(backend: str, timeout: timedelta) -> None:
     """Wait for all ranks, and make the groups that they talk in."""
     global patient, background, control
     if "WORLD_SIZE" in os.environ:
-        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise UserError(
-                f"WORLD_SIZE is set and {missing[0]} is not: start with torchrun or deepspeed, or unset WORLD_SIZE"
-            )
         if os.environ["WORLD_SIZE"] != "1":
             outlive_readers()  # a rank that left because of them would take the others down
         try:
             dist.init_process_group(backend, timeout=timeout, **restarted(timeout))
-        except dist.DistNetworkError as error:
-            port = os.environ.get("MASTER_PORT")
-            if "EADDRINUSE" not in str(error):
-                raise
-            raise UserError(
-                f"port {port} is taken, by another run? Choose one with the launcher's --master_port"
-            ) from None
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+            if "EADDRINUSE" in str(error):
+                told = f"port {port} is taken, by another run? Choose one with the launcher's --master_port"
+            else:
+                told = f"MASTER_ADDR {address}, MASTER_PORT {port}: the ranks did not meet there; {first_line(error)}"
+            raise UserError(told) from None
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for one process
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -152,8 +201,12 @@ def shutdown() -> None:
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use: those that it is bound to, and no more than a container's quota, where
+    a part of a core counts as one."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError):
+        bound = min(bound, cgroups.cores((cgroups.PROC / "self/cgroup").read_text(), cgroups.ROOT))
+    return max(1, math.ceil(bound))
 
 
 def rank() -> int:

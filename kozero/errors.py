@@ -9,7 +9,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from threading import RLock
 from typing import NoReturn
+
+from tqdm import tqdm
 
 from kozero.streams import NO_ROOM, Unread, guard_streams, outlive_readers
 
@@ -100,6 +103,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     """
     code = 0
     guard_streams()
+    tqdm.set_lock(RLock())  # a bar's own is shared between processes, and os._exit would leave it behind
     try:
         main()
         sys.stdout.flush()

@@ -2,10 +2,11 @@
 
 import json
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, gettempdir
 from typing import TextIO
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ from kozero.errors import UserError, require
 from kozero.streams import outlive_readers
 
 LOCK = ".lock"
+COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # processes that srun, Open MPI, MPICH started
 LONGEST = 130  # bytes of the longest file name that a run makes in its folder: TensorBoard's, with the host's name
 
 
@@ -35,6 +37,7 @@ def claim_output(name: str) -> Iterator[Path]:
             lock.acquire(timeout=0)
         except Timeout:
             message = f"--output_dir {name}: another run is writing there; wait for it or choose another folder"
+            message += apart()
     if message := distributed.broadcast(message):
         raise UserError(message)
     try:
@@ -44,6 +47,12 @@ def claim_output(name: str) -> Iterator[Path]:
         if made and distributed.is_main() and [path.name for path in folder.iterdir()] == [LOCK]:
             (folder / LOCK).unlink()
             folder.rmdir()
+
+
+def apart() -> str:
+    """What to say where srun or mpirun has started processes that were to be ranks of one run."""
+    names = [name for name in COUNTS if os.environ.get(name, "1") != "1" and distributed.world_size() == 1]
+    return f"; {names[0]} is set: srun and mpirun start as many runs, torchrun as many ranks of one" if names else ""
 
 
 def writable_folder(flag: str, folder: Path) -> Path:
@@ -59,6 +68,29 @@ def writable_folder(flag: str, folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
     outlive_readers()
+    return folder
+
+
+def cache_folder(name: str) -> Path:
+    """The folder that --cache_dir names. A user whose home folder is not there or takes no files (a container's --user)
+    has it below XDG_CACHE_HOME, or beside temporary files, in a folder that nobody else can use.
+
+    Raises: UserError when somebody else has made that one.
+    """
+    with suppress(RuntimeError, OSError):
+        folder = Path(name).expanduser()
+        if not name.startswith("~/"):
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base, "kozero")
+    folder = Path(gettempdir(), f"kozero-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    alone = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    require(alone, f"--cache_dir {folder}: others can write there; name another folder, or set HOME")
     return folder
 
 

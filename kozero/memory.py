@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 
 from kozero import distributed
+from kozero.cgroups import PROC, ROOT, levels
 from kozero.errors import UserError
 
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # Of cgroups v2 and v1: limit and use in bytes, and what memory.stat calls pages of files, which the system takes back.
 V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
@@ -60,7 +60,7 @@ class ProcessMemory:
 
     def limit(self) -> int:
         available = kilobytes(PROC / "meminfo")["MemAvailable"] * 1024
-        free = min(available, cgroup_free((PROC / "self/cgroup").read_text(), CGROUPS))
+        free = min(available, cgroup_free((PROC / "self/cgroup").read_text(), ROOT))
         return self.now("VmRSS") + int(free) // distributed.local_world_size()
 
     def now(self, name: str) -> int:
@@ -108,22 +108,9 @@ def kilobytes(path: Path) -> dict[str, int]:
 
 
 def cgroup_free(groups: str, root: Path) -> float:
-    """Bytes that are left below the tightest memory limit of a process, infinity without one.
-
-    Args:
-        groups: its /proc/<pid>/cgroup, lines `number:controllers:path`; v2 names no controllers.
-        root: where cgroups are mounted. A container may see its own group there and not the one of that path.
-    """
-    free = math.inf
-    for line in groups.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, names = (root / "memory", V1) if controllers else (root, V2)
-        folder = top / path.lstrip("/")
-        levels = [level for level in (folder, *folder.parents) if level.is_relative_to(top)]
-        free = min(free, *(left_in(level, *names) for level in levels))
-    return free
+    """Bytes that are left below the tightest memory limit of a process, infinity without one. See levels."""
+    found = (left_in(folder, *(V1 if old else V2)) for old, folder in levels("memory", groups, root))
+    return min(found, default=math.inf)
 
 
 def left_in(folder: Path, limit_file: str, used_file: str, droppable: tuple[str, ...]) -> float:

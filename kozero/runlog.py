@@ -6,7 +6,6 @@ import resource
 import sys
 import time
 from pathlib import Path
-from threading import RLock
 from typing import Any
 
 import torch
@@ -14,9 +13,6 @@ from tqdm import tqdm
 
 from kozero import distributed
 from kozero.folder import write_text
-
-# A bar's own lock is shared between processes; one that leaves by os._exit (run_main) leaves it behind, and says so.
-tqdm.set_lock(RLock())
 
 
 class RunLog:

@@ -14,6 +14,7 @@ from kozero.data.batch import Rows
 from kozero.data.order import Order
 from kozero.data.readers import text_files
 from kozero.errors import require
+from kozero.folder import cache_folder
 from kozero.pause import Pauses, begins_inside
 from pretrain.arguments import CorpusArguments, PretrainingArguments
 from pretrain.chunks import Blocks, Numbered, cut_once, held_out_documents, open_cut
@@ -56,7 +57,7 @@ def open_shards(arguments: CorpusArguments, tokenizer: Any) -> list[Shard]:
         distributed.say(
             f"no --corpus_path and no --corpus_hub: using the sample corpus in {SAMPLE_CORPUS.parent.name}/"
         )
-    cache = Path(arguments.cache_dir).expanduser()
+    cache = cache_folder(arguments.cache_dir)
     names = distributed.once_a_machine(lambda: build_shards(arguments, tokenizer, cache))
     allow_open_files(FILES_OF_A_SHARD * len(names) + OTHER_FILES)
     shards = [Shard.open(cache / name) for name in names]

@@ -23,6 +23,7 @@ START = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else
 
 def check_nproc(nproc: int) -> None:
     """Refuse a number of ranks that this machine cannot run, or that a launcher has decided otherwise."""
+    distributed.check_environment()
     if "WORLD_SIZE" in os.environ:
         started = distributed.local_world_size()
         require(

@@ -25,7 +25,7 @@ from kozero.data.documents import SUFFIXES, Pool, documents
 from kozero.data.duplicates import duplicates
 from kozero.data.readers import text_files
 from kozero.errors import require, run_main
-from kozero.folder import write_text
+from kozero.folder import cache_folder, write_text
 from kozero.json_files import has_lone_surrogate, read_json_object
 from kozero.seal import new_folder
 
@@ -140,7 +140,7 @@ def select(
     lap("compared", len(pool))
     pool.keep(np.flatnonzero(earlier < 0))
     queries = [query for found in wanted.values() for query in found]
-    cache = Path(arguments.cache_dir).expanduser()
+    cache = cache_folder(arguments.cache_dir)
     numbers, scores = search(queries, pool, arguments.top_k, cache, arguments.terms)
     lap("ranked", len(pool))
     chosen, at = {}, 0

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -31,18 +32,18 @@ from kozero.footprint import ZeroSizes
 from kozero.json_files import check_keys
 from kozero.optim import build_optimizer, parameter_groups
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import; quiet so
-
-import deepspeed
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
-from deepspeed.utils import safe_get_full_fp32_param
-
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about settings that we make on purpose
-warnings.filterwarnings("ignore", message=r".*is deprecated\. Please use", category=FutureWarning)  # its collectives
+DEVICE = {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
+with patch.dict(os.environ, DEVICE | os.environ):  # read at import, which warns without it
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+    from deepspeed.utils import safe_get_full_fp32_param
 
 
 class DeepSpeedEngine(Engine):
@@ -183,6 +184,8 @@ def gathered(parameter: nn.Parameter) -> AbstractContextManager:
 
 def prepare() -> None:
     """Let DeepSpeed join the process group that is there, and make a CPU enough: no compiler, and float16."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about settings that we make on purpose
+    warnings.filterwarnings("ignore", message=r".*is deprecated\. Please use", category=FutureWarning)  # collectives
     if get_accelerator().device_name() == "cpu":
         relax_cpu()
     deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)

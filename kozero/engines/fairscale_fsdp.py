@@ -45,10 +45,6 @@ from kozero.engines.torch_engine import TorchEngine
 from kozero.engines.units import layers
 from kozero.optim import build_optimizer, parameter_groups
 
-# What fairscale calls: storages by their type, and collectives by private names.
-warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-warnings.filterwarnings("ignore", message=r".*_base` is a private function", category=FutureWarning)
-
 
 class Unit(FullyShardedDataParallel):
     """Parameters that are gathered together."""
@@ -69,6 +65,9 @@ class FairscaleFSDPEngine(TorchEngine):
     wrapped: Unit
 
     def __init__(self, module: nn.Module, arguments: TrainingArguments, stage: int, auto_wrap: bool) -> None:
+        # What fairscale calls: storages by their type, and collectives by private names.
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+        warnings.filterwarnings("ignore", message=r".*_base` is a private function", category=FutureWarning)
         super().__init__(arguments)
         self.module = module
         self.stage = stage
