@@ -2,11 +2,13 @@
 
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,6 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from kozero.data.store import TokenStore
+from kozero.errors import UserError
 from models.language_model import export, load, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +27,23 @@ SAMPLE_TOKENIZER = SAMPLE_DATA / "tokenizer"
 def interruptible() -> None:
     """For a new process: what a shell does for a job in the foreground; this one may be in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder, by its path there, but the lock of a run."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@contextmanager
+def refused(*words: object, untouched: Path | None = None, kind: type[Exception] = UserError) -> Iterator[None]:
+    """What is done inside is refused in one line with all of these words, and a folder is left as it was."""
+    before = contents(untouched) if untouched else {}
+    with pytest.raises(kind) as caught:
+        yield
+    missing = [word for word in map(str, words) if word not in str(caught.value)]
+    assert not missing and "\n" not in str(caught.value), str(caught.value)
+    assert not untouched or contents(untouched) == before
 
 
 def gpt2_configs() -> list[Path]:

@@ -119,7 +119,8 @@ def test_a_span_in_the_head_does_not_move_the_cut():
 
 
 def test_an_example_whose_span_is_longer_than_the_room_is_left_out():
-    assert fit(one_row(50, 3, 2, (20, 26)), capacity=12, num_pauses=1).cut.tolist() == [[20, 26]]
+    whole = fit(one_row(50, 3, 2, (20, 26)), capacity=12, num_pauses=1)
+    assert whole.cut.tolist() == [[20, 26]] and whole.used.tolist() == [0]
     fitted = fit(one_row(50, 3, 2, (20, 27)), capacity=12, num_pauses=1)
     assert fitted.used.tolist() == []
     assert fitted.num_left_out == 1

@@ -17,6 +17,7 @@ from finetune import evaluate, generate, train
 from kozero import distributed
 from kozero.engines import build_engine
 from kozero.errors import UserError
+from tests.helpers import refused
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_data"
@@ -273,7 +274,8 @@ def test_a_run_that_goes_on_in_another_folder_exports_the_weights_that_have_its_
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(monkeypatch, config, tmp_path):
     (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run/.lock"), pytest.raises(UserError, match="another run is writing there"):
+    told = (f"--output_dir {tmp_path}/run: another run is writing there", "choose another folder")
+    with FileLock(tmp_path / "run/.lock"), refused(*told, untouched=tmp_path / "run"):
         run(monkeypatch, config, tmp_path / "run")
 
 
@@ -285,16 +287,24 @@ def test_a_half_described_launch_is_one_line(monkeypatch):
         distributed.setup()
 
 
-@pytest.mark.parametrize("token", ["</s>", "<pad>", "영화", ""])
-def test_a_token_that_means_something_is_no_pause(monkeypatch, config, tmp_path, token):
-    with pytest.raises(UserError, match="--pause_token"):
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [
+        ("</s>", "--pause_token </s>: the tokenizer uses it already; name a spare one like <unused0>"),
+        ("<pad>", "--pause_token <pad>: the tokenizer uses it already; name a spare one like <unused0>"),
+        ("영화", "--pause_token '영화': not a spare token; name one like <unused0>"),
+        ("", "--pause_token: is empty; give a value or leave it out"),
+    ],
+)
+def test_a_token_that_means_something_is_no_pause(monkeypatch, config, tmp_path, token, told):
+    with refused(told, untouched=tmp_path):
         run(monkeypatch, config, tmp_path / "run", "--num_pauses", 1, f"--pause_token={token}")
 
 
 def test_evaluation_refuses_a_number_of_training_pauses(monkeypatch, config, tmp_path):
     run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
     flags = ("--model_name_or_path", tmp_path / "run/model", "--num_pauses", 5)
-    with pytest.raises(UserError, match="--num_inference_pauses"):
+    with refused("--num_pauses", "did you mean", "--num_inference_pauses", untouched=tmp_path):
         call(monkeypatch, evaluate.main, *flags)
 
 
@@ -309,15 +319,17 @@ def test_offload_to_a_disk_is_refused(monkeypatch, config, tmp_path):
     values = json.loads((ROOT / "ds_configs/zero3_offload.json").read_text())
     values["zero_optimization"]["offload_param"] = {"device": "nvme", "nvme_path": str(tmp_path)}
     (tmp_path / "nvme.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"offload_param\.device 'nvme'"):
+    told = (f"{tmp_path}/nvme.json: zero_optimization.offload_param.device 'nvme'", "use 'cpu'")
+    with refused(*told, untouched=tmp_path):
         run(monkeypatch, config, tmp_path / "run", "--deepspeed_config", tmp_path / "nvme.json")
 
 
 def test_an_old_run_is_not_mixed_with_a_new_one(monkeypatch, config, tmp_path):
     run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
-    with pytest.raises(UserError, match="--resume auto"):
+    folder = tmp_path / "run"
+    with refused(f"--output_dir {folder}: holds checkpoints", "--resume auto", untouched=folder):
         run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
-    with pytest.raises(UserError, match="num_pauses"):
+    with refused(f"{folder}/checkpoints/step-000001: saved with --num_pauses 0, this run has 4", untouched=folder):
         run(monkeypatch, config, tmp_path / "run", "--max_steps", 2, "--resume", "auto", "--num_pauses", 4)
 
 
@@ -327,15 +339,15 @@ def test_an_old_run_is_not_mixed_with_a_new_one(monkeypatch, config, tmp_path):
 def test_a_model_that_is_not_of_this_run_is_not_written_over(monkeypatch, config, tmp_path):
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds a model already"):
+    with refused(f"--output_dir {tmp_path}/run: holds a model already", untouched=tmp_path):
         run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
-    assert (tmp_path / "run/model/notes.txt").read_text() == "mine"
 
 
 def test_a_run_does_not_write_over_the_model_that_it_starts_from(monkeypatch, config, tmp_path):
     run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
     flags = ("--model_name_or_path", tmp_path / "run/model", "--output_dir", tmp_path / "run", "--resume", "auto")
-    with pytest.raises(UserError, match="would write over it"):
+    told = (f"--model_name_or_path {tmp_path}/run/model", "--output_dir would write over it")
+    with refused(*told, untouched=tmp_path):
         call(monkeypatch, train.main, *flags, "--cache_dir", tmp_path / "cache")
 
 
@@ -343,7 +355,7 @@ def test_a_run_does_not_write_over_the_model_that_it_starts_from(monkeypatch, co
 def test_a_file_in_the_place_of_a_folder_is_found_before_training(monkeypatch, config, tmp_path, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("")
-    with pytest.raises(UserError, match=f"{name} in it is a file"):
+    with refused(f"--output_dir {tmp_path}/run: {name} in it is a file", untouched=tmp_path):
         run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
 
 
@@ -360,14 +372,15 @@ def test_frozen_weights_that_have_changed_are_found_before_a_run_goes_on(monkeyp
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"] + 1
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     shutil.rmtree(tmp_path / "run/model")
-    with pytest.raises(UserError, match=r"saved with frozen weights \(--model_name_or_path\)"):
+    told = (f"{tmp_path}/run/checkpoints/step-000002: saved with frozen weights (--model_name_or_path)", "begin anew")
+    with refused(*told, untouched=tmp_path):
         call(monkeypatch, train.main, *flags, "--max_steps", 3, "--resume", "auto")
 
 
 def test_a_resumed_run_keeps_its_pause_token(monkeypatch, config, tmp_path):
     run(monkeypatch, config, tmp_path / "run", "--max_steps", 1, "--num_pauses", 1)
     flags = ("--num_pauses", 1, "--pause_token", "<unused5>", "--max_steps", 2, "--resume", "auto")
-    with pytest.raises(UserError, match="--pause_token"):
+    with refused("saved with --pause_token '<unused0>', this run has '<unused5>'", untouched=tmp_path / "run"):
         run(monkeypatch, config, tmp_path / "run", *flags)
 
 
@@ -420,14 +433,15 @@ def test_a_checkpoint_whose_bytes_are_gone_is_one_line(monkeypatch, config, tmp_
 
 def test_a_validation_set_of_which_nothing_fits_is_found_before_training(monkeypatch, config, tmp_path):
     flags = ("--num_inference_pauses", 200, "--max_seq_length", 128)
-    with pytest.raises(UserError, match="no validation example fits 128 tokens beside 200 pauses"):
+    with refused("no validation example fits 128 tokens beside 200 pauses", "raise --max_seq_length"):
         run(monkeypatch, config, tmp_path / "run", *flags)
-    with pytest.raises(UserError, match="32 tokens for the answer"):
+    with refused("no validation example fits 40 tokens", "32 tokens for the answer", "raise --max_seq_length"):
         run(monkeypatch, config, tmp_path / "run", "--max_seq_length", 40, task="korquad")
 
 
 def test_a_step_of_more_rows_than_the_data_has_is_a_slip(monkeypatch, config, tmp_path):
-    with pytest.raises(UserError, match="--gradient_accumulation_steps"):
+    told = ("a step of 2,000,000,000 rows", "100 times all", "lower --per_device_train_batch_size or")
+    with refused(*told, "--gradient_accumulation_steps", untouched=tmp_path / "run"):
         run(monkeypatch, config, tmp_path / "run", "--gradient_accumulation_steps", 10**9)
 
 
@@ -438,7 +452,7 @@ def test_the_next_commands_can_be_pasted(monkeypatch, config, tmp_path, capsys):
 
 
 def test_scores_do_not_go_into_a_folder(monkeypatch, config, tmp_path):
-    with pytest.raises(UserError, match="is a folder"):
+    with refused(f"--output_file {tmp_path}: is a folder", untouched=tmp_path):
         call(monkeypatch, evaluate.main, "--model_name_or_path", tmp_path, "--output_file", tmp_path)
 
 
