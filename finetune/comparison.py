@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from threading import Event
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -98,8 +99,7 @@ class Comparison:
         done = self.thread.submit(self.work, writer, prompt, stream)
         try:
             while not wait([done], REFRESH_SECONDS).done:
-                text = self.model.tokenizer.decode(stream.ids or [], skip_special_tokens=True)
-                yield text.strip().rstrip("\ufffd")  # without a character whose last bytes are still to come
+                yield writer.generator.continuation(prompt, np.array([]), stream.ids or []).text.strip()
             yield done.result()
         finally:
             stream.stopped.set()

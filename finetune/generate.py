@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+import numpy as np
 import torch
-from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from finetune.arguments import ModelArguments
 from finetune.decoding import DecodingArguments
@@ -185,18 +186,35 @@ def shown(writer: Writer, prompts: Sequence[str]) -> dict[str, Any]:
     return {"streamer": Shown(writer.generator, prompts)}
 
 
-class Shown(TextStreamer):
-    """Prints each prompt and what follows it."""
+class Shown(BaseStreamer):
+    """Prints each prompt and what follows it, as far as no token to come can change it."""
 
     def __init__(self, generator: PausedGenerator, prompts: Sequence[str]) -> None:
-        super().__init__(generator.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.prompts = iter(prompts)
+        self.generator, self.prompts = generator, iter(prompts)
+        self.prompt: str | None = None  # before a text begins
 
     def put(self, value: torch.Tensor) -> None:
         """The prompt, then a token at a time."""
-        if self.next_tokens_are_prompt:
-            print(next(self.prompts), end=" ", flush=True)
-        super().put(value)
+        if self.prompt is None:
+            self.prompt, self.ids, self.printed = next(self.prompts), [], 0
+        else:
+            self.ids += value.tolist()
+        settled = len(self.ids)  # bytes of byte fallback are decoded together, all of them or none
+        while settled and self.generator.tokenizer.convert_ids_to_tokens(self.ids[settled - 1]).startswith("<0x"):
+            settled -= 1
+        self.show(settled)
+
+    def end(self) -> None:
+        """The rest of a text, and of its line."""
+        self.show(len(self.ids), end="\n")
+        self.prompt = None
+
+    def show(self, num: int, end: str = "") -> None:
+        """What is new with the first `num` tokens."""
+        piece = self.generator.continuation(self.prompt, np.array([]), self.ids[:num])
+        text = Written(self.prompt, piece.text.strip(), [piece]).whole
+        print(text[self.printed :], end=end, flush=True)
+        self.printed = max(self.printed, len(text))
 
 
 def tell_metrics(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from finetune.scoring import write_batch
+from finetune.scoring import spelled, write_batch
 from finetune.setup import inference_placement
 from kozero.data.marks import MARKERS, token_marks
 from kozero.errors import UserError, first_line, require
@@ -73,17 +73,16 @@ class PausedGenerator:
         return cls(lm, tokenizer, Pauses(token_id or 0, num, placement, begins_inside(tokenizer)))
 
     def prompt(self, text: str, most: int | None = None) -> np.ndarray:
-        """(T,) ids of a text with its pauses. Of one that is too long for `most` tokens the last stay.
+        """(T,) ids of a text with its pauses. Of one that is too long for `most` tokens the last whole characters stay.
 
-        Raises: UserError when not even a token stays beside the pauses.
+        Raises: UserError when not even a character stays beside the pauses.
         """
-        told = f"num_pauses {self.pauses.num}: leave no room for a prompt in {most} tokens; choose fewer"
-        require(most is None or most > self.pauses.num, told)
-        found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-        ids = np.asarray(found["input_ids"], dtype=np.int64)
+        ids, offsets = self.encode(text)
         cut = max(0, len(ids) + self.pauses.num - most) if most is not None else 0
-        offsets = np.asarray(found["offset_mapping"]).reshape(-1, 2)[cut:]
-        return self.pauses.prompt(ids[cut:], self.marks(text, ids[cut:], offsets))
+        cut += int(np.argmin(self.pauses.inside[np.append(ids[cut:], ids[:1])])) if cut else 0
+        told = f"num_pauses {self.pauses.num}: leave no room for a prompt in {most} tokens; choose fewer"
+        require(cut == 0 or cut < len(ids), told)
+        return self.pauses.prompt(ids[cut:], self.marks(text, ids[cut:], offsets[cut:]))
 
     def marks(self, text: str, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
         """Places that the placement asks for."""
@@ -130,11 +129,12 @@ class PausedGenerator:
 
     def continuation(self, text: str, prompt: np.ndarray, ids: list[int]) -> "Continuation":
         """What was written after a text; whether it goes on within a word shows only beside the text."""
-        before = self.tokenizer.decode(self.ids(text), skip_special_tokens=True)
-        both = self.tokenizer.decode([*self.ids(text), *ids], skip_special_tokens=True)
-        gap = both[len(before) : len(before) + 1]
-        written = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Continuation(written, gap if gap.isspace() else "", prompt, ids, self.tokenizer.eos_token_id in ids)
+        before, both = (spelled(self.tokenizer, [*self.ids(text), *more]) for more in ([], ids))
+        written, rest = spelled(self.tokenizer, ids), both[len(before) :]
+        gap = rest[: len(rest) - len(rest.lstrip())]
+        # WordPiece decodes a part of a word that no word stands before with its mark.
+        text = written if both.endswith(written) else rest
+        return Continuation(text, gap, prompt, ids, self.tokenizer.eos_token_id in ids)
 
     @torch.no_grad()
     def losses(self, found: "Continuation") -> torch.Tensor:
@@ -145,4 +145,9 @@ class PausedGenerator:
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text as it is written."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self.encode(text)[0].tolist()
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) tokens of a text as it is written, and (T, 2) the characters [start, end) of each."""
+        found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        return np.asarray(found["input_ids"], dtype=np.int64), np.asarray(found["offset_mapping"]).reshape(-1, 2)

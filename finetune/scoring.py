@@ -16,7 +16,7 @@ from kozero.data.batches import Prefixes, evaluation_batches
 from kozero.data.rows import Fit, fit, pieces
 from kozero.engines.base import Engine
 from kozero.metrics import classification, perplexity, question_answering
-from kozero.pause import Pauses
+from kozero.pause import Pauses, begun, token_bytes
 
 
 @dataclass
@@ -156,10 +156,8 @@ def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int,
             first = start + distributed.rank() * micro
             numbers = order[first : first + micro].tolist()
             batch = [prompts[n] for n in numbers or order[:1]]
-            found = tokenizer.batch_decode(
-                write_batch(lm, tokenizer, batch, distributed.device(), generation), skip_special_tokens=True
-            )
-            mine |= dict(zip(numbers, found, strict=False))
+            found = write_batch(lm, tokenizer, batch, distributed.device(), generation)
+            mine |= {n: spelled(tokenizer, ids) for n, ids in zip(numbers, found, strict=False)}
     written: dict[int, str] = {}
     for part in distributed.gather(mine):
         written |= part
@@ -184,6 +182,17 @@ def write_batch(
         **generation,
     )
     return [until(ids, tokenizer.eos_token_id) for ids in out[:, longest:].tolist()]
+
+
+def spelled(tokenizer: Any, ids: list[int]) -> str:
+    """The text of some ids without special tokens, and without a last character of which there is only a part: writing
+    ends after any number of tokens, and a character may take four. Spaces stay as they were written: the clean-up of
+    transformers, made for English, would change words that were shown already."""
+    ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    num = begun(tokenizer, ids)
+    single = num and all(len(part) == 1 for part in token_bytes(tokenizer, ids[-num:]))
+    text = tokenizer.decode(ids[:-num] if single else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text[:-1] if num and not single else text  # the decoder's U+FFFD for a part of a token
 
 
 def until(ids: list[int], end: int) -> list[int]:

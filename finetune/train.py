@@ -24,7 +24,7 @@ from finetune.data import EvaluationSet, cached_store, evaluation_set, training_
 from finetune.frozen import FrozenLayers, check_cacheable
 from finetune.passages import encode_passages
 from finetune.run import DATA, LENGTH, Setting, finish, resume_key, run_to_end, tell_next
-from finetune.scoring import fitted_prefixes, score, write
+from finetune.scoring import fitted_prefixes, score, spelled, write
 from finetune.setup import load_model, make_pauses, no_pauses, row_capacity
 from finetune.tasks import TASKS, Source, Task
 from finetune.train_encoder import train_encoder
@@ -241,7 +241,7 @@ def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     prefixes = [texts.parts(k)[0] for k in numbers]
     prompts = [texts.prompt(k, pauses) for k in numbers]
     answers = write(engine, model.tokenizer, prompts, 1, max_new_tokens=new_tokens, do_sample=False) if prompts else []
-    heads = [model.tokenizer.decode(prefix.tolist())[-60:] for prefix in prefixes]
+    heads = [spelled(model.tokenizer, prefix.tolist())[-60:] for prefix in prefixes]
     return " | ".join(f"{head} → {answer.strip()}" for head, answer in zip(heads, answers, strict=True))
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from finetune.paused import Continuation, PausedGenerator
 
 SENTENCE_END = re.compile(r"[.!?…。]+[\"'”’」』)\]]*(?=\s|$)")
@@ -68,11 +70,11 @@ def whole_sentences(text: str) -> str:
 
 
 def last_sentences(generator: PausedGenerator, text: str, tail: int) -> str:
-    """The last sentences of a text that fit into `tail` tokens; of a longer sentence the last tokens."""
+    """The last sentences of a text that fit into `tail` tokens; of a longer sentence the last whole characters, one of
+    them also where it takes more tokens."""
     starts = [0, *(found.end() for found in SENTENCE_END.finditer(text))]
-    for start in starts:
-        part = text[start:].strip()
-        if part and len(generator.ids(part)) <= tail:
-            return part
-    last = text[starts[-1] :].strip() or text[starts[-2] :].strip()
-    return generator.tokenizer.decode(generator.ids(last)[-tail:]).strip()
+    sentences = [part for start in starts if (part := text[start:].strip())]
+    ids, offsets = generator.encode(sentences[-1])
+    begins = np.unique(offsets[~generator.pauses.inside[ids], 0])[-tail:]
+    parts = [*sentences, *(part for start in begins if (part := sentences[-1][start:].strip()))]
+    return next((part for part in parts if len(generator.ids(part)) <= tail), parts[-1])

@@ -9,10 +9,12 @@ All placements obey one law: what a token had to predict is predicted by the las
 and the sequence without its pauses is the sequence that was there before.
 """
 
+import codecs
 import re
 import unicodedata
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -224,28 +226,44 @@ def spread(marks: np.ndarray, num: int, ranked: bool) -> np.ndarray:
 def begins_inside(tokenizer: Any) -> np.ndarray:
     """(V,) True for tokens that begin within a character: bytes that go on with one (byte-level BPE, byte fallback), a
     Korean vowel or final of a syllable that is spelt in parts, or another combining mark."""
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    byte_level = "ByteLevel" in str(type(tokenizer.backend_tokenizer.decoder)) or "ByteLevel" in str(
-        tokenizer.backend_tokenizer.pre_tokenizer
-    )
-    to_byte = {char: byte for byte, char in byte_characters().items()} if byte_level else {}
-    return np.array([goes_on(name, to_byte) for name in names])
+    return np.array([goes_on(spelt) for spelt in token_bytes(tokenizer, list(range(len(tokenizer))))])
 
 
-def goes_on(name: str, to_byte: dict[str, int]) -> bool:
+def goes_on(spelt: bytes) -> bool:
     """Whether a token begins within a character."""
+    text = spelt.decode(errors="replace")[:1]
+    return b"\x80" <= spelt[:1] < b"\xc0" or "\u1160" <= text <= "\u11ff" or bool(text and unicodedata.combining(text))
+
+
+def begun(tokenizer: Any, ids: list[int]) -> int:
+    """How many bytes at the end only begin a character of UTF-8, which has four at most."""
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    utf8.decode(b"".join(token_bytes(tokenizer, ids[-4:])))
+    return len(utf8.getstate()[0])
+
+
+def token_bytes(tokenizer: Any, ids: list[int]) -> list[bytes]:
+    """UTF-8 that each token stands for. Of marks for spaces and parts of words these are the marks'."""
+    byte_level = "ByteLevel" in f"{tokenizer.backend_tokenizer.decoder} {tokenizer.backend_tokenizer.pre_tokenizer}"
+    to_byte = byte_characters() if byte_level else {}
+    prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None) or ""
+    return [bytes_of((name or "").removeprefix(prefix), to_byte) for name in tokenizer.convert_ids_to_tokens(ids)]
+
+
+def bytes_of(name: str, to_byte: dict[str, int]) -> bytes:
+    """UTF-8 of the name of a token, which may spell bytes."""
     if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name):
-        return 0x80 <= int(byte[1], 16) < 0xC0
-    if name[:1] in to_byte:
-        return 0x80 <= to_byte[name[0]] < 0xC0
-    return "\u1160" <= name[:1] <= "\u11ff" or bool(name and unicodedata.combining(name[0]))
+        return bytes.fromhex(byte[1])
+    spelt = [to_byte.get(char) for char in name]
+    return name.encode() if None in spelt else bytes(spelt)
 
 
-def byte_characters() -> dict[int, str]:
-    """The printable character by which byte-level BPE spells each byte (Radford et al. 2019)."""
+@cache
+def byte_characters() -> dict[str, int]:
+    """The byte that each printable character spells in byte-level BPE (Radford et al. 2019)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + k) for k, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
 
 
 def filler_id(tokenizer: Any) -> int:

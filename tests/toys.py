@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -173,14 +174,19 @@ class Spelling:
     """As much of a tokenizer as writing needs: ids become numbers, and one id ends a text."""
 
     pad_token_id = 0
+    backend_tokenizer = SimpleNamespace(decoder=None, pre_tokenizer=None, model=None)
 
     def __init__(self, eos_token_id: int) -> None:
         self.eos_token_id = eos_token_id
 
-    def batch_decode(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        """Their numbers."""
+        return list(map(str, ids))
+
+    def decode(self, ids: list[int], **how: bool) -> str:
         """Ids up to the end of the text."""
-        assert skip_special_tokens
-        return [" ".join(map(str, until(text, self.eos_token_id))) for text in ids]
+        assert how["skip_special_tokens"]
+        return " ".join(map(str, until(ids, self.eos_token_id)))
 
 
 def until(ids: list[int], end: int) -> list[int]:
