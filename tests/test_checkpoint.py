@@ -38,7 +38,7 @@ from kozero.pause import Pauses
 from kozero.seal import read_sealed, sealed, write_seal
 from kozero.stop import AGAIN_SECONDS, Stop
 from models.dropout import drop
-from tests.helpers import numbered_store
+from tests.helpers import numbered_store, refused
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -168,14 +168,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(checkpoints, capsys, case
 def test_a_folder_of_damaged_checkpoints_alone_does_not_take_a_new_run(checkpoints):
     save(checkpoints, 10)
     (checkpoints.folder / "step-000010" / "state.json").unlink()
-    with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
+    told = f"--output_dir {checkpoints.folder.parent}: holds checkpoints of an earlier run"
+    with refused(told, "--resume auto", untouched=checkpoints.folder):
         checkpoints.to_resume(None)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_in_silence(checkpoints):
     save(checkpoints, 10)
     (checkpoints.folder / "step-000010" / "steps.json").write_text("7")
-    with pytest.raises(UserError, match=r"--resume auto: every checkpoint in .* is damaged; begin anew in another"):
+    told = (f"--resume auto: every checkpoint in {checkpoints.folder} is damaged", "begin anew in another --output_dir")
+    with refused(*told, untouched=checkpoints.folder):
         checkpoints.to_resume("auto")
 
 
@@ -257,8 +259,10 @@ def test_a_changed_setting_is_refused_by_name_with_both_values(checkpoints):
 
 def test_a_setting_that_the_checkpoint_does_not_know_is_refused(checkpoints):
     save(checkpoints, 10)
-    with pytest.raises(UserError, match="saved with colour None, this run has 'red'"):
-        checkpoints.load(checkpoints.newest(), Steps(), RUN | {"colour": "red"})
+    engine, told = Steps(), f"{checkpoints.of(10)}: saved with colour None, this run has 'red'"
+    with refused(told, "give the same", untouched=checkpoints.folder):
+        checkpoints.load(checkpoints.newest(), engine, RUN | {"colour": "red"})
+    assert engine.done == 0
 
 
 def test_the_state_of_the_run_comes_back(checkpoints):

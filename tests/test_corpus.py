@@ -27,7 +27,7 @@ from pretrain.corpus import (
     pieces_of,
     reading_key,
 )
-from tests.helpers import SAMPLE_DATA, sample_tokenizer, word_tokenizer
+from tests.helpers import SAMPLE_DATA, refused, sample_tokenizer, word_tokenizer
 
 TEXT = "눈이 왔다.\n길을 쓸었다.\n\n육수를 낸다.\n\n\n다시마를 건진다.\n끝\n"
 DOCUMENTS = [["눈이 왔다.", "길을 쓸었다."], ["육수를 낸다."], ["다시마를 건진다.", "끝"]]
@@ -202,9 +202,9 @@ def test_a_file_that_is_gone_is_named(tmp_path):
     path = write(tmp_path / "a.txt", TEXT)
     (piece,) = pieces_of(path)
     path.unlink()
-    with pytest.raises(UserError, match=r"a\.txt: no such file"):
+    with refused(f"{path}: no such file", untouched=tmp_path):
         build_shard(piece, sample_tokenizer(), by_line, "", tmp_path / "cache")
-    with pytest.raises(UserError, match=r"a\.txt: no such file"):
+    with refused(f"{path}: no such file"):
         list(pieces_of(path))
 
 

@@ -26,6 +26,7 @@ from models import encoders
 from pretrain import launch, train, train_zero_one, train_zero_two
 from pretrain import run as pretraining
 from pretrain.model import card
+from tests import helpers
 from tests.helpers import ROOT, interruptible, sample_tokenizer, toy_gpt2, word_tokenizer
 from tests.scripts import run_script
 
@@ -269,26 +270,31 @@ def test_a_corpus_without_two_sentences_in_a_row_is_refused(monkeypatch, tmp_pat
     (tmp_path / "long.txt").write_text(f"{'가 ' * 30}\n{'나 ' * 30}\n\n" * 9)
     for name, length in (("apart", 128), ("long", 8)):
         told = ("--task", task, "--corpus_path", tmp_path / f"{name}.txt", "--max_seq_length", length)
-        with pytest.raises(UserError, match=f"--task {task}: no document has two sentences"):
+        words = (f"--task {task}: no document has two sentences", f"--max_seq_length {length} tokens", "or --task mlm")
+        with helpers.refused(*words, untouched=tmp_path / "runs"):
             pretrain(monkeypatch, tmp_path / "runs", *told)
     pretrain(monkeypatch, tmp_path / "runs", "--task", "mlm", "--corpus_path", tmp_path / "apart.txt")
 
 
 def test_a_corpus_of_one_passage_is_refused(monkeypatch, tmp_path):
     (tmp_path / "one.txt").write_text("가 나\n다 라\n")
-    with pytest.raises(UserError, match="--task mlm_ict: the corpus is one row"):
+    with helpers.refused(
+        "--task mlm_ict: the corpus is one row", "give more text, or --task mlm_sop", untouched=tmp_path / "runs"
+    ):
         pretrain(monkeypatch, tmp_path / "runs", "--task", "mlm_ict", "--corpus_path", tmp_path / "one.txt")
 
 
 def test_a_refused_run_leaves_no_folder(monkeypatch, tmp_path):
-    with pytest.raises(UserError):
+    with helpers.refused("--corpus_path nowhere: no such file or folder", untouched=tmp_path):
         pretrain(monkeypatch, tmp_path / "runs", "--corpus_path", "nowhere")
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_passage_alone_is_not_scored(monkeypatch, tmp_path):
     """Told apart from nothing it would always be found."""
-    with pytest.raises(UserError, match="there are none"):
+    with helpers.refused(
+        "--per_device_train_batch_size 1", "told apart from the others of its", "there are none", untouched=tmp_path
+    ):
         pretrain(monkeypatch, tmp_path / "runs", "--task", "mlm_ict", "--eval_batch_size", 1)
     (tmp_path / "two.txt").write_text("가 나\n다 라\n\n" * 2 + "마 바\n사 아\n\n")
     folder = pretrain(

@@ -38,7 +38,7 @@ from kozero.data.store import (
 from kozero.errors import UserError
 from kozero.files import file_hash
 from kozero.seal import damage
-from tests.helpers import SAMPLE_DATA, sample_tokenizer, word_tokenizer
+from tests.helpers import SAMPLE_DATA, refused, sample_tokenizer, word_tokenizer
 
 REVIEW = TextRow("", "부정", "아 더빙.. 진짜 짜증나네요 목소리")
 QUESTION = TextRow("문맥: 솔마루시는 내륙 도시이다.", "질문: 어떤 도시인가? 정답:", "내륙 도시", span=(10, 15))
@@ -284,7 +284,7 @@ def test_a_builder_that_is_killed_leaves_it_to_the_next_one(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--cache_dir .*file"):
+    with refused(f"--cache_dir {tmp_path}/file/cache: cannot be written (Not a directory)", untouched=tmp_path):
         build(tmp_path / "file" / "cache", [REVIEW])
 
 
