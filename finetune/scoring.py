@@ -2,7 +2,7 @@
 and all of them make the same number of forward passes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Scores:
     num_cut: int
     num_left_out: int
     num_tokens: int
+    weights: list[float] = field(default_factory=list)  # of each in that mean; empty: equal ones
 
     @property
     def notes(self) -> list[str]:
@@ -94,7 +95,8 @@ def score_texts(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     num_tokens = np.bincount(text, weights=store.lengths[:, 2], minlength=number)
     characters = [len(example.targets[0]) for example in data.examples]
     values = perplexity(each.tolist(), num_tokens.tolist(), characters)
-    return Scores(values, [""] * number, (each / num_tokens).tolist(), 0, 0, int(fitted.length.sum()))
+    read = int(fitted.length.sum())
+    return Scores(values, [""] * number, (each / num_tokens).tolist(), 0, 0, read, num_tokens.tolist())
 
 
 def score_answers(

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from finetune.arguments import DataArguments
 from finetune.data import EvaluationSet, evaluation_set
 from finetune.scoring import score
 from finetune.setup import make_pauses
-from finetune.tasks import Source, Task
+from finetune.tasks import LOWER_IS_BETTER, Source, Task
 from kozero import distributed
 from kozero.data.rows import fit
 from kozero.engines.base import Engine
@@ -22,7 +22,7 @@ from kozero.pause import PLACEMENTS, Pauses
 from kozero.plots import save_figure, whole_numbers
 from models.language_model import LanguageModel
 
-COLLAPSE = 0.5  # of the best score: what is below it has collapsed
+COLLAPSE = 0.5  # of the best score: what is below it has collapsed; where lower is better, the best of what has
 NO_PAUSES = "none"
 MARKS = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.")  # lines that lie on each other are told apart by them
 
@@ -31,7 +31,7 @@ MARKS = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.")  # lines that lie on each
 class Cell:
     """One setting and what came out: `value` is the task's main score, `each` that of each example; tokens are those of
     prompts, pauses and answers, seconds are wall time over all ranks, both for an example; rows whose context was cut,
-    and that did not fit."""
+    and that did not fit; weights of the examples in their mean, empty for equal ones."""
 
     placement: str
     num_pauses: int
@@ -43,6 +43,7 @@ class Cell:
     num_left_out: int
     scores: dict[str, float]
     each: list[float]
+    weights: list[float] = field(default_factory=list)
 
 
 def settings_of(numbers: str, placements: str) -> list[tuple[str, int]]:
@@ -124,7 +125,7 @@ def measure(
     seconds, num = time.perf_counter() - started, len(questions.examples)
     return Cell(
         pauses.placement, pauses.num, task.best_score, result.values[task.best_score], seconds / num,
-        result.num_tokens / num, result.num_cut, result.num_left_out, result.values, result.each,
+        result.num_tokens / num, result.num_cut, result.num_left_out, result.values, result.each, result.weights,
     )  # fmt: skip
 
 
@@ -134,13 +135,15 @@ def warnings(cells: list[Cell]) -> list[str]:
     others = [cell for cell in cells if cell.num_pauses]
     if without is None or not others:
         return []
-    best, found = max(others, key=lambda cell: cell.value), []
-    if without < COLLAPSE * best.value:
+    sign = -1 if others[0].score in LOWER_IS_BETTER else 1
+    best, found = max(others, key=lambda cell: sign * cell.value), []
+    smaller, larger = sorted((without, best.value))
+    if sign * without < sign * best.value and smaller < COLLAPSE * larger:
         found.append(
             f"warning: without pauses {best.score} is {without:.4f}, with {best.num_pauses} ({best.placement}) "
             f"{best.value:.4f}: the model was trained to depend on them"
         )
-    if best.value <= without:
+    if sign * best.value <= sign * without:
         found.append(f"warning: no number of pauses beats none ({best.score} {without:.4f})")
     return found
 
@@ -160,7 +163,10 @@ def beside(path: Path) -> tuple[Path, Path]:
 
 def as_csv(cells: list[Cell]) -> str:
     """A line a cell, with all scores."""
-    flat = [{k: v for k, v in asdict(cell).items() if k not in ("scores", "each")} | cell.scores for cell in cells]
+    flat = [
+        {k: v for k, v in asdict(cell).items() if k not in ("scores", "each", "weights")} | cell.scores
+        for cell in cells
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(flat[0]), lineterminator="\n")
     writer.writeheader()
@@ -184,7 +190,7 @@ def draw(figure: Any, cells: list[Cell], title: str) -> None:
         cost.plot(numbers, [cell.tokens_per_example for cell in line], style, label=name, alpha=0.8)
     for cell in none:
         scores.axhline(cell.value, color="black", linestyle=":", label="no pauses")
-    scores.set(title=title, ylabel=cells[0].score)
+    scores.set(title=title, ylabel=cells[0].score + " (lower is better)" * (cells[0].score in LOWER_IS_BETTER))
     cost.set(xlabel="pauses at inference", ylabel="tokens an example")
     whole_numbers(cost)
     scores.legend()

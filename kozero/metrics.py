@@ -4,7 +4,7 @@ nothing there is no score: {}."""
 import math
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -92,18 +92,32 @@ def retrieval(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
 
 
 def bootstrap_interval(
-    values: Sequence[float], groups: Sequence[int], draws: int = 10_000, seed: int = 0
+    values: Sequence[float] | np.ndarray,
+    groups: Sequence[int],
+    draws: int = 10_000,
+    seed: int = 0,
+    weights: Sequence[float] = (),
+    statistic: Callable[[np.ndarray], np.ndarray] = np.ravel,
 ) -> tuple[float, float]:
-    """Efron's percentile bootstrap: the 2.5th and 97.5th percentile of the mean over samples drawn with replacement.
+    """Efron's percentile bootstrap: the 2.5th and 97.5th percentile of a statistic over samples drawn with replacement.
     Groups are drawn, with all their values: those of one group are not independent.
 
-    Args: groups: of each value, numbered from 0.
+    Args:
+        values: (N,) or (N, K), which are drawn together.
+        groups: of each value, numbered from 0.
+        weights: (N,) of the values in a mean; empty: equal ones.
+        statistic: of (D, K) means, (D,); the mean itself where K is 1.
     """
     rng = np.random.default_rng(seed)
-    sums, sizes = np.bincount(groups, weights=values), np.bincount(groups)
-    even, means = np.full(len(sums), 1 / len(sums)), []
+    weights, columns = (
+        np.asarray(weights if len(weights) else np.ones(len(values))),
+        np.reshape(values, (len(values), -1)),
+    )
+    sizes = np.bincount(groups, weights=weights)  # (G,)
+    sums = np.stack([np.bincount(groups, weights=weights * column) for column in columns.T], axis=1)  # (G, K)
+    even, found = np.full(len(sizes), 1 / len(sizes)), []
     for _ in range(0, draws, 100):  # (100, G) counts at once
-        drawn = rng.multinomial(len(sums), even, size=100)
-        means.append(drawn @ sums / (drawn @ sizes))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+        drawn = rng.multinomial(len(sizes), even, size=100)
+        found.append(statistic(drawn @ sums / (drawn @ sizes)[:, None]))
+    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
     return float(low), float(high)

@@ -110,6 +110,10 @@ class Study:
             for task in self.tasks:
                 number, told = self.inference_pauses(after, task), f"{path}: pauses of {name_of(before, after)}, {task}"
                 require(type(number) is int and number >= 0, f"{told}: {number!r}: must be a whole number, 0 or more")
+                pauses = number or self.merged(after, task).get("num_pauses")
+                require(
+                    not (TASKS[task].whole_texts and pauses), f"{told}: {pauses!r}: its texts have no prompt to pause"
+                )
         for name in self.pretraining:
             self.check_rows(name, f"{path}: pretraining.{name}")
 
@@ -147,6 +151,8 @@ class Study:
     def numbers(self, before: str, after: str, task: str) -> list[int]:
         """Pauses at inference with which an arm is scored: those of the sweep and of every arm. A model that never saw
         a pause has none."""
+        if TASKS[task].whole_texts:
+            return [0]
         own = self.inference_pauses(after, task)
         met = self.merged(after, task).get("num_pauses") or (self.text_and_pauses(before)[1] and self.trains(before))
         if not (met or self.knows_pauses(before)):

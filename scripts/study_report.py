@@ -7,11 +7,12 @@ import io
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from finetune.tasks import LOWER_IS_BETTER
 from kozero.errors import require
 from kozero.folder import write_text
 from kozero.json_files import read_json_object
@@ -21,6 +22,8 @@ from kozero.plots import save_figure, whole_numbers
 Curve = list[tuple[int, float]]  # (step, loss)
 Table = list[list[str]]  # the first row is the heading
 IN_PERCENT = ("f1", "exact_match")  # scores that are percent already
+# Fewer groups may all agree by chance in more than 5 % of the cases: of 5 groups in 2 x 0.5 ** 5 = 6 %.
+LEAST_GROUPS = 6
 DASHES = ("-", "--", "-.", ":")  # of lines that are no arm's
 PRETRAINING = "pre-training"  # its panel
 STYLE = (
@@ -32,9 +35,10 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Result:
-    """One arm on one task with one seed. All scores in percent.
+    """One arm on one task with one seed. Shares in percent, perplexity as it is.
 
-    num_pauses: the arm's own at inference. values: M_inf to score; each: M_inf to the score of each example.
+    num_pauses: the arm's own at inference. values: M_inf to score; each: M_inf to the score of each example, of
+    perplexity its mean loss in nats; weights: of the examples in a mean, empty for equal ones.
     """
 
     arm: str
@@ -52,6 +56,7 @@ class Result:
     majority: float | None
     losses: Curve
     step_seconds: float
+    weights: list[float] = field(default_factory=list)
 
     @classmethod
     def read(cls, arm: str, task: str, seed: int, num_pauses: int, folder: Path) -> "Result":
@@ -60,7 +65,9 @@ class Result:
         require("cells" in told, f"{folder / 'sweep.json'}: is damaged; delete it, and the study scores again")
         cells = {cell["num_pauses"]: cell for cell in told["cells"]}
         metric = cells[num_pauses]["score"]
-        scale = 1.0 if metric in IN_PERCENT else 100.0
+        whole = metric != "perplexity" or cells[num_pauses].get("weights")
+        require(whole, f"{folder / 'sweep.json'}: has no weights of its texts; delete it, and the study scores again")
+        scale = 1.0 if metric in IN_PERCENT or metric in LOWER_IS_BETTER else 100.0
         points = read_points(folder / "metrics.jsonl")
         seconds = [point["train/step_time_seconds"] for point in points if "train/step_time_seconds" in point]
         majority = cells[num_pauses]["scores"].get("majority")
@@ -76,12 +83,27 @@ class Result:
             majority=None if majority is None else scale * majority,
             losses=curve(points),
             step_seconds=statistics.median(seconds) if seconds else float("nan"),
+            weights=cells[num_pauses].get("weights", []),
         )  # fmt: skip
 
     @property
     def value(self) -> float:
         """The score with the arm's own number of pauses."""
         return self.values[self.num_pauses]
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Of its metric."""
+        return self.metric in LOWER_IS_BETTER
+
+    @property
+    def unit(self) -> str:
+        """Behind the metric."""
+        return "(lower is better)" if self.lower_is_better else "(%)"
+
+    def of_means(self, means: np.ndarray) -> np.ndarray:
+        """Scores of means over examples."""
+        return np.exp(np.minimum(means, 700.0)) if self.metric == "perplexity" else means
 
 
 def read_points(path: Path) -> list[dict]:
@@ -140,17 +162,20 @@ def write_report(
 
 
 SCORES_TOLD = (
-    "Mean and standard deviation over the seeds, in percent, with the arm's own number of pauses at inference. "
+    "Mean and standard deviation over the seeds, with the arm's own number of pauses at inference; in percent, but for "
+    "perplexity. "
     "A classifier that answers the most frequent label every time scores what is in the last column."
 )
 DIFFERENCE_TOLD = (
-    "Paired: the same examples, each example's score averaged over the seeds, in points. The interval is the 95 % "
+    "Paired: the same examples, the difference of the scores averaged over the seeds, in their unit; where lower is "
+    "better, a negative one is an improvement. The interval is the 95 % "
     "percentile bootstrap (10,000 draws) over groups of examples, which are not independent: the questions of an "
     "article, the pairs of a premise. It does not hold the spread between seeds, which the last column shows; so a "
-    "difference counts as shown only where all seeds agree on its sign."
+    "difference counts as shown only where all seeds agree on its sign, and with one seed nothing is known of it. "
+    f"Of fewer than {LEAST_GROUPS} groups there is no verdict, and of one no interval."
 )
 PAUSES_TOLD = (
-    "The number with the highest mean score on these same examples, so a little too good; beside it the score without "
+    "The number with the best mean score on these same examples, so a little too good; beside it the score without "
     "pauses and with the arm's own number."
 )
 PRETRAINING_TOLD = "Medians over all logged steps; the loss of the last logged steps, mean over the seeds."
@@ -182,7 +207,8 @@ def score_table(results: list[Result]) -> Table:
         values, majority = [result.value for result in found], found[0].majority
         told = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
         constant = "" if majority is None else f"{majority:.2f}"
-        rows.append([task, arm, str(found[0].num_pauses), found[0].metric, told, str(len(values)), constant])
+        metric = f"{found[0].metric} {found[0].unit}" if found[0].lower_is_better else found[0].metric
+        rows.append([task, arm, str(found[0].num_pauses), metric, told, str(len(values)), constant])
     return rows
 
 
@@ -199,14 +225,38 @@ def difference_table(results: list[Result], baseline: str) -> Table:
             continue
         sizes = {len(result.each[result.num_pauses]) for pair in pairs for result in pair}
         require(len(sizes) == 1, f"{task}, {arm}: scored on other examples than {baseline}; give all the same data")
-        by_seed = [a.each[a.num_pauses] - b.each[b.num_pauses] for a, b in pairs]
-        difference = np.mean(by_seed, axis=0)
-        low, high = bootstrap_interval(difference, found[0].groups)
-        signs = {np.sign(values.mean()) for values in by_seed}
-        shown = "better" if low > 0 and signs == {1.0} else "worse" if high < 0 and signs == {-1.0} else "not shown"
-        seeds = ", ".join(f"{values.mean():+.2f}" for values in by_seed)
-        rows.append([task, arm, f"{difference.mean():+.2f}", f"{low:+.2f} to {high:+.2f}", shown, seeds])
+        rows.append([task, arm, *compare(pairs)])
     return rows
+
+
+def compare(pairs: list[tuple[Result, Result]]) -> list[str]:
+    """Difference, interval, verdict and differences by seed of an arm and the baseline, a pair a seed."""
+    one = pairs[0][0]
+    columns = [result.each[result.num_pauses] for side in zip(*pairs, strict=True) for result in side]
+    values = np.stack(columns, axis=1)  # (N, 2 x seeds): the arm's, then the baseline's
+
+    def differences(means: np.ndarray) -> np.ndarray:
+        arm, baseline = np.split(one.of_means(means), 2, axis=-1)
+        return arm - baseline
+
+    by_seed = differences(np.average(values, axis=0, weights=one.weights or None))
+    num_groups = len(set(one.groups))
+    if num_groups < 2:
+        interval, shown = "none", f"too few groups ({num_groups})"
+    else:
+        low, high = bootstrap_interval(
+            values, one.groups, weights=one.weights, statistic=lambda means: differences(means).mean(-1)
+        )
+        interval, shown = f"{low:+.2f} to {high:+.2f}", verdict(low, high, by_seed, num_groups, one.lower_is_better)
+    return [f"{by_seed.mean():+.2f}", interval, shown, ", ".join(f"{value:+.2f}" for value in by_seed)]
+
+
+def verdict(low: float, high: float, by_seed: np.ndarray, num_groups: int, lower_is_better: bool) -> str:
+    """What an interval shows, where all seeds agree."""
+    sign = 1 if low > 0 and (by_seed > 0).all() else -1 if high < 0 and (by_seed < 0).all() else 0
+    if sign and num_groups < LEAST_GROUPS:
+        return f"too few groups ({num_groups})"
+    return ("better" if (sign > 0) != lower_is_better else "worse") if sign else "not shown"
 
 
 def mean_curve(found: list[Result]) -> dict[int, float]:
@@ -220,7 +270,8 @@ def pauses_table(results: list[Result]) -> Table:
     rows = [["task", "arm", "without", "own", "best", "best number"]]
     for arm, task, found in cells_of(results):
         means = mean_curve(found)
-        best, own = max(means, key=means.__getitem__), means[found[0].num_pauses]
+        best = (min if found[0].lower_is_better else max)(means, key=means.__getitem__)
+        own = means[found[0].num_pauses]
         rows.append([task, arm, f"{means[0]:.2f}", f"{own:.2f}", f"{means[best]:.2f}", str(best)])
     return rows
 
@@ -299,7 +350,7 @@ def plot_scores(figure, results: list[Result]) -> None:
         if found[0].majority is not None:
             axes.axhline(found[0].majority, color="gray", linestyle=":", label="most frequent label")
             axes.legend(fontsize="small")
-        axes.set(title=task, ylabel=f"{found[0].metric} (%)")
+        axes.set(title=task, ylabel=f"{found[0].metric} {found[0].unit}")
         axes.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
 
 
@@ -316,7 +367,7 @@ def plot_pauses(figure, results: list[Result]) -> None:
             axes.plot(list(means), list(means.values()), marker=".", color=color, label=arm)
             axes.fill_between(list(means), low, high, color=color, alpha=0.15, linewidth=0)
             axes.plot(found[0].num_pauses, means[found[0].num_pauses], "o", color=color, ms=9, mfc="none")
-        axes.set(title=task, xlabel="pauses at inference", ylabel=f"{found[0].metric} (%)")
+        axes.set(title=task, xlabel="pauses at inference", ylabel=f"{found[0].metric} {found[0].unit}")
         whole_numbers(axes)
     name_lines(figure)
 

@@ -131,12 +131,14 @@ def test_whole_texts_take_no_pauses(monkeypatch, tmp_path, paused_model, entry, 
 
 
 def test_a_model_that_pauses_is_scored_on_whole_texts_without(monkeypatch, tmp_path, paused_model):
-    """As it is where none is asked for."""
+    """As it is where none is asked for; a sweep has the weights with which its texts make the score."""
     found = []
-    for flags in ([], ["--num_inference_pauses", "0"]):
+    for flags in ([], ["--num_inference_pauses", "0"], ["--sweep_pauses", "0"]):
         argv = ["evaluate.py", "--task", "essay", "--model_name_or_path", paused_model, "--max_eval_samples", "3"]
         argv += ["--output_file", str(tmp_path / "s.json"), "--cache_dir", str(tmp_path), *flags]
         monkeypatch.setattr(sys, "argv", argv)
         evaluate.main()
-        found.append(json.loads((tmp_path / "s.json").read_text())["scores"])
-    assert found[0] == found[1]
+        found.append(json.loads((tmp_path / "s.json").read_text()))
+    (cell,) = found[2]["cells"]
+    assert found[0]["scores"] == found[1]["scores"] == cell["scores"]
+    assert math.exp(np.average(cell["each"], weights=cell["weights"])) == pytest.approx(cell["value"])

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -15,13 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from kozero.errors import Diverged, UserError
 from kozero.metrics import bootstrap_interval
 from scripts import pause_study
 from scripts.pause_study import Step, check_all, run_all, steps
 from scripts.study import Study
-from scripts.study_report import Result, difference_table, pauses_table, score_table, write_report
+from scripts.study_report import (
+    Result,
+    as_csv,
+    difference_table,
+    pauses_table,
+    plot_pauses,
+    plot_scores,
+    score_table,
+    write_report,
+)
 from tests.helpers import ROOT, refused
 from tests.scripts import run_script
 
@@ -66,6 +75,7 @@ def study_file(folder: Path, **changes) -> Path:
         ({"finetuning": {"../StdFT": {}}}, "'../StdFT': it names folders"),
         ({"finetuning": {"": {}}}, "'': it names folders"),
         ({"sweep_pauses": [0, "2"]}, "sweep_pauses [0, '2']"),
+        ({"tasks": {"essay": {}}}, "pauses of StdPT_PauseFT, essay: 4: its texts have no prompt to pause"),
     ],
 )
 def test_a_wrong_study_is_refused_by_file_and_key(tmp_path, changes, told):
@@ -146,6 +156,7 @@ def test_a_model_that_never_saw_a_pause_is_scored_without(tmp_path):
     assert study.numbers("StdPT", "StdFT", "nsmc") == [0]
     paused = [study.numbers("PausePT", "StdFT", "nsmc"), study.numbers("StdPT", "PauseFT", "nsmc")]
     assert paused == [[0, 1, 4, 9]] * 2
+    assert study.numbers("PausePT", "StdFT", "essay") == [0], "whole texts have no prompt to pause behind"
 
 
 def stub(folder: Path, code: str, **others) -> Step:
@@ -254,14 +265,23 @@ def test_a_study_file_must_be_named(monkeypatch, words, told):
         pause_study.main()
 
 
-def result(arm: str, seed: int, each: list[float], own: int = 0, task: str = "nsmc", **others) -> Result:
-    values = {own: statistics.mean(each), **others.get("values", {})}
+def result(
+    arm: str, seed: int, each: list[float], own: int = 0, task: str = "nsmc", metric: str = "accuracy", **others
+) -> Result:
+    weights = others.get("weights", [])
+    mean = np.average(each, weights=weights or None)
+    values = {own: math.exp(mean) if metric == "perplexity" else mean, **others.get("values", {})}
     costs = dict.fromkeys(values, 1.0)
     groups = others.get("groups", range(len(each)))
     return Result(
-        arm, task, seed, own, "accuracy", values, {own: np.array(each)}, costs, costs, dict.fromkeys(values, 0),
-        list(groups), [], 50.0, [(1, 2.0)], 0.1,
+        arm, task, seed, own, metric, values, {own: np.array(each)}, costs, costs, dict.fromkeys(values, 0),
+        list(groups), [], None if metric == "perplexity" else 50.0, [(1, 2.0)], 0.1, weights,
     )  # fmt: skip
+
+
+def essays(arm: str, seed: int, nats: list[float], **others) -> Result:
+    """Texts by their mean losses; each counts by its tokens."""
+    return result(arm, seed, nats, task="essay", metric="perplexity", **others)
 
 
 def test_the_score_of_an_arm_is_mean_and_sample_deviation_over_seeds():
@@ -292,6 +312,78 @@ def test_examples_of_a_group_are_drawn_together():
     assert difference_table(found, "A")[1][2:5] == ["+5.00", "+0.00 to +10.00", "not shown"]
 
 
+@pytest.mark.parametrize("make, verdicts", [(result, ["better", "worse"]), (essays, ["worse", "better"])])
+def test_a_verdict_goes_by_what_is_better_and_needs_groups_enough(make, verdicts):
+    """Of one group there is no interval; five agree by chance in 2 of 32 cases, six in 1 of 32."""
+    for num_groups, told in (
+        (40, verdicts),
+        (6, verdicts),
+        (5, ["too few groups (5)"] * 2),
+        (1, ["too few groups (1)"] * 2),
+    ):
+        groups = [k % num_groups for k in range(40)]
+        found = [make("A", seed, [1.0] * 40, groups=groups) for seed in (1, 2)]
+        found += [make("B", seed, [1.5] * 40, groups=groups) for seed in (1, 2)]
+        rows = [difference_table(found, baseline)[1] for baseline in ("A", "B")]
+        assert [row[4] for row in rows] == told
+        assert all((row[3] == "none") == (num_groups == 1) for row in rows)
+    mixed = [make("A", 1, [1.0] * 4, groups=range(4)), make("B", 1, [0.5, 0.5, 1.5, 1.5], groups=range(4))]
+    assert difference_table(mixed, "A")[1][4] == "not shown"
+
+
+def test_a_difference_of_perplexities_is_that_of_the_scores():
+    """By hand: losses of ln 2 and ln 8 in texts of 3 and 1 tokens make 2 ** 1.5, ln 4 in both makes 4; in the second
+    seed 4 and 8."""
+    two, weights = math.log(2), [3.0, 1.0]
+    found = [essays("A", 1, [two, 3 * two], weights=weights), essays("A", 2, [2 * two, 2 * two], weights=weights)]
+    found += [essays("B", 1, [2 * two, 2 * two], weights=weights), essays("B", 2, [3 * two, 3 * two], weights=weights)]
+    row = difference_table(found, "A")[1]
+    by_seed = [4 - 2**1.5, 8 - 4]
+    assert row[2] == f"{sum(by_seed) / 2:+.2f}" and row[5] == ", ".join(f"{value:+.2f}" for value in by_seed)
+    scores = [float(line[4].split(" ±")[0]) for line in score_table(found)[1:]]
+    assert float(row[2]) == pytest.approx(scores[1] - scores[0], abs=0.011)
+    assert score_table(found)[1][3] == "perplexity (lower is better)" and score_table(found)[1][6] == ""
+
+
+def test_the_interval_of_a_difference_of_perplexities_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(5, 60, 30)
+    a, b = rng.normal(3.0, 0.4, (2, 30)) + [[0.0], [0.2]]
+
+    def difference(a, b, tokens, axis):
+        return np.subtract(*(np.exp((part * tokens).sum(axis) / tokens.sum(axis)) for part in (b, a)))
+
+    wanted = stats.bootstrap(
+        (a, b, tokens), difference, paired=True, method="percentile", n_resamples=10_000, rng=rng
+    ).confidence_interval
+    found = [essays("A", 1, a.tolist(), weights=tokens.tolist()), essays("B", 1, b.tolist(), weights=tokens.tolist())]
+    low, high = map(float, difference_table(found, "A")[1][3].split(" to "))
+    width = wanted.high - wanted.low
+    assert low == pytest.approx(wanted.low, abs=0.03 * width) and high == pytest.approx(wanted.high, abs=0.03 * width)
+
+
+def test_a_study_of_essays_is_read_in_its_own_unit(tmp_path):
+    cell = {"num_pauses": 0, "score": "perplexity", "value": 25.0, "each": [3.0, 4.0], "weights": [5, 2], "scores": {}}
+    cell |= {"seconds_per_example": 0.1, "tokens_per_example": 9.0, "num_cut": 0}
+    told = {"cells": [cell], "groups": [0, 1], "warnings": []}
+    (tmp_path / "sweep.json").write_text(json.dumps(told))
+    found = Result.read("A", "essay", 1, 0, tmp_path)
+    assert (found.value, found.each[0].tolist(), found.weights, found.majority) == (25.0, [3.0, 4.0], [5, 2], None)
+    assert as_csv([found]).splitlines()[1].split(",")[5:7] == ["perplexity", "25.0"]
+    (tmp_path / "sweep.json").write_text(json.dumps(told | {"cells": [cell | {"weights": []}]}))
+    with pytest.raises(UserError, match="has no weights of its texts; delete it"):
+        Result.read("A", "essay", 1, 0, tmp_path)
+
+
+@pytest.mark.parametrize("make, label", [(result, "accuracy (%)"), (essays, "perplexity (lower is better)")])
+def test_a_picture_names_the_unit_of_its_score(make, label):
+    for draw in (plot_scores, plot_pauses):
+        figure = Figure()
+        draw(figure, [make(arm, seed, [1.0, 2.0], values={3: 5.0}) for arm in "AB" for seed in (1, 2)])
+        assert [axes.get_ylabel() for axes in figure.axes] == [label]
+
+
 def test_seeds_that_only_one_of_two_arms_has_finished_are_left_out():
     found = [result("A", 1, [0, 0]), result("B", 1, [50, 50]), result("B", 2, [100, 100])]
     assert difference_table(found, "A")[1][2] == "+50.00"
@@ -306,6 +398,11 @@ def test_arms_scored_on_other_examples_are_not_compared():
 def test_the_best_number_of_pauses_is_that_of_the_highest_mean():
     found = [result("A", seed, [value], own=4, values={0: 10.0, 9: 30.0}) for seed, value in ((1, 0.0), (2, 50.0))]
     assert pauses_table(found)[1] == ["nsmc", "A", "10.00", "25.00", "30.00", "9"]
+    found = [
+        essays("A", 1, [0.0], own=4, values={0: 10.0, 9: 0.5}),
+        essays("A", 2, [0.0], own=4, values={0: 9.0, 9: 0.7}),
+    ]
+    assert pauses_table(found)[1] == ["essay", "A", "9.50", "1.00", "0.60", "9"]
 
 
 def test_the_bootstrap_interval_is_the_normal_one_for_many_values():

@@ -12,8 +12,12 @@ from kozero.errors import UserError
 from tests.helpers import ROOT
 
 
-def cell(placement: str, num: int, value: float) -> Cell:
-    return Cell(placement, num, "accuracy", value, 0.1, 20.0 + num, 0, 0, {"accuracy": value}, [value])
+def cell(placement: str, num: int, value: float, score: str = "accuracy") -> Cell:
+    return Cell(placement, num, score, value, 0.1, 20.0 + num, 0, 0, {score: value}, [value])
+
+
+def lower(placement: str, num: int, value: float) -> Cell:
+    return cell(placement, num, value, "perplexity")
 
 
 def test_a_sweep_has_no_pauses_once_and_every_other_number_in_every_placement():
@@ -48,6 +52,14 @@ def test_pauses_that_do_not_help_are_told():
 
 def test_a_gain_without_a_collapse_is_no_warning():
     assert warnings([cell("none", 0, 0.5), cell("append", 2, 0.6)]) == warnings([cell("append", 2, 0.6)]) == []
+
+
+def test_warnings_of_a_score_of_which_less_is_better_are_the_other_way_round():
+    (line,) = warnings([lower("none", 0, 90.0), lower("append", 2, 80.0), lower("append", 9, 40.0)])
+    assert line.startswith("warning: without pauses perplexity is 90.0000, with 9 (append) 40.0000")
+    (line,) = warnings([lower("none", 0, 20.0), lower("append", 2, 20.0), lower("filler", 2, 90.0)])
+    assert line == "warning: no number of pauses beats none (perplexity 20.0000)"
+    assert warnings([lower("none", 0, 50.0), lower("append", 2, 40.0), lower("append", 9, 200.0)]) == []
 
 
 def test_the_table_has_a_line_a_cell():

@@ -11,4 +11,7 @@ from finetune.tasks.nsmc import Nsmc
 TASKS: dict[str, Task] = {task.name: task for task in (Nsmc(), KlueNli(), Korquad(), Essay())}
 ENCODER_TASKS: dict[str, Task] = {task.name: task for task in (Mrc(), Ict())}
 
-__all__ = ["ENCODER_TASKS", "TASKS", "Example", "Source", "Task"]
+# Names of scores: of all others a higher one is better.
+LOWER_IS_BETTER = {task.best_score for task in TASKS.values() if task.lower_is_better}
+
+__all__ = ["ENCODER_TASKS", "LOWER_IS_BETTER", "TASKS", "Example", "Source", "Task"]
