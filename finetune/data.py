@@ -22,10 +22,27 @@ from kozero.folder import cache_folder
 HERE = "<file>"  # the source's path in a store's notes: another file of the same content has the same store
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
 SAMPLE_TOKENIZER = SAMPLE_DATA / "tokenizer"
+CHECKED_ROWS = 100  # of each source, before anything takes long
 
 
 def sources(arguments: DataArguments, task: Task) -> tuple[Source, Source]:
-    """Where training and validation examples come from."""
+    """Where training and validation examples come from. Their first rows are read: what is wrong with a file is told
+    before a model is loaded."""
+    found = named_sources(arguments, task)
+    for source in found:
+        if source.path or source.hub:
+            check_rows(source, task)
+    return found
+
+
+def check_rows(source: Source, task: Task) -> None:
+    """Refuse a source whose first rows break the task's form."""
+    for _ in read(source, task, LeftOut(), CHECKED_ROWS):
+        pass
+
+
+def named_sources(arguments: DataArguments, task: Task) -> tuple[Source, Source]:
+    """What the arguments name."""
     skip = arguments.bad_rows == "skip"
     if arguments.from_hub:
         name, config, train, validation = task.hub

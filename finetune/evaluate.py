@@ -106,10 +106,10 @@ def score_language_model(
     settings = arguments.engine_settings()
     task = TASKS[data.task]
     no_pauses(task, "--num_inference_pauses", pause.num_inference_pauses)
+    source = sources(data, task)[1]
     model = load_model(model_arguments, pause, with_pauses=False, seed=0)
     pauses = make_pauses(model, 0, "append") if task.whole_texts else inference_pauses(model, pause)
     capacity = row_capacity(data.max_seq_length, task.max_seq_length, model.config.n_positions)
-    source = sources(data, task)[1]
     questions = evaluation_set(source, task, data, model.tokenizer, pauses.placement)
     engine = build_engine(model.module, arguments.as_training(), settings)
     started = time.perf_counter()
@@ -139,11 +139,11 @@ def sweep_language_model(
     name = model_arguments.model_name_or_path or str(model_arguments.config_file)
     path = Path(arguments.output_file)
     require(path.suffix == ".json", f"--output_file {path}: must end in .json; the CSV and the plot go beside it")
+    source = sources(data, task)[1]
     model = load_model(model_arguments, pause, with_pauses=False, seed=0)
     capacity = row_capacity(data.max_seq_length, task.max_seq_length, model.config.n_positions)
     for placement, number in cells:
         make_pauses(model, number, placement)  # refused before the first of them is scored
-    source = sources(data, task)[1]
     engine = build_engine(model.module, arguments.as_training(), settings)
     found, groups = sweep(engine, model, task, source, data, cells, capacity, arguments.per_device_eval_batch_size)
     for warning in warnings(found):
@@ -166,13 +166,13 @@ def score_encoder(
     """An encoder with the head of its task."""
     settings = arguments.engine_settings()
     task, kind = ENCODER_TASKS[data.task], ENCODER_TRAINING[data.task]
+    source = sources(data, task)[1]
     model = load(model_arguments, kind.head, seed=0)
     require(
         not (model.fresh and kind.needs_head),
         f"{model_arguments.model_name_or_path}: no head for --task {task.name}; fine-tune one with finetune/train.py",
     )
     learner = kind(reading, Framing.of(model.tokenizer), encoder_capacity(model, data, task))
-    source = sources(data, task)[1]
     questions = question_set(source, task, data.max_eval_samples, model.tokenizer, data.cache_dir)
     engine = build_engine(model.module, arguments.as_training(), settings)
     started = time.perf_counter()

@@ -16,7 +16,7 @@ from finetune.decoding import DecodingArguments
 from finetune.paused import PausedGenerator
 from finetune.scoring import score
 from finetune.setup import inference_pauses, load_model, row_capacity
-from finetune.tasks import TASKS
+from finetune.tasks import TASKS, Source
 from finetune.tasks.nsmc import POLARITIES
 from kozero import distributed
 from kozero.config import TrainingArguments, arg, at_least, batch_sizes, parse_arguments
@@ -63,13 +63,16 @@ def main() -> None:
         f"--temperature 0: writes the same review {arguments.num_samples} times; give a temperature above 0",
     )
     distributed.setup()
+    data = DataArguments("nsmc", validation_file=arguments.validation_file, max_eval_samples=arguments.max_eval_samples)
+    source = sources(data, TASK)[1]
     load_config(arguments.classifier, "--classifier")
+    load_config(arguments.model_name_or_path, "--model_name_or_path")
     with claim_output(arguments.output_dir) as folder:
         judge = Judge.of(arguments.classifier, arguments.batch_size)
-        real = judge.questions(arguments.validation_file, arguments.max_eval_samples)
+        real = judge.questions(source, data)
         written = write(arguments, decoding)
         empty = save_reviews(folder / "generated.txt", written)
-        judged = [judge.score(judge.questions(str(folder / "generated.txt"))), judge.score(real)]
+        judged = [judge.score(judge.questions(Source(folder / "generated.txt"), DataArguments())), judge.score(real)]
         judge.engine.close()
         texts = [text for found in written.values() for text in found]
         found = {
@@ -120,10 +123,8 @@ class Judge:
         engine = build_engine(model.module, training, settings)
         return cls(engine, model, inference_pauses(model, pauses), batch_size)
 
-    def questions(self, file: str | None, most: int = 0) -> EvaluationSet:
-        """The reviews of a file in NSMC's form, or of the sample data."""
-        data = DataArguments(task="nsmc", validation_file=file, max_eval_samples=most)
-        source = sources(data, TASK)[1]
+    def questions(self, source: Source, data: DataArguments) -> EvaluationSet:
+        """The reviews of a source."""
         return evaluation_set(source, TASK, data, self.model.tokenizer, self.pauses.placement)
 
     def score(self, questions: EvaluationSet) -> dict[str, float]:

@@ -51,6 +51,16 @@ class PretrainingData:
         return min(limit or num, num)
 
 
+def check_corpus(arguments: CorpusArguments) -> None:
+    """Refuse a corpus that is not there, or whose first document is no text, before a model is built. Collective."""
+
+    def first() -> bool:
+        return any(document for piece in find_pieces(arguments) for document in piece.documents())
+
+    named = "corpus_hub" if arguments.corpus_hub else "corpus_path"
+    require(distributed.once_a_machine(first), f"--{named} {getattr(arguments, named)}: no text in it")
+
+
 def open_shards(arguments: CorpusArguments, tokenizer: Any) -> list[Shard]:
     """The corpus as shards. One rank of each machine tokenises what is not there yet, the others wait."""
     if not (arguments.corpus_path or arguments.corpus_hub):
@@ -62,8 +72,7 @@ def open_shards(arguments: CorpusArguments, tokenizer: Any) -> list[Shard]:
     allow_open_files(FILES_OF_A_SHARD * len(names) + OTHER_FILES)
     shards = [Shard.open(cache / name) for name in names]
     counts = np.array([(s.num_documents, len(s.sentences) - 1, s.sentences[-1]) for s in shards]).reshape(-1, 3).sum(0)
-    named = f"--corpus_hub {arguments.corpus_hub}" if arguments.corpus_hub else f"--corpus_path {arguments.corpus_path}"
-    require(counts[2] > 0, f"{named}: no text in it")
+    require(counts[2] > 0, "the corpus has no text that the tokenizer knows")
     num_held_out = sum(held_out_documents([s.num_documents for s in shards], arguments.validation_fraction))
     distributed.say(
         f"corpus: {counts[0]:,} documents ({num_held_out:,} held out), {counts[1]:,} sentences, {counts[2]:,} tokens"

@@ -31,7 +31,7 @@ from kozero.seal import rehearse, whole_folder
 from models.language_model import own_values
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
 from pretrain.corpus import Shard
-from pretrain.data import full_rows, held_out_sizes, make_rows, open_shards
+from pretrain.data import check_corpus, full_rows, held_out_sizes, make_rows, open_shards
 from pretrain.launch import check_nproc, run_ranks
 from pretrain.model import build_module, card, export, load_tokenizer
 from pretrain.objectives import EncoderPretraining
@@ -100,6 +100,7 @@ def pretrain(
     settings = check_engine(training, sizes, sharding)
     distributed.seed_everything(training.seed)
     tokenizer = load_tokenizer(corpus)
+    check_corpus(corpus)
     module = build_module(training, corpus, tokenizer)
 
     def save_model(folder: Path, weights: dict | None, state: RunState) -> None:

@@ -521,7 +521,7 @@ def test_no_examples_are_explained(nsmc_file):
 
 
 def test_the_command_line_choice_reaches_both_sources(nsmc_file):
-    path = str(nsmc_file(HEADER + "1\t좋다\t1\n"))
+    path = str(nsmc_file(HEADER + "".join(f"{k}\t{k}번 좋다\t1\n" for k in range(50))))  # some for each side
     for other in ({}, {"validation_file": path}):
         assert all(s.skip_bad_rows for s in sources(DataArguments(train_file=path, bad_rows="skip", **other), NSMC))
 

@@ -2,17 +2,16 @@
 named by `--metadata '{"nsmc": "ratings_test.txt", "klue_nli": "dev.json", "korquad": "KorQuAD_v1.0_dev.json"}'`.
 """
 
-import csv
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from finetune import paused_lm  # noqa: F401  so that lm_eval knows the model too where it is given these tasks by folder
-from finetune.data import SAMPLE_DATA
-from finetune.tasks import TASKS
-from finetune.tasks.klue_nli import CLASSES
+from finetune.data import SAMPLE_DATA, read
+from finetune.tasks import ENCODER_TASKS, TASKS, Example, Source, Task
+from kozero.data.readers import LeftOut
 from kozero.errors import require
 from kozero.metrics import question_answering
 
@@ -25,30 +24,35 @@ def path_of(task: str, told: dict[str, Any]) -> Path:
     return path
 
 
+def examples(task: str, told: dict[str, Any], form: Task) -> Iterator[Example]:
+    """Examples of a task's file as training reads them: without the few that have no text."""
+    return read(Source(path_of(task, told)), form, LeftOut())
+
+
 def nsmc(**told: Any) -> dict[str, Dataset]:
-    """Rows of id, document, label; without the few that have no text."""
-    with path_of("nsmc", told).open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    rows = [row | {"document": row["document"].strip(), "label": int(row["label"])} for row in rows if row["document"]]
-    return {"test": Dataset.from_list([row for row in rows if row["document"]])}
+    """Rows of document, label."""
+    rows = [{"document": e.targets[0], "label": e.label} for e in examples("nsmc", told, TASKS["nsmc"])]
+    return {"test": Dataset.from_list(rows)}
 
 
 def klue_nli(**told: Any) -> dict[str, Dataset]:
     """Rows of premise, hypothesis, label (its number)."""
-    rows = json.loads(path_of("klue_nli", told).read_text(encoding="utf-8"))
-    texts = [{name: row[name].strip() for name in ("premise", "hypothesis")} for row in rows]
-    labels = [{"label": CLASSES.index(row["gold_label"])} for row in rows]
-    return {"test": Dataset.from_list([text | label for text, label in zip(texts, labels, strict=True)])}
+    rows = [
+        {
+            "premise": e.context.removeprefix("전제: "),
+            "hypothesis": e.prompt.removeprefix("가설: ").removesuffix(" 관계:"),
+            "label": e.label,
+        }
+        for e in examples("klue_nli", told, TASKS["klue_nli"])
+    ]
+    return {"test": Dataset.from_list(rows)}
 
 
 def korquad(**told: Any) -> dict[str, Dataset]:
     """Rows of context, question, answers."""
-    articles = json.loads(path_of("korquad", told).read_text(encoding="utf-8"))["data"]
-    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
     rows = [
-        {"context": p["context"].strip(), "question": q["question"].strip(), "answers": q["answers"]}
-        for p in paragraphs
-        for q in p["qas"]
+        {"context": e.context, "question": e.prompt, "answers": [{"text": text} for text in e.targets]}
+        for e in examples("korquad", told, ENCODER_TASKS["mrc"])
     ]
     return {"test": Dataset.from_list(rows)}
 
