@@ -17,6 +17,7 @@ from kozero import distributed
 from kozero.errors import UserError, first_line, require
 from kozero.files import file_hash, fingerprint, sync_folder, to_disk
 from kozero.folder import write_text
+from kozero.streams import outlive_readers
 
 CHANGED = "its SHA-256 is not that of what was written"
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)  # of a sealed file that is damaged
@@ -129,6 +130,7 @@ def new_folder(flag: str, folder: Path) -> Iterator[Path]:
         raise UserError(f"{flag} {folder}: another run is writing it; wait for it or choose another folder") from None
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+    outlive_readers()
     try:
         is_empty = folder.is_dir() and not any(folder.iterdir())
         require(is_empty or not folder.exists(), f"{flag} {folder}: holds something already; choose another folder")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from kozero import distributed
 from kozero.errors import Stopped
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Launchers send what a terminal has sent already, another one or the same; only a person's next one means: at once.
 AGAIN_SECONDS = 1.0
 
@@ -35,7 +35,8 @@ class Stop:
         if threading.current_thread() is threading.main_thread():
             self.reader, self.writer = socket.socketpair()
             self.writer.setblocking(False)
-            self.before = {number: signal.signal(number, self.handle) for number in SIGNALS}
+            heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # by nohup
+            self.before = {number: signal.signal(number, self.handle) for number in heard}
             signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self.watch, args=(self.reader,), name="signals", daemon=True).start()
         else:

@@ -394,7 +394,7 @@ def send(number: int) -> None:
         assert noted.wait(60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("every", [9, 5])
 def test_a_signal_ends_a_run_after_its_step_and_a_checkpoint(tmp_path, capsys, number, every):
     before = signal.getsignal(number)
@@ -408,6 +408,17 @@ def test_a_signal_ends_a_run_after_its_step_and_a_checkpoint(tmp_path, capsys, n
     again = trainer(tmp_path, Steps(), [0.0], eval_steps=9)
     again.resume(again.checkpoints.to_resume("auto"))
     assert again.fit().step == 6
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            send(signal.SIGUSR1)
+            assert list(stop.first) == [signal.SIGUSR1] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_in_a_skipped_update_loses_no_step(tmp_path):

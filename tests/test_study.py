@@ -74,6 +74,10 @@ def study_file(folder: Path, **changes) -> Path:
         ({"pretraining": ["StdPT"]}, "'pretraining' must be an object, is [\"StdPT\"]"),
         ({"finetuning": {"../StdFT": {}}}, "'../StdFT': it names folders"),
         ({"finetuning": {"": {}}}, "'': it names folders"),
+        (
+            {"pretraining": {"가" * 60: {}}, "finetuning": {"나" * 60: {}}},
+            f"arm '{'가' * 60}_{'나' * 60}': names a folder, of 255 bytes at most",
+        ),
         ({"sweep_pauses": [0, "2"]}, "sweep_pauses [0, '2']"),
         ({"tasks": {"essay": {}}}, "pauses of StdPT_PauseFT, essay: 4: its texts have no prompt to pause"),
     ],
