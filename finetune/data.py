@@ -6,6 +6,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -14,10 +15,20 @@ from finetune.tasks import Example, Source, Task
 from kozero import distributed
 from kozero.data.marks import MARKERS, marker_version, token_marks
 from kozero.data.readers import LeftOut
-from kozero.data.store import TextRow, TokenStore, key_of, open_or_build, tokenizer_hash
+from kozero.data.store import (
+    TextRow,
+    TokenStore,
+    encodings,
+    key_of,
+    open_or_build,
+    spaced,
+    tokenizer_hash,
+    unknown_note,
+)
 from kozero.errors import UserError, require
 from kozero.files import file_hash
 from kozero.folder import cache_folder
+from kozero.metrics import exact_match
 
 HERE = "<file>"  # the source's path in a store's notes: another file of the same content has the same store
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
@@ -98,9 +109,16 @@ def cached_store(
 
     build = partial(open_or_build, cache, key, rows, tokenizer, notes, marker)
     store = TokenStore(distributed.once_a_machine(lambda: build().folder))
-    for note in store.meta["notes"]:
+    for note in store.meta["notes"] + unknown_notes(store.meta, tokenizer):
         distributed.say(f"{source}: {note.replace(HERE, str(source.path))}")
     return store
+
+
+def unknown_notes(meta: dict[str, Any], tokenizer: Any) -> list[str]:
+    """What a tokenizer cannot spell in a store."""
+    share = f"; {meta['num_unk_targets'] / max(1, meta['num_rows']):.2%} of the targets hold one, without loss on it"
+    notes = unknown_note(meta["num_unk"], meta["num_tokens"], tokenizer)
+    return [note + share * bool(meta["num_unk_targets"]) for note in notes]
 
 
 def identity(source: Source, limit: int) -> tuple:
@@ -167,7 +185,23 @@ def evaluation_set(
     if len(chosen) < len(examples):
         width = len(store) // len(examples)
         store.rows = store.rows[[k * width + j for k in chosen for j in range(width)]]
-    return EvaluationSet(task, [examples[k] for k in chosen], store)
+    found = EvaluationSet(task, [examples[k] for k in chosen], store)
+    if kind == "prompts":
+        tell_reachable(source, found.examples, tokenizer)
+    return found
+
+
+def tell_reachable(source: Source, examples: list[Example], tokenizer: Any) -> None:
+    """Say how many examples have no answer that the tokenizer gives back as it is, and the best score that leaves."""
+    answers = [spaced(text, True) for example in examples for text in example.targets]
+    ids = [found.ids for found in encodings(answers, tokenizer)]
+    spelled = iter(tokenizer.batch_decode(ids, skip_special_tokens=True))
+    pairs = [[(next(spelled), text) for text in example.targets] for example in examples]
+    lost = sum(all(normalize("NFC", a.strip()) != normalize("NFC", b.strip()) for a, b in pair) for pair in pairs)
+    best = sum(max(exact_match(*texts) for texts in pair) for pair in pairs) / len(pairs)
+    if lost:
+        told = f"{lost:,} of {len(pairs):,} answers cannot be written as they are"
+        distributed.say(f"{source}: {told}; exact_match is {100 * best:.1f} at most")
 
 
 def evenly(num: int, wanted: int) -> list[int]:

@@ -24,6 +24,8 @@ from kozero.data.store import (
     seal,
     token_span,
     tokenizer_hash,
+    unknown_id,
+    unknown_note,
 )
 from kozero.folder import cache_folder
 from kozero.metrics import exact_match
@@ -138,7 +140,9 @@ def write_store(
         exact_match(text_of(texts[number], offsets[number], first, last), target)
         for (number, first, last), target in zip(answers, targets, strict=True)
     )
-    seal(folder, notes=notes(), spelled=spelled / len(targets))
+    tokens = np.concatenate([arrays["passage_tokens"], arrays["question_tokens"]])
+    unknown = unknown_note(int((tokens == unknown_id(tokenizer)).sum()), len(tokens), tokenizer)
+    seal(folder, notes=notes() + unknown, spelled=spelled / len(targets))
 
 
 def encode(texts: list[str], tokenizer: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:

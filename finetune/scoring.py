@@ -31,6 +31,7 @@ class Scores:
     num_left_out: int
     num_tokens: int
     weights: list[float] = field(default_factory=list)  # of each in that mean; empty: equal ones
+    num_unknown: int = 0
 
     @property
     def notes(self) -> list[str]:
@@ -39,6 +40,9 @@ class Scores:
         lines = [f"{cut:,} contexts were cut to fit; --max_seq_length sets the limit"] if cut else []
         if left_out:
             lines.append(f"{left_out:,} rows do not fit even without context and count as wrong")
+        if self.num_unknown:
+            told = f"{self.num_unknown:,} tokens that stand for characters which the tokenizer lacks are not scored"
+            lines.append(f"{told}, so there is no nats_per_character, which compares tokenizers")
         return lines
 
 
@@ -57,7 +61,8 @@ def score(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, mi
 def score_choices(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int) -> Scores:
     """For each example the label whose target has the highest log-likelihood given its prompt."""
     prefixes, fitted = fitted_prefixes(engine, data, pauses, capacity)
-    likelihood = likelihoods(engine, prefixes, fitted, pauses, capacity, micro).view(len(data.examples), -1)
+    sums, num = likelihoods(engine, prefixes, fitted, pauses, capacity, micro)
+    likelihood = torch.where(num > 0, sums, -torch.inf).view(len(data.examples), -1)
     fits = torch.isfinite(likelihood).all(dim=1)
     chosen = torch.where(fits, likelihood.argmax(dim=1), -1).tolist()  # an example that does not fit is wrong
     labels = data.task.labels
@@ -70,8 +75,9 @@ def score_choices(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity:
 
 def likelihoods(
     engine: Engine, prefixes: Prefixes, fitted: Fit, pauses: Pauses, capacity: int, micro: int
-) -> torch.Tensor:
-    """(N,) log-likelihood of the target of each row, -inf for one that does not fit. Collective."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) log-likelihood of the target of each row, and (N,) the tokens that it is of: all but unknown ones, none of a
+    row that does not fit. Collective."""
     batches = evaluation_batches(
         prefixes, fitted, pauses, capacity, micro, distributed.rank(), distributed.world_size()
     )
@@ -81,8 +87,8 @@ def likelihoods(
         for batch in batches:
             losses = model(**batch.to(distributed.device()), reduction="none").double().cpu()
             total.index_add_(0, batch.texts, torch.stack([-losses, torch.ones_like(losses)], dim=1))
-    total = distributed.all_reduce(total.to(distributed.device())).cpu()
-    return torch.where(total[:, 1] > 0, total[:, 0], -torch.inf)
+    sums, num = distributed.all_reduce(total.to(distributed.device())).cpu().T
+    return sums, num
 
 
 def score_texts(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, micro: int) -> Scores:
@@ -90,13 +96,15 @@ def score_texts(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     cut, text = pieces(data.store.rows, capacity)
     store = data.store.with_rows(cut)
     fitted, number = fit(store, capacity, 0), len(data.examples)
-    found = -likelihoods(engine, Prefixes(store, fitted.cut), fitted, pauses, capacity, micro).numpy()
-    each = np.bincount(text, weights=found, minlength=number)
-    num_tokens = np.bincount(text, weights=store.lengths[:, 2], minlength=number)
+    found = likelihoods(engine, Prefixes(store, fitted.cut), fitted, pauses, capacity, micro)
+    sums, num_tokens = (np.bincount(text, weights=part.numpy(), minlength=number) for part in found)
     characters = [len(example.targets[0]) for example in data.examples]
-    values = perplexity(each.tolist(), num_tokens.tolist(), characters)
-    read = int(fitted.length.sum())
-    return Scores(values, [""] * number, (each / num_tokens).tolist(), 0, 0, read, num_tokens.tolist())
+    values = perplexity((-sums).tolist(), num_tokens.tolist(), characters)
+    num_unknown = int(store.lengths[:, 2].sum() - num_tokens.sum())
+    if num_unknown:
+        del values["nats_per_character"]
+    each, read = (-sums / np.maximum(num_tokens, 1)).tolist(), int(fitted.length.sum())
+    return Scores(values, [""] * number, each, 0, 0, read, num_tokens.tolist(), num_unknown)
 
 
 def score_answers(

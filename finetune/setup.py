@@ -8,7 +8,7 @@ from kozero import distributed
 from kozero.errors import require
 from kozero.pause import InferencePauseArguments, Pauses, begins_inside, filler_id
 from models import language_model
-from models.language_model import LanguageModel
+from models.language_model import SPARE_ROWS, LanguageModel
 
 
 def load_model(
@@ -19,7 +19,7 @@ def load_model(
     if arguments.config_file and not tokenizer:
         tokenizer = str(SAMPLE_TOKENIZER)
         distributed.say("no --tokenizer_name_or_path: using the sample tokenizer (4,096 tokens)")
-    return distributed.machine_first(
+    model = distributed.machine_first(
         lambda: language_model.load(
             arguments.model_name_or_path,
             arguments.config_file,
@@ -30,6 +30,11 @@ def load_model(
             dropout=arguments.dropout,
         )
     )
+    num_tokens, num_rows = len(model.tokenizer), model.config.vocab_size
+    if num_rows - num_tokens >= SPARE_ROWS:
+        unused = f"{num_rows - num_tokens:,} of {num_rows:,} rows are never used; vocab_size sets them in a config file"
+        distributed.say(f"the tokenizer has {num_tokens:,} tokens, fewer than the model: {unused}")
+    return model
 
 
 def row_capacity(max_seq_length: int, default: int, positions: int) -> int:

@@ -44,6 +44,7 @@ SPECIAL_TOKENS = {
 }
 DEFAULT_PAUSE, NEW_PAUSE = "<unused0>", "<pause>"
 FLAG = "--model_name_or_path"
+SPARE_ROWS = 128  # fewer rows without a token round a vocabulary up
 FILE_NAME = re.compile(r"\w[\w.-]{,99}", re.ASCII)
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
@@ -88,8 +89,8 @@ def load_tokenizer(name: str, writes: bool = True) -> PreTrainedTokenizerFast:
         for token in tokens:
             if getattr(tokenizer, role) is None and token in vocabulary:
                 setattr(tokenizer, role, token)
-    if tokenizer.unk_token is None:
-        tokenizer.unk_token = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+    if (unknown := getattr(tokenizer.backend_tokenizer.model, "unk_token", None)) in vocabulary:
+        tokenizer.unk_token = unknown  # what is given for unknown characters, whatever a file says
     if writes and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {name}: no end-of-text token; its vocabulary lacks </s>")
     if writes and tokenizer.pad_token_id is None:
@@ -262,7 +263,7 @@ def check_pause_token(token: Any, tokenizer: PreTrainedTokenizerFast) -> None:
 def check_vocabulary(num_tokens: int, vocab_size: int, foreign: bool) -> None:
     """A model needs a row for each token; with a tokenizer that is not its own, hundreds of unused rows are a sign
     that the two do not belong together."""
-    if num_tokens > vocab_size or (foreign and vocab_size - num_tokens >= 128):
+    if num_tokens > vocab_size or (foreign and vocab_size - num_tokens >= SPARE_ROWS):
         raise UserError(
             f"vocabulary mismatch: the tokenizer has {num_tokens:,} tokens, the model {vocab_size:,} rows; give the "
             "tokenizer that belongs to the model with --tokenizer_name_or_path"

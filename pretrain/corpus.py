@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kozero.data.readers import LINE_END, check_line, load_hub, raw_lines
-from kozero.data.store import META, build_once, encodings, key_of, seal, tokenizer_hash
+from kozero.data.store import META, build_once, encodings, key_of, seal, tokenizer_hash, unknown_id
 from kozero.errors import UserError, require
 from kozero.json_files import not_utf8, reading
 from kozero.seal import read_sealed
@@ -140,6 +140,7 @@ class Shard:
     tokens: np.ndarray
     sentences: np.ndarray
     documents: np.ndarray
+    num_unk: int = 0
 
     @classmethod
     def open(cls, folder: Path) -> "Shard":
@@ -147,7 +148,7 @@ class Shard:
         meta = read_sealed(folder / META)
         tokens = np.memmap(folder / "tokens.bin", np.dtype(meta["dtype"]), mode="r")
         names = ("sentences.npy", "documents.npy")
-        return cls(folder, tokens, *(np.load(folder / name, mmap_mode="r") for name in names))
+        return cls(folder, tokens, *(np.load(folder / name, mmap_mode="r") for name in names), meta["num_unk"])
 
     @property
     def num_documents(self) -> int:
@@ -175,18 +176,21 @@ def write_shard(folder: Path, piece: Piece | HubPiece, tokenizer: Any, split: Sp
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     lengths, documents = array("I"), array("Q", [0])
     sentences = numbered_sentences(piece.documents(), split, documents)
+    unk_id, num_unk = unknown_id(tokenizer), 0
     with (folder / "tokens.bin").open("wb") as file:
         while batch := list(islice(sentences, ENCODE_SENTENCES)):
             encoded = [sentence.ids for sentence in encodings(batch, tokenizer)]
             lengths.extend(map(len, encoded))
-            file.write(np.fromiter(chain.from_iterable(encoded), dtype).tobytes())
+            tokens = np.fromiter(chain.from_iterable(encoded), dtype)
+            file.write(tokens.tobytes())
+            num_unk += int((tokens == unk_id).sum())
     ends = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.uint32), dtype=np.int64)])
     if ends[-1] == 0:
         (folder / "tokens.bin").write_bytes(dtype.type(0).tobytes())  # an empty file cannot be mapped
     places = np.unique(ends)  # without the sentences, and below the documents, that have no tokens
     np.save(folder / "sentences.npy", places)
     np.save(folder / "documents.npy", np.unique(np.searchsorted(places, ends[np.asarray(documents)])))
-    seal(folder, dtype=dtype.name)
+    seal(folder, dtype=dtype.name, num_unk=num_unk)
 
 
 def numbered_sentences(documents: Iterable[Document], split: Splitter, ends: array) -> Iterator[str]:

@@ -13,6 +13,7 @@ from kozero.config import BatchSizes
 from kozero.data.batch import Rows
 from kozero.data.order import Order
 from kozero.data.readers import text_files
+from kozero.data.store import unknown_id, unknown_note
 from kozero.errors import require
 from kozero.folder import cache_folder
 from kozero.pause import Pauses, begins_inside
@@ -77,6 +78,8 @@ def open_shards(arguments: CorpusArguments, tokenizer: Any) -> list[Shard]:
     distributed.say(
         f"corpus: {counts[0]:,} documents ({num_held_out:,} held out), {counts[1]:,} sentences, {counts[2]:,} tokens"
     )
+    for note in unknown_note(sum(shard.num_unk for shard in shards), int(counts[2]), tokenizer):
+        distributed.say(f"corpus: {note}; there is no loss on them")
     return shards
 
 
@@ -166,7 +169,7 @@ def make_rows(
     def rows(numbered: Numbered, group: int, seed: int, epoch_rows: int) -> Rows:
         order = Order(len(numbered), epoch_rows, group, seed, numbered.lengths)
         if corpus.task == "clm":
-            return BlockRows(numbered, order, length, pauses)
+            return BlockRows(numbered, order, length, pauses, unknown_id(tokenizer))
         masking = Masking(Tokens.of(tokenizer), corpus.mask_share, corpus.whole_word_mask)
         return EncoderRows(numbered, order, masking, corpus.task, router, length)
 

@@ -17,6 +17,7 @@ from kozero.data.batch import Batch, padded
 from kozero.data.batches import PackedBatch, Text, collate
 from kozero.data.framing import Framing
 from kozero.data.order import ABSENT, Order, OrderedRows
+from kozero.data.store import unknown_id
 from kozero.errors import require
 from kozero.pause import IGNORE, Pauses, insert
 from pretrain.chunks import Numbered
@@ -33,6 +34,7 @@ class Tokens:
     size: int
     special: np.ndarray  # (size,) True for tokens that are never drawn as a random replacement
     continues: np.ndarray  # (size,) True for tokens that go on with a word (eojeol)
+    unk: int = -1  # see unknown_id
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Tokens":
@@ -49,7 +51,8 @@ class Tokens:
         special = np.array([name.startswith(("<unused", "[unused")) for name in names])
         special[[number for number, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
         prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
-        return cls(Framing.of(tokenizer), tokenizer.mask_token_id, len(names), special, continuing(names, prefix))
+        words, unk = continuing(names, prefix), unknown_id(tokenizer)
+        return cls(Framing.of(tokenizer), tokenizer.mask_token_id, len(names), special, words, unk)
 
 
 def continuing(names: Sequence[str], prefix: str | None) -> np.ndarray:
@@ -73,7 +76,7 @@ class Masking:
 
     def __call__(self, units: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Units of a row, without special tokens, to (T,) ids with some hidden, and (T,) what each must predict or
-        IGNORE. No word goes on in the next unit."""
+        IGNORE, as for every unknown token. No word goes on in the next unit."""
         ids = np.concatenate(units)
         words = np.arange(len(ids))
         if self.whole_words:
@@ -81,7 +84,7 @@ class Masking:
             starts[np.cumsum([0, *map(len, units[:-1])])] = True
             words = np.cumsum(starts) - 1
         hidden = self.draw(words, rng)
-        targets = np.where(hidden, ids, IGNORE)
+        targets = np.where(hidden & (ids != self.tokens.unk), ids, IGNORE)
         kind = rng.random(len(ids))
         ordinary = np.flatnonzero(~self.tokens.special)
         replaced = ordinary[rng.integers(0, len(ordinary), len(ids))]
@@ -208,10 +211,13 @@ class BlockRows(OrderedRows):
     Args:
         size: tokens of a row with its pauses.
         pauses: of a full row, at "random" places; None: no row has any.
+        unk_id: of the token that is not predicted, see unknown_id.
     """
 
-    def __init__(self, blocks: Numbered, order: Order, size: int, pauses: Pauses | None = None) -> None:
-        self.blocks, self.order, self.size, self.pauses = blocks, order, size, pauses
+    def __init__(
+        self, blocks: Numbered, order: Order, size: int, pauses: Pauses | None = None, unk_id: int = -1
+    ) -> None:
+        self.blocks, self.order, self.size, self.pauses, self.unk_id = blocks, order, size, pauses, unk_id
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of blocks."""
@@ -225,7 +231,8 @@ class BlockRows(OrderedRows):
 
     def texts(self, row: int, place: int = 0) -> list[Text]:
         """The documents' parts of a block, at a place of the stream."""
-        texts = [Text(ids, following, row) for ids, following in self.blocks[row]]
+        wanted = [(ids, np.where(following == self.unk_id, IGNORE, following)) for ids, following in self.blocks[row]]
+        texts = [Text(ids, following, row) for ids, following in wanted]
         return self.paused(texts, place) if self.pauses else texts
 
     def paused(self, texts: list[Text], place: int) -> list[Text]:

@@ -216,8 +216,9 @@ class Prefixes:
         return pauses.prompt(self.parts(number)[0], self.marks(number))
 
     def text(self, number: int, pauses: Pauses, epoch: int = 0) -> Text:
-        """Prefix, pauses and target, and what each position must predict."""
+        """Prefix, pauses and target, and what each position must predict: all of the target but unknown tokens."""
         ids, predicts = pauses.sequence(*self.parts(number), self.marks(number), epoch)
+        predicts[predicts == self.store.unk_id] = IGNORE
         return Text(ids, predicts, number, pauses.num)
 
 

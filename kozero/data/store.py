@@ -28,7 +28,7 @@ from kozero.errors import UserError
 from kozero.seal import damage, fingerprints, read_sealed, whole_folder, write_seal
 
 META = "meta.json"  # seals a store
-FORMAT = 5  # counts up when the layout or the meaning of a store changes
+FORMAT = 6  # counts up when the layout or the meaning of a store changes
 ENCODE_ROWS = 2048  # texts handed to the tokenizer at once; larger batches are not faster
 COLUMNS = ("start", "context_end", "prompt_end", "target_end", "span_start", "span_end", "marks_start", "marks_end")
 
@@ -54,9 +54,12 @@ class TokenStore:
     which are places in context and prompt, counted from the row's start.
     """
 
+    unk_id = -1  # see unknown_id
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta = read_sealed(folder / META)
+        self.unk_id = self.meta["unk_id"]
         self.rows = np.load(folder / "rows.npy", mmap_mode="r")
         self.all_marks = np.load(folder / "marks.npy", mmap_mode="r")
         empty = self.meta["num_tokens"] == 0
@@ -150,9 +153,12 @@ def write_store(
     """Tokenise `rows()` into `folder`, one batch in memory at a time; every target ends in the tokenizer's eos."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     index, all_marks, position = [np.zeros((0, len(COLUMNS)), np.int64)], array("i"), 0
+    unk_id, num_unk = unknown_id(tokenizer), np.zeros(2, np.int64)
     with collecting_what_is_new(), (folder / "tokens.bin").open("wb") as file:
         for ids, places, marks in encode(rows(), tokenizer, marker):
-            file.write(np.asarray(ids, dtype=dtype).tobytes())
+            tokens = np.asarray(ids, dtype=dtype)
+            file.write(tokens.tobytes())
+            num_unk += count_unknown(tokens, np.asarray(places), unk_id)
             begins = [position] * 4 + [0] * 2 + [len(all_marks)] * 2  # spans are relative to their context
             index.append(np.asarray(places, dtype=np.int64) + begins)
             all_marks.extend(marks)
@@ -161,7 +167,29 @@ def write_store(
     np.save(folder / "rows.npy", places)
     np.save(folder / "marks.npy", np.asarray(all_marks, dtype=np.int32))
     meta = {"dtype": dtype.name, "num_rows": len(places), "num_tokens": position, "columns": COLUMNS}
+    meta |= {"unk_id": unk_id, "num_unk": int(num_unk[0]), "num_unk_targets": int(num_unk[1])}
     seal(folder, **meta, notes=notes())
+
+
+def unknown_id(tokenizer: Any) -> int:
+    """The token for characters that a tokenizer lacks, of which nothing is learned and no score made; -1 where there is
+    none, or where it has another role too: then no text has it (see keep_out_of_text)."""
+    roles = [token for role, token in tokenizer.special_tokens_map.items() if role != "unk_token"]
+    return -1 if tokenizer.unk_token is None or tokenizer.unk_token in roles else tokenizer.unk_token_id
+
+
+def count_unknown(tokens: np.ndarray, places: np.ndarray, unk_id: int) -> tuple[int, int]:
+    """How many of (N,) tokens are unknown ones, and how many of the rows, at (R, 8) places of them, have one in their
+    target."""
+    found = np.flatnonzero(tokens == unk_id)
+    begins, ends = np.searchsorted(found, places[:, 2:4]).T
+    return len(found), int((begins < ends).sum())
+
+
+def unknown_note(num_unk: int, num_tokens: int, tokenizer: Any) -> list[str]:
+    """A line about the share of unknown tokens, if there are any."""
+    about = f"are {tokenizer.unk_token}, which stands for characters that the tokenizer lacks"
+    return [f"{num_unk / num_tokens:.2%} of the tokens {about}"] if num_unk else []
 
 
 @contextmanager
