@@ -84,7 +84,7 @@ class Counted:
         return len(self.tokenizer)
 
     def __getattr__(self, name: str):
-        return getattr(self.backend, name)
+        return getattr(self.backend if hasattr(self.backend, name) else self.tokenizer, name)
 
     def encode_batch_fast(self, batch: list[str], **options):
         if len(self.batches) == self.stop_at:
