@@ -1,7 +1,17 @@
 """How the next token is chosen: the settings of transformers' generate that are worth a flag."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from kozero.config import arg, at_least, check_seed
 from kozero.errors import require
@@ -47,3 +57,51 @@ class DecodingArguments:
         if self.temperature == 0:
             return shared | {"do_sample": False}
         return shared | {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+
+# Of each setting: the value that turns it off, and the processor of transformers for a value and a (1, P) prompt. They
+# act in this order.
+AGAINST_REPETITION = {
+    "encoder_repetition_penalty": (1.0, EncoderRepetitionPenaltyLogitsProcessor),
+    "repetition_penalty": (1.0, lambda value, _: RepetitionPenaltyLogitsProcessor(value)),
+    "no_repeat_ngram_size": (0, lambda value, _: NoRepeatNGramLogitsProcessor(value)),
+    "encoder_no_repeat_ngram_size": (0, EncoderNoRepeatNGramLogitsProcessor),
+}
+
+
+class Repetitions(LogitsProcessor):
+    """Transformers' processors against repetition, each text by itself and without its pauses and its padding: those
+    are no words of it, but a processor would count them (a full stop as a pause, the end of text as padding).
+
+    Args: prompts: (P,) ids of each; length: tokens of a prompt with pauses and padding; settings: those that are on.
+    """
+
+    def __init__(self, prompts: Sequence[torch.Tensor], length: int, settings: Mapping[str, Any]) -> None:
+        self.prompts, self.length = prompts, length
+        kinds = {name: AGAINST_REPETITION[name][1] for name in AGAINST_REPETITION if name in settings}
+        self.each = [[kind(settings[name], ids[None]) for name, kind in kinds.items()] for ids in prompts]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(B, T) ids and (B, V) logits to (B, V); the beams of a prompt follow one another."""
+        beams, found = len(input_ids) // len(self.prompts), []
+        for row, (written, logits) in enumerate(zip(input_ids[:, self.length :], scores.split(1), strict=True)):
+            text = torch.cat([self.prompts[row // beams], written])[None]
+            for one in self.each[row // beams]:
+                logits = one(text, logits)
+            found.append(logits)
+        return torch.cat(found)
+
+
+def ignoring_pauses(
+    prompts: Sequence[torch.Tensor], length: int, config: GenerationConfig, generation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of transformers' generate with its settings against repetition, those of the model's folder too, as
+    Repetitions."""
+    config = generation.get("generation_config") or config
+    said = {name: generation.get(name, getattr(config, name, None)) for name in AGAINST_REPETITION}
+    off = {name: value for name, (value, _) in AGAINST_REPETITION.items()}
+    on = {name: type(off[name])(value) for name, value in said.items() if value not in (None, off[name])}
+    if not on:
+        return dict(generation)
+    others = generation.get("logits_processor") or []
+    return {**generation, **off, "logits_processor": LogitsProcessorList([Repetitions(prompts, length, on), *others])}

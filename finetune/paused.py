@@ -122,7 +122,7 @@ class PausedGenerator:
             ids
             for start in range(0, len(prompts), batch_size)
             for ids in write_batch(
-                self.lm, self.tokenizer, prompts[start : start + batch_size], self.lm.device, generation
+                self.lm, self.tokenizer, prompts[start : start + batch_size], self.pauses, self.lm.device, generation
             )
         ]
         return [self.continuation(*found) for found in zip(texts, prompts, written, strict=True)]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from finetune.confidence import least_confident
 from finetune.data import EvaluationSet
+from finetune.decoding import ignoring_pauses
 from kozero import distributed
 from kozero.data.batches import Prefixes, evaluation_batches
 from kozero.data.rows import Fit, fit, pieces
@@ -114,7 +115,7 @@ def score_answers(
     new_tokens = data.task.max_new_tokens
     prefixes, fitted = fitted_prefixes(engine, data, pauses, capacity - new_tokens)
     prompts = [prefixes.prompt(k, pauses) for k in fitted.used.tolist()]
-    answers = write(engine, tokenizer, prompts, micro, max_new_tokens=new_tokens, do_sample=False)
+    answers = write(engine, tokenizer, prompts, pauses, micro, max_new_tokens=new_tokens, do_sample=False)
     predictions = [""] * len(data.examples)
     for k, answer in zip(fitted.used.tolist(), answers, strict=True):
         predictions[k] = answer.strip()
@@ -151,7 +152,9 @@ def read_tokens(fitted: Fit, pauses: Pauses) -> int:
     return once + (once - pauses.num * len(fitted.used) if ranks else 0)
 
 
-def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int, **generation: Any) -> list[str]:
+def write(
+    engine: Engine, tokenizer: Any, prompts: list[np.ndarray], pauses: Pauses, micro: int, **generation: Any
+) -> list[str]:
     """What the model writes after each prompt (ids with their pauses), without special tokens. Collective.
 
     Prompts of about the same length share a batch, padded on the left. All ranks make the same number of calls, and
@@ -166,7 +169,7 @@ def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int,
             first = start + distributed.rank() * micro
             numbers = order[first : first + micro].tolist()
             batch = [prompts[n] for n in numbers or order[:1]]
-            found = write_batch(lm, tokenizer, batch, distributed.device(), generation)
+            found = write_batch(lm, tokenizer, batch, pauses, distributed.device(), generation)
             mine |= {n: spelled(tokenizer, ids) for n, ids in zip(numbers, found, strict=False)}
     written: dict[int, str] = {}
     for part in distributed.gather(mine):
@@ -175,7 +178,12 @@ def write(engine: Engine, tokenizer: Any, prompts: list[np.ndarray], micro: int,
 
 
 def write_batch(
-    lm: PreTrainedModel, tokenizer: Any, prompts: Sequence[np.ndarray], device: torch.device, generation: dict[str, Any]
+    lm: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    pauses: Pauses,
+    device: torch.device,
+    generation: dict[str, Any],
 ) -> list[list[int]]:
     """One call of transformers' generate: the ids that follow each prompt, up to the end of the text."""
     longest = max(map(len, prompts))
@@ -184,12 +192,13 @@ def write_batch(
     for k, prompt in enumerate(prompts):
         ids[k, longest - len(prompt) :] = torch.from_numpy(prompt)
         seen[k, longest - len(prompt) :] = 1
+    words = [torch.from_numpy(pauses.without(prompt)).to(device) for prompt in prompts]
     out = lm.generate(
         input_ids=ids.to(device),
         attention_mask=seen.to(device),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **generation,
+        **ignoring_pauses(words, longest, lm.generation_config, generation),
     )
     return [until(ids, tokenizer.eos_token_id) for ids in out[:, longest:].tolist()]
 

@@ -240,7 +240,11 @@ def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     numbers = sorted(found.values())[:NUM_SAMPLES]
     prefixes = [texts.parts(k)[0] for k in numbers]
     prompts = [texts.prompt(k, pauses) for k in numbers]
-    answers = write(engine, model.tokenizer, prompts, 1, max_new_tokens=new_tokens, do_sample=False) if prompts else []
+    answers = (
+        write(engine, model.tokenizer, prompts, pauses, 1, max_new_tokens=new_tokens, do_sample=False)
+        if prompts
+        else []
+    )
     heads = [spelled(model.tokenizer, prefix.tolist())[-60:] for prefix in prefixes]
     return " | ".join(f"{head} → {answer.strip()}" for head, answer in zip(heads, answers, strict=True))
 

@@ -138,6 +138,12 @@ class Pauses:
         nothing = np.full(len(prefix), IGNORE)
         return insert(prefix, nothing, self.gaps(prefix, marks), self.token_id)[0]
 
+    def without(self, prompt: np.ndarray) -> np.ndarray:
+        """(P,) prefix of a (P + num,) prompt. Full stops that pause stand behind it; those in it are its own."""
+        if self.placement == "filler":
+            return prompt[: len(prompt) - self.num]
+        return prompt[prompt != self.token_id] if self.num else prompt
+
     def sequence(
         self, prefix: np.ndarray, target: np.ndarray, marks: np.ndarray | None = None, epoch: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
