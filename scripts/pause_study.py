@@ -22,12 +22,15 @@ from filelock import FileLock
 
 from finetune import evaluate, train
 from finetune.arguments import DataArguments
+from finetune.data import sources
+from finetune.tasks import TASKS
 from kozero.config import arg, parse_arguments
 from kozero.errors import EXIT_DIVERGED, GRACE_SECONDS, Diverged, UserError, require, run_main
 from kozero.files import fingerprint
 from kozero.folder import LOCK, writable_folder, write_text
 from kozero.seal import damage, write_seal
 from pretrain.arguments import CorpusArguments, PretrainingArguments
+from pretrain.data import find_pieces
 from scripts.study import Study, name_of
 from scripts.study_report import Result, write_report
 
@@ -100,10 +103,10 @@ class Step:
         left = {path.relative_to(self.folder).as_posix(): fingerprint(path) for path in files}
         write_seal(self.folder / self.seal, {"files": left})
 
-    def check(self, path: Path) -> None:
-        """Raises: UserError naming the step and the argument that does not parse."""
+    def check(self, path: Path) -> tuple[Any, ...]:
+        """Its arguments. Raises: UserError naming the step and the argument that does not parse."""
         try:
-            parse_arguments(*ARGUMENTS[self.entry], prog=self.entry, description="", argv=self.words)
+            return parse_arguments(*ARGUMENTS[self.entry], prog=self.entry, description="", argv=self.words)
         except UserError as error:
             raise UserError(f"{path}: {self.name}: {error}") from None
 
@@ -267,6 +270,16 @@ def check_all(todo: list[Step], path: Path) -> None:
         )
 
 
+def check_files(todo: list[Step], path: Path) -> None:
+    """Every file that is yet to be read must be one that its task reads; it is known before the first run begins."""
+    parts = {str(part): part for step in todo if not step.is_done for part in step.check(path)}
+    for data in parts.values():
+        if isinstance(data, DataArguments):
+            sources(data, TASKS[data.task])
+        elif isinstance(data, CorpusArguments):
+            find_pieces(data)
+
+
 def run_all(todo: list[Step]) -> None:
     """Run what is not done.
 
@@ -326,6 +339,7 @@ def main() -> None:
     if not arguments.report_only:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         write_text(study.output_dir / SETTINGS, study.text)
+        check_files(todo, path)
         run_all(todo)
     found = results(study, todo)
     require(bool(found), f"{study.output_dir}: no cell is finished; run without --report_only")

@@ -35,6 +35,7 @@ from tests.helpers import ROOT, refused
 from tests.scripts import run_script
 
 SAMPLE = ROOT / "sample_data" / "study.json"
+NSMC = str(ROOT / "sample_data/nsmc/ratings_test.txt")
 
 
 def study_file(folder: Path, **changes) -> Path:
@@ -105,6 +106,26 @@ def test_a_wrong_setting_of_any_run_is_refused_before_the_first_begins(tmp_path,
         check_all(steps(Study.read(path)), path)
     assert str(path) in str(refused.value) and told in str(refused.value)
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("key", ["train_file", "validation_file", "corpus_path"])
+def test_a_file_that_a_later_run_cannot_read_is_told_before_the_first_begins(monkeypatch, tmp_path, key):
+    """The last task of a study, and its pre-training."""
+    (tmp_path / "wrong").mkdir()
+    wrong = tmp_path / "wrong" / "reviews.txt"
+    wrong.write_text("id\ttext\tlabel\n1\t좋다\t1\n", encoding="utf-8")
+    tasks = {
+        "klue_nli": {},
+        "nsmc": {} if key == "corpus_path" else {"train_file": NSMC, "validation_file": NSMC, key: str(wrong)},
+    }
+    corpus = {"pretrain": json.loads(SAMPLE.read_text())["pretrain"] | {key: str(tmp_path / "empty")}}
+    (tmp_path / "empty").mkdir()
+    path = study_file(tmp_path, tasks=tasks, **(corpus if key == "corpus_path" else {}))
+    monkeypatch.setattr(sys, "argv", ["pause_study.py", str(path)])
+    monkeypatch.setattr(Step, "run", lambda step: pytest.fail(f"{step.name} began"))
+    told = "empty: no .txt or .dat file in it" if key == "corpus_path" else "reviews.txt:1: no column 'document'"
+    with pytest.raises(UserError, match=told):
+        pause_study.main()
 
 
 @pytest.mark.parametrize("where", ["finetune", "tasks", "finetuning"])
