@@ -8,7 +8,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import NoReturn
 
@@ -65,7 +66,18 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def first_line(error: Exception) -> str:
+@contextmanager
+def no_panic(what: str) -> Iterator[None]:
+    """Make a panic of a library in Rust (tokenizers), which is no Exception, a UserError that begins with `what`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: the library that reads it gave up ({first_line(error)})") from None
+
+
+def first_line(error: BaseException) -> str:
     """The first line of an error of a library, short."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
@@ -105,7 +117,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     guard_streams()
     tqdm.set_lock(RLock())  # a bar's own is shared between processes, and os._exit would leave it behind
     try:
-        main()
+        with no_panic("a tokenizer"):
+            main()
         sys.stdout.flush()
     except (UserError, Diverged, SaveFailed) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":

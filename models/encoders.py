@@ -99,7 +99,7 @@ def build_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_or_refuse(lambda: AutoModel.from_config(config, dtype=torch.float32), config.name_or_path)
+        return build_or_refuse(lambda: AutoModel.from_config(config, dtype=torch.float32), config, config.name_or_path)
 
 
 def load_encoder(folder: str, flag: str = "--model_name_or_path") -> PreTrainedModel:

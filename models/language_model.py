@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from kozero.errors import UserError, first_line, nearest
+from kozero.errors import UserError, first_line, nearest, no_panic, require
 from kozero.json_files import read_json
 from models.causal_lm import CausalLM, build, reset_row, resize_vocabulary
 from models.loading import build_or_refuse, cannot_load, load_any_config, load_checked, quiet, require_folder
@@ -46,7 +47,9 @@ DEFAULT_PAUSE, NEW_PAUSE = "<unused0>", "<pause>"
 FLAG = "--model_name_or_path"
 SPARE_ROWS = 128  # fewer rows without a token round a vocabulary up
 FILE_NAME = re.compile(r"\w[\w.-]{,99}", re.ASCII)
+SIZES = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions", "n_inner")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+RANGES = (*((name, 0, 1) for name in DROPOUTS), ("layer_norm_epsilon", 1e-20, 1), ("initializer_range", 0, 10))
 
 
 @dataclass
@@ -78,13 +81,23 @@ def load_tokenizer(name: str, writes: bool = True) -> PreTrainedTokenizerFast:
     """
     require_folder(name, "tokenizer")
     try:
-        with quiet():
+        with quiet(), no_panic(f"tokenizer {name}"):
             tokenizer = read_tokenizer(name)
+            complete(tokenizer, name, writes)
+            keep_out_of_text(tokenizer)
     except UserError:
         raise
     except Exception as error:  # OSError, ValueError, or the tokenizer library's own bare Exception
         raise cannot_load(name, "tokenizer", error) from None
+    return tokenizer
+
+
+def complete(tokenizer: PreTrainedTokenizerFast, name: str, writes: bool) -> None:
+    """Give a tokenizer the usual special tokens where its files name none; refuse what load_tokenizer does."""
     vocabulary = tokenizer.get_vocab()
+    last, number = max(vocabulary.items(), key=itemgetter(1), default=("", -1))
+    beyond = f"the id of {last!r} is {number:,}, and it has {len(tokenizer):,} tokens; give one whose ids have no gaps"
+    require(number < len(tokenizer), f"tokenizer {name}: {beyond}")
     for role, tokens in SPECIAL_TOKENS.items():
         for token in tokens:
             if getattr(tokenizer, role) is None and token in vocabulary:
@@ -95,8 +108,6 @@ def load_tokenizer(name: str, writes: bool = True) -> PreTrainedTokenizerFast:
         raise UserError(f"tokenizer {name}: no end-of-text token; its vocabulary lacks </s>")
     if writes and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    keep_out_of_text(tokenizer)
-    return tokenizer
 
 
 def read_config(path: Path) -> GPT2Config:
@@ -108,21 +119,30 @@ def read_config(path: Path) -> GPT2Config:
             raise UserError(f"--config_file {path}: unknown key {key!r}{nearest(key, known)}")
     try:
         config = GPT2Config(**values)
-        whole = all(
-            isinstance(getattr(config, k), int) and getattr(config, k) > 0
-            for k in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
-        ) and (config.n_inner is None or config.n_inner > 0)
-        rates = {name: getattr(config, name) for name in DROPOUTS}
     except Exception as error:  # the config checks types by several libraries' errors
         raise UserError(f"--config_file {path}: {first_line(error)}") from None
-    if not whole or config.n_embd % config.n_head:
-        raise UserError(f"--config_file {path}: sizes must be positive and n_embd a multiple of n_head")
-    if wrong := [name for name, rate in rates.items() if not 0 <= rate < 1]:
-        raise UserError(f"--config_file {path}: {wrong[0]} {rates[wrong[0]]}: must be in [0, 1)")
-    if config.activation_function not in ACT2FN:
-        name = config.activation_function
-        raise UserError(f"--config_file {path}: activation_function {name!r} is unknown{nearest(name, ACT2FN)}")
+    check_gpt2(config, f"--config_file {path}")
     return with_one_gelu(config)
+
+
+def check_gpt2(config: GPT2Config, where: str) -> None:
+    """Refuse the first value that no GPT-2 can have, or that is not built here; `where` names the file."""
+
+    def check(right: bool, key: str, what: str) -> None:
+        require(right, f"{where}: {key} {getattr(config, key)!r}: must be {what}")
+
+    for key in SIZES:
+        value = getattr(config, key)
+        whole = (type(value) is int and value >= 1) or (value is None and key == "n_inner")
+        check(whole, key, "a whole number of 1 or more")
+    check(config.n_embd % config.n_head == 0, "n_head", f"a divisor of n_embd {config.n_embd}")
+    for key, least, most in RANGES:
+        value = getattr(config, key)
+        check(type(value) in (int, float) and least <= value < most, key, f"in [{least:g}, {most:g})")
+    check(config.add_cross_attention is False, "add_cross_attention", "false")
+    check(config.tie_word_embeddings is True, "tie_word_embeddings", "true: the head is tied to the embedding")
+    name = config.activation_function
+    require(name in ACT2FN, f"{where}: activation_function {name!r} is unknown{nearest(name, ACT2FN)}")
 
 
 def with_one_gelu(config: GPT2Config) -> GPT2Config:
@@ -150,6 +170,7 @@ def load_config(name: str, flag: str = FLAG) -> GPT2Config:
     config = load_any_config(name, flag)
     if config.model_type != "gpt2":
         raise UserError(f"{flag} {name}: model_type {config.model_type!r}; 'gpt2' is needed here")
+    check_gpt2(config, f"{flag} {name}: config.json")
     return with_one_gelu(config)
 
 
@@ -163,13 +184,7 @@ def load_weights(name: str, config: GPT2Config, flag: str = FLAG) -> GPT2LMHeadM
 
 def random_weights(config: GPT2Config, seed: int, path: str) -> GPT2LMHeadModel:
     """A model of a config file's sizes."""
-    return build_or_refuse(lambda: build(config, seed), path)
-
-
-def require_tied(config: GPT2Config, source: str) -> None:
-    """The head is taken from the embedding at export, so an untied one would be lost."""
-    if not config.tie_word_embeddings:
-        raise UserError(f"{source}: tie_word_embeddings is false; the head must be tied")
+    return build_or_refuse(lambda: build(config, seed), config, path)
 
 
 def load(
@@ -196,7 +211,6 @@ def load(
     if not (tokenizer_name or model_name_or_path):
         raise UserError("--config_file makes random weights and needs --tokenizer_name_or_path")
     config = load_config(model_name_or_path) if model_name_or_path else read_config(Path(config_file))
-    require_tied(config, model_name_or_path or config_file)
     tokenizer = load_tokenizer(tokenizer_name or model_name_or_path)
     lm = load_weights(model_name_or_path, config) if model_name_or_path else random_weights(config, seed, config_file)
     # Without it GPT-2 looks for padding in every batch and warns; rows here are packed and generation passes its own.

@@ -1,17 +1,22 @@
 """A pre-trained model from a folder or the hub, or a new one of a config's sizes, with one line about what is wrong."""
 
+import inspect
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from kozero.errors import UserError, first_line
+from kozero.errors import UserError, first_line, require
 
 OFFLINE = "Offline? Give a local folder, or random weights with --config_file, see models/*_config.json"
+MOST_LAYERS = 1000  # no published model has more
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of v2 and v1
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -39,9 +44,65 @@ def load_any_config(name: str, flag: str) -> PreTrainedConfig:
     require_folder(name, flag)
     require_model(name, flag)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        values, _ = PreTrainedConfig.get_config_dict(name)
+        config = own_config(values)
     except Exception as error:  # UserError of our own configs, OSError, ValueError, hub errors
         raise cannot_load(name, flag, error) from None
+    config.name_or_path = name  # for messages; it is not written
+    quantized = values.get("quantization_config")
+    require(not quantized, f"{flag} {name}: quantized weights, by its config.json; give those in full precision")
+    adapter = find_adapter_config_file(name)
+    require(not adapter, f"{flag} {name}: holds an adapter (adapter_config.json); merge it into its model")
+    return config
+
+
+def own_config(values: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a file's values that its architecture defines, and pauses. Whatever else a file says would choose
+    code (or a kernel to download), files, precision or what is returned, none of which belongs to the weights."""
+    known = values.get("model_type") in CONFIG_MAPPING
+    require(known, f"model_type {values.get('model_type')!r}: none that transformers knows")
+    kind = CONFIG_MAPPING[values["model_type"]]
+    kinds = kind.__mro__[: kind.__mro__.index(PreTrainedConfig)]
+    own = {key for one in kinds for key in inspect.get_annotations(one)} | {"pause", *kind.attribute_map}
+    return kind(**{key: value for key, value in values.items() if key in own - {"use_cache"}})
+
+
+def check_size(
+    build: Callable[[], PreTrainedModel], config: PreTrainedConfig, where: str, held: int | None = None
+) -> None:
+    """Refuse a model that is too large for this machine's memory, before anything of it is made.
+
+    Args: held: bytes of all its weights' files, of which each weight takes one at least.
+    """
+    layers, memory = config.num_hidden_layers, machine_memory()
+    require(layers <= MOST_LAYERS, f"{where}: {layers:,} layers; must be at most {MOST_LAYERS:,}")
+    # Fewer than any model of this shape has: layers, modules on any device, take time to make.
+    least = -(-layers // getattr(config, "layer_group", 1)) * config.hidden_size**2
+    if least <= min(memory, held or memory):
+        try:
+            with torch.device("meta"):
+                least = sum(weight.numel() for weight in build().parameters())
+        except Exception as error:  # what PyTorch and transformers do not like in a number
+            raise UserError(f"{where}: no model of these sizes can be built ({first_line(error)})") from None
+    if held and least > held:
+        raise UserError(f"{where}: its config.json describes {least:,} weights, its files have {held:,} bytes")
+    sizes = f"{4 * least / 2**30:,.0f} GiB of weights in 32 bit, this machine has {memory / 2**30:,.0f}"
+    require(4 * least <= memory, f"{where}: no model of these sizes can be built ({sizes})")
+
+
+def machine_memory() -> int:
+    """Bytes of this machine's memory, or of what a container may use of it."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # not there, or without a limit
+            found.append(int(Path(path).read_text()))
+    return min(found)
+
+
+def bytes_of_weights(name: str) -> int | None:
+    """Of the files of a folder; None for a hub name, or where there are none."""
+    files = Path(name).iterdir() if Path(name).is_dir() else ()
+    return sum(path.stat().st_size for path in files if path.suffix in (".safetensors", ".bin")) or None
 
 
 def load_checked(auto: Any, config: PreTrainedConfig, name: str, flag: str, is_ours: Callable[[str], Any]) -> Any:
@@ -52,6 +113,7 @@ def load_checked(auto: Any, config: PreTrainedConfig, name: str, flag: str, is_o
         auto: the class of transformers that loads it.
         is_ours: of a weight's name that the model does not have: whether that is a mistake.
     """
+    check_size(lambda: auto.from_config(config), config, f"{flag} {name}", bytes_of_weights(name))
     try:
         with quiet():
             model, loading = auto.from_pretrained(
@@ -94,9 +156,7 @@ def cannot_load(name: str, flag: str, error: Exception) -> UserError:
     return UserError(f"{flag} {name}: no such folder, nor can it be had from the hub ({first_line(error)}). {way_out}")
 
 
-def build_or_refuse(build: Callable[[], Model], path: str) -> Model:
+def build_or_refuse(build: Callable[[], Model], config: PreTrainedConfig, path: str) -> Model:
     """A model of a config file's sizes, where memory and PyTorch allow them."""
-    try:
-        return build()
-    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
-        raise UserError(f"--config_file {path}: no model of these sizes can be built ({first_line(error)})") from None
+    check_size(build, config, f"--config_file {path}")
+    return build()

@@ -1,7 +1,11 @@
 """The files of a tokenizer, and the guard that keeps its special tokens out of the ids of a user's text."""
 
+import base64
+import json
+import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex
@@ -17,6 +21,7 @@ NO_CLASS = (
 )
 # KoGPT2's and BERT's special and spare tokens: none of them is a word, also where their files do not call it special.
 RESERVED = re.compile(r"</?s>|<(pad|unk|mask|usr|sys|unused\d+)>|\[(PAD|UNK|CLS|SEP|MASK|unused\d+)\]")
+MOST_GROWTH, LONGEST_FORM = 1000, 54  # times as long as a text; bytes of the longest that Unicode's forms make of one
 AROUND = (("", ""), ("가", ""), ("", "가"), ("가", "가"), ("a", "a"), ("\ue000", "\ue000"))
 TO_FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}  # what NFKC turns into ASCII
 
@@ -34,6 +39,7 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerFast:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
 
     if has("tokenizer.json"):
+        check_growth(name)
         return PreTrainedTokenizerFast.from_pretrained(name)
     for here, missing in (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")):
         require(not has(here) or has(missing), f"tokenizer {name}: {here} without {missing}")
@@ -47,6 +53,34 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise
     check_files(tokenizer, name)
     return tokenizer
+
+
+def check_growth(name: str) -> None:
+    """Refuse a tokenizer.json whose steps may make a text of a line larger than memory. Before the library reads it,
+    which sends added tokens through them."""
+    values = json.loads(Path(cached_file(name, "tokenizer.json")).read_bytes())
+    for part in ("normalizer", "decoder"):
+        times = growth(values.get(part))
+        long = f"its {part} may make a text {times:,.0f} times as long; give one without such a step"
+        require(times <= MOST_GROWTH, f"tokenizer {name}: {long}")
+
+
+def growth(step: Any) -> float:
+    """How many times as long a step of a tokenizer.json makes a text, at most. What Unicode's own forms add is left
+    out, for no file can choose it."""
+    kind = step.get("type") if isinstance(step, dict) else None
+    if kind == "Sequence":
+        return math.prod(map(growth, step.get("normalizers") or step.get("decoders") or ()))
+    if kind == "Prepend":
+        return 1 + len(step["prepend"])
+    if kind == "Replace":  # an expression may match between all characters
+        text = step["pattern"].get("String")
+        return max(1, len(step["content"]) / len(text)) if text else 1 + len(step["content"])
+    if kind == "Precompiled":  # sentencepiece's: the size of a trie, the trie, what it maps to, each ended by a zero
+        charsmap = base64.b64decode(step["precompiled_charsmap"] or "")
+        mapped = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
+        return max(1, max(map(len, mapped)) / LONGEST_FORM)
+    return 1
 
 
 def check_files(tokenizer: Any, name: str) -> None:

@@ -72,11 +72,12 @@ class TransformerConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Refuse the first value that is out of range."""
-        whole, above_0 = "a whole number of 1 or more", "a number above 0"
+        whole = "a whole number of 1 or more"
         for key in SIZES:
             self.require(key, is_whole(getattr(self, key), 1), whole)
-        for key in ("capacity_factor", "initializer_range", "LN_eps"):
-            self.require(key, is_number(getattr(self, key)) and getattr(self, key) > 0, above_0)
+        for key, most in (("capacity_factor", 1e3), ("initializer_range", 10), ("LN_eps", 1)):
+            value = getattr(self, key)
+            self.require(key, is_number(value) and 0 < value < most, f"a number above 0 and below {most:g}")
         factorised = self.embedding_size is not None
         self.require("embedding_size", not factorised or is_whole(self.embedding_size, 1), f"{whole}, or null for none")
         self.require("dropout_prob", is_number(self.dropout_prob) and 0 <= self.dropout_prob < 1, "a number in [0, 1)")

@@ -99,13 +99,11 @@ def causal_lm(training: PretrainingArguments, corpus: CorpusArguments, num_token
     folder, flag = training.checkpoint, "--checkpoint"
     if folder:
         config = language_model.load_config(folder, flag)
-        language_model.require_tied(config, f"{flag} {folder}")
         lm = language_model.load_weights(folder, config, flag)
         language_model.check_vocabulary(num_tokens, lm.config.vocab_size, foreign=True)
         return lm
     path = corpus.config_file or str(ROOT / "models" / "kogpt2_config.json")
     config = language_model.read_config(Path(path))
-    language_model.require_tied(config, f"--config_file {path}")
     rows = -(-num_tokens // 128) * 128
     if config.vocab_size != rows:
         distributed.say(

@@ -27,7 +27,7 @@ from kozero.errors import require, run_main
 from kozero.folder import new_file, write_text
 from kozero.pause import PauseArguments
 from kozero.plan import state_bytes
-from models.language_model import DROPOUTS, load_config, read_config, require_tied
+from models.language_model import DROPOUTS, load_config, read_config
 
 SHAPES = {  # of the published models, so that a plan needs no download
     "skt/kogpt2-base-v2": "kogpt2_config.json",
@@ -111,7 +111,6 @@ def shape(arguments: ModelArguments) -> GPT2Config:
     require(bool(name) != bool(file), "give either --model_name_or_path or --config_file")
     file = file or (str(ROOT / "models" / SHAPES[name]) if name in SHAPES else None)
     config = read_config(Path(file)) if file else load_config(name)
-    require_tied(config, file or name)
     if arguments.dropout is not None:
         config.update(dict.fromkeys(DROPOUTS, arguments.dropout))
     return config

@@ -28,7 +28,8 @@ from kozero.ds_config import resolve
 from kozero.engines.plain import PlainEngine
 from kozero.errors import UserError
 from models.encoders import read_encoder_config
-from models.language_model import read_config
+from models.language_model import load_config, read_config
+from models.loading import load_any_config
 from pretrain.corpus import pieces_of
 from scripts.select_topic import SelectionArguments, topics
 from scripts.study import Study
@@ -155,6 +156,11 @@ CONFIGS = {
     "mix_lm": (
         ROOT / "models/mix_lm_tiny_config.json",
         lambda path: read_encoder_config(path, "mix_lm", sample_tokenizer()),
+    ),
+    "folder of a model": (ROOT / "models/tiny_config.json", lambda path: load_config(str(path.parent))),
+    "folder of an encoder": (
+        ROOT / "models/mix_lm_config.json",
+        lambda path: load_any_config(str(path.parent), "--model"),
     ),
     "deepspeed": (ROOT / "ds_configs/zero3_offload.json", lambda path: resolved(path)),
     "study": (SAMPLE_DATA / "study.json", Study.read),

@@ -49,7 +49,16 @@ def trained(model: str, **parts) -> Tokenizer:
         setattr(backend, name, part)
     others = {"unk_token": "<unk>"} if model == "unigram" else {}
     backend.train_from_iterator(CORPUS, trainer(vocab_size=150, special_tokens=NAMES, show_progress=False, **others))
-    return backend
+    return without_gaps(backend)
+
+
+def without_gaps(backend: Tokenizer) -> Tokenizer:
+    """The trainer of whole words leaves out the ids of special tokens that it has met in text."""
+    state = json.loads(backend.to_str())
+    vocabulary = state["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        state["model"]["vocab"] = {word: k for k, word in enumerate(sorted(vocabulary, key=vocabulary.get))}
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def added(backend: Tokenizer, **other) -> Tokenizer:

@@ -24,7 +24,7 @@ import numpy as np
 from filelock import FileLock
 from tokenizers import Encoding
 
-from kozero.errors import UserError
+from kozero.errors import UserError, first_line, no_panic
 from kozero.seal import damage, fingerprints, read_sealed, whole_folder, write_seal
 
 META = "meta.json"  # seals a store
@@ -254,7 +254,14 @@ def encodings(texts: list[str], tokenizer: Any, with_offsets: bool = False) -> l
     backend.no_padding()
     backend.encode_special_tokens = True
     encode_batch = backend.encode_batch if with_offsets else backend.encode_batch_fast
-    return encode_batch(texts, add_special_tokens=False)
+    what = f"tokenizer {tokenizer.name_or_path}"
+    try:
+        with no_panic(what):
+            return encode_batch(texts, add_special_tokens=False)
+    except UserError:
+        raise
+    except Exception as error:  # the library's own bare Exception: a model without a token for unknown characters
+        raise UserError(f"{what}: cannot encode a text ({first_line(error)})") from None
 
 
 def spaced(text: str, follows: bool) -> str:
