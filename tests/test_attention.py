@@ -109,11 +109,20 @@ def test_a_model_has_the_losses_and_gradients_of_transformers_own_attention(way)
         torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_dropout_falls_on_the_weights_of_a_packed_text_in_training_alone():
-    parts, packing = tensors(), packing_of(positions())
+@pytest.mark.parametrize("by_text", [True, False])
+@pytest.mark.parametrize("rows", [ROWS, [[16], [16]]])
+def test_dropout_falls_on_the_weights_of_texts_and_changes_no_mean(rows, by_text):
+    """Over 100 draws, 6 standard errors."""
+    parts, packing, mask = [x.detach() for x in tensors(rows=rows)], packing_of(positions(rows)), mask_of(rows)
     torch.manual_seed(1)
-    assert not torch.equal(attention.attend_by_text(*parts, 0.5, None, packing), textbook(*parts))
-    assert not torch.equal(attention.attend_by_products(*parts, mask_of(), 0.5, None).transpose(1, 2), textbook(*parts))
+    draws = torch.stack([
+        attention.attend_by_text(*parts, 0.5, None, packing) if by_text
+        else attention.attend_by_products(*parts, mask, 0.5, None).transpose(1, 2)
+        for _ in range(100)
+    ])  # fmt: skip
+    exact = textbook(*parts, rows)
+    assert (draws[0] - exact).abs().max() > 0.5 and (draws.std(0) > 0).all()
+    assert ((draws.mean(0) - exact).abs() < 6 * draws.std(0) / 10).all()
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,12 @@ def test_in_float16_a_loss_scale_reaches_the_gradients_unspoilt():
     assert found[7, 0].item() / scale == pytest.approx(18 * small, rel=0.1)
 
 
+def test_positions_are_padded_by_zeros_to_a_multiple():
+    """A CPU prepares its products anew for every number of rows."""
+    assert causal_lm.padded(torch.ones(5, 2)).tolist() == [[1, 1]] * 5 + [[0, 0]] * 3
+    assert [len(causal_lm.padded(torch.ones(num))) for num in (0, 1, 4, 8)] == [0, 4, 4, 8]
+
+
 def test_no_tensor_has_all_logits():
     """11 positions, 4 at once."""
     layer, (hidden, targets) = head(), inputs(11)

@@ -224,13 +224,18 @@ def test_passages_of_one_rank_alone_would_be_another_loss():
 # Router losses, sums and counts ------------------------------------------------------------------------------------
 
 
+def texts_of(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """What the encoder is given of a batch."""
+    return tuple(inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
+
+
 @pytest.mark.parametrize("task", ["mlm", "mlm_ict"])
 @torch.no_grad()
 def test_router_losses_are_weighted_and_counted_by_token_also_those_of_queries(task):
     toy = ToyEncoder(router=True)
     module = EncoderPretraining(toy, task).eval()
     inputs = batch_of(task)
-    texts = [(inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids"))]
+    texts = [texts_of(inputs)]
     if task == "mlm_ict":
         texts.append((inputs["query_ids"], inputs["query_mask"], torch.zeros_like(inputs["query_ids"])))
     wanted = torch.zeros(2)
@@ -239,7 +244,9 @@ def test_router_losses_are_weighted_and_counted_by_token_also_those_of_queries(t
     sums, right = module(**inputs, score=True)
     close(sums[-2:], wanted)
     assert right[-2:].tolist() == [0, 0]
-    assert module.statistics["expert_load"].tolist() == [[0.25, 0.75]]
+    out = toy(*texts_of(inputs))
+    assert module.statistics["expert_load"].tolist() == out.expert_load.tolist() == [[0.25, 0.75]]
+    assert module.statistics["dropped"].tolist() == out.dropped.tolist() and out.dropped.all()
 
 
 def test_router_losses_of_the_switch_encoder_have_gradients():

@@ -12,6 +12,7 @@ import sys
 import time
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -464,6 +465,15 @@ def test_an_interrupt_of_all_ranks_is_told_once(tmp_path):
     assert len(told) == 2 and told[0].startswith("SIGINT: saved at step ") and told[1] == "interrupted"
     (checkpoint,) = (tmp_path / "runs/hong/checkpoints").glob("step-??????")
     assert damage(checkpoint) is None
+
+
+def test_curves_of_a_router_by_hand():
+    """Shares of four experts in two layers, in even shares."""
+    of_layers = {"expert_load": torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25] * 4]), "dropped": torch.tensor([0.1, 0.3])}
+    found = pretraining.router_statistics(SimpleNamespace(statistics=of_layers))
+    names = ("router/dropped_share", "router/largest_load", "router/smallest_load")
+    assert found == pytest.approx(dict(zip(names, (0.2, 2.0, 0.0), strict=True)))
+    assert pretraining.router_statistics(torch.nn.Linear(1, 1)) == {}
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])

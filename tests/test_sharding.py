@@ -1,12 +1,16 @@
 """Which engine a run gets, and which parts of a module are gathered by themselves."""
 
+from typing import Any
+
 import pytest
 import torch
 from fairscale.optim.grad_scaler import ShardedGradScaler
 from torch import nn
 
 from kozero.config import BatchSizes, TrainingArguments
+from kozero.data.batch import Batch
 from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
+from kozero.engines.base import StepStats
 from kozero.engines.plain import PlainEngine
 from kozero.engines.torch_engine import LossScale
 from kozero.engines.units import layers
@@ -157,3 +161,41 @@ def test_a_stage_that_only_costs_is_told(monkeypatch, one_rank, capsys, stage, l
     monkeypatch.setattr("kozero.engines.plain.PlainEngine", lambda *told: None)
     build_engine(nn.Linear(100, 100, bias=False), TrainingArguments(), EngineSettings("plain", stage))
     assert (f"note: ZeRO-{stage} saves memory and costs time" in capsys.readouterr().out) == told
+
+
+class Repeated(nn.Module):
+    """One layer over many inputs, and a number that is added to the loss."""
+
+    def __init__(self, added: float = 0.0) -> None:
+        super().__init__()
+        self.layer, self.added = nn.Linear(16, 16, bias=False), added
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(self.layer(part).float().square().sum() for part in x) + self.added
+
+
+def step_of(module: nn.Module, x: torch.Tensor, **told: Any) -> StepStats:
+    """One unclipped update at rate 1."""
+    said = TrainingArguments(weight_decay=0.0, max_grad_norm=0.0, **told)
+    return PlainEngine(module, said).train_step([Batch({"x": x}, (1,), 1)], 1.0)
+
+
+def test_gradients_of_a_weight_that_is_used_many_times_are_summed_in_32_bit(one_rank):
+    """Autocast that casts it once would sum them in 16 bit."""
+    torch.manual_seed(0)
+    module, x = Repeated(), torch.randn(256, 4, 16).bfloat16().float()
+    before = module.layer.weight.detach().clone()
+    exact = before.bfloat16().double().requires_grad_()
+    (x.double() @ exact.T).square().sum().backward()
+    step_of(module, x, bf16=True, optim="sgd")
+    off = (before - module.layer.weight.detach() - exact.grad).norm() / exact.grad.norm()
+    assert off < 0.002
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_an_infinite_loss_whose_gradients_are_finite_is_no_update(one_rank, optim):
+    module = Repeated(torch.inf)
+    before = module.layer.weight.detach().clone()
+    stats = step_of(module, torch.ones(2, 4, 16), optim=optim)
+    assert not stats.applied and stats.loss == torch.inf and 0 < stats.grad_norm < torch.inf
+    assert torch.equal(module.layer.weight, before)
