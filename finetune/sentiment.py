@@ -71,6 +71,7 @@ def main() -> None:
         judge = Judge.of(arguments.classifier, arguments.batch_size)
         real = judge.questions(source, data)
         written = write(arguments, decoding)
+        (folder / "sentiment.json").unlink(missing_ok=True)  # that of earlier reviews
         empty = save_reviews(folder / "generated.txt", written)
         judged = [judge.score(judge.questions(Source(folder / "generated.txt"), DataArguments())), judge.score(real)]
         judge.engine.close()

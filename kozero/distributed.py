@@ -57,8 +57,7 @@ def setup(timeout_seconds: float = 600.0) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     # Libraries make groups without a timeout (DeepSpeed's gradients travel in one), which is half an hour under gloo.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
+    use_device()
     with ended_by_interrupts():
         make_groups(backend, timeout)
         number_ranks()
@@ -81,8 +80,6 @@ def check_environment() -> None:
     for name, limit in limits.items():
         right = name not in told or limit is None or int(told[name]) < int(limit)
         require(right, f"{name} {told.get(name)}: must be below {limit}; {BY_LAUNCHER} {name}")
-    gpus = torch.cuda.device_count()
-    require(not gpus or local_rank() < gpus, f"LOCAL_RANK {local_rank()}: one rank a GPU, and {gpus} are visible here")
 
 
 def number_ranks() -> None:
@@ -92,8 +89,14 @@ def number_ranks() -> None:
     if "LOCAL_RANK" not in os.environ:
         os.environ["LOCAL_RANK"] = str(hosts[: rank()].count(hosts[rank()]))
         os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank())
+        use_device()
+
+
+def use_device() -> None:
+    """Compute on the GPU of this rank, where there are any."""
+    if gpus := torch.cuda.device_count():
+        require(local_rank() < gpus, f"LOCAL_RANK {local_rank()}: there is one rank a GPU, GPUs visible here: {gpus}")
+        torch.cuda.set_device(local_rank())
 
 
 def settle_processor() -> None:
@@ -115,7 +118,7 @@ def threads_are_chosen() -> bool:
     with suppress(psutil.Error):
         if "TORCHELASTIC_RUN_ID" in os.environ and (launcher := launching_command()):
             environment = launcher.environ()
-    return "OMP_NUM_THREADS" in environment
+    return bool(environment.get("OMP_NUM_THREADS"))
 
 
 @contextmanager

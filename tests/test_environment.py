@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune.arguments import DataArguments
 from kozero import cgroups, distributed
@@ -105,7 +106,7 @@ def test_a_host_program_keeps_its_hook_and_an_entry_tells_an_interrupt_in_a_word
     assert python("-c", shows).stdout == "True\n"
     (tmp_path / "host.py").write_text(shows)
     assert python(tmp_path / "host.py").stdout == "True\n"
-    (tmp_path / "transformers.py").write_text("raise KeyboardInterrupt")  # in the place of the library
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")  # in the place of the library
     done = python("scripts/select_topic.py", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.stderr == "interrupted\n" and done.returncode in (1, 130, -2)
 
@@ -204,6 +205,13 @@ def test_half_a_description_of_ranks_is_refused_by_the_name_of_the_variable(monk
         distributed.setup()
 
 
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="LOCAL_RANK 1: there is one rank a GPU, GPUs visible here: 1"):
+        distributed.use_device()
+
+
 def test_what_a_launcher_says_and_what_a_single_process_has_is_right(monkeypatch):
     for described in (WHOLE, {"LOCAL_RANK": "0"}, {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}, {}):
         for name in WHOLE:
@@ -229,6 +237,7 @@ def place(number: int, port: int, answers) -> None:
     os._exit(0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="three ranks, which need as many GPUs")
 def test_ranks_without_a_local_rank_are_counted_on_each_machine():
     context = multiprocessing.get_context(START)
     answers, port = context.SimpleQueue(), distributed.free_port()
@@ -242,7 +251,7 @@ def test_ranks_without_a_local_rank_are_counted_on_each_machine():
 
 
 def test_ranks_that_do_not_meet_are_told_in_a_line(monkeypatch):
-    for name, value in (WHOLE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}).items():
+    for name, value in (WHOLE | {"LOCAL_RANK": "0", "MASTER_PORT": str(distributed.free_port())}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"MASTER_ADDR 127.0.0.1, MASTER_PORT .*: the ranks did not meet there"):
         distributed.setup(1)

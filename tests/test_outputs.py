@@ -1,6 +1,5 @@
 """Files that a command is told to write: what may be named, when it is refused, what is there when something fails."""
 
-import gc
 import json
 import os
 import stat
@@ -194,7 +193,6 @@ class Stub:
         for k, prompt in enumerate(prompts):
             if self.fails and k == 2:
                 raise KeyboardInterrupt
-            gc.collect()
             self.alive.append(sum(text() is not None for text in self.made))
             found = Written(prompt, f"text {k}")
             self.made.append(weakref.ref(found))

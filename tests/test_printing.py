@@ -22,7 +22,7 @@ from kozero.streams import outlive_readers  # kozero.folder calls it; it would i
 def main():
     if "files" in sys.argv:
         outlive_readers()
-    for k in range(30_000):
+    for k in range(6_000):
         print({TEXT!a}, k)
     if "fails" in sys.argv:
         print({TEXT!a}, file=sys.stderr)
@@ -35,7 +35,7 @@ run_main(main)
 
 
 def process(*words: object, out=subprocess.PIPE, err=subprocess.PIPE, closed: str = "", **environment: str):
-    """A program that prints 30,000 lines. `closed`: what a shell writes for streams that are closed."""
+    """A program that prints 6,000 lines. `closed`: what a shell writes for streams that are closed."""
     command = ["bash", "-c", f'exec "$@" {closed}', "bash", sys.executable, "-c", PRINTS, *map(str, words)]
     told = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=told)
@@ -55,7 +55,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 def test_a_stream_that_cannot_spell_korean_gets_it_spelled(environment):
     code, out, err = ended(process("fails", **environment))
     assert code == 2 and err.splitlines() == [SPELLED, "error: --flag: \\ud55c\\uad6d\\uc5b4"]
-    assert out.splitlines() == [f"{SPELLED} {k}" for k in range(30_000)]
+    assert out.splitlines() == [f"{SPELLED} {k}" for k in range(6_000)]
 
 
 def test_korean_stays_korean_where_it_can_be_spelled():
@@ -86,7 +86,7 @@ def test_what_goes_into_files_is_finished_without_a_reader(tmp_path, stream):
     others = program.stderr if stream == "out" else program.stdout
     said = others.read()
     assert program.wait() == 0 and (tmp_path / "result").exists()
-    assert said == b"" if stream == "out" else said.count(b"\n") == 29_999
+    assert said == b"" if stream == "out" else said.count(b"\n") == 5_999
 
 
 def test_a_mistake_is_told_by_its_exit_code_where_nobody_reads_it():
@@ -128,7 +128,7 @@ def test_a_pipe_that_does_not_wait_is_waited_for():
     program = process(out=writer)
     os.close(writer)
     with open(reader, "rb") as file:
-        assert file.read().count(b"\n") == 30_000
+        assert file.read().count(b"\n") == 6_000
     assert program.wait(60) == 0 and program.stderr.read() == b""
 
 
