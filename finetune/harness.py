@@ -33,7 +33,7 @@ def check_files(argv: list[str]) -> None:
 
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--metadata", default="{}")
-    with suppress(ValueError):  # the harness says what is wrong with its arguments
+    with suppress(ValueError, TypeError):  # the harness says what is wrong with its arguments
         for name, path in dict(json.loads(parser.parse_known_args(argv)[0].metadata)).items():
             if name in OWN:
                 check_rows(Source(Path(path)), OWN[name])

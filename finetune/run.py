@@ -53,7 +53,7 @@ class Setting:
         training.num_train_epochs = training.num_train_epochs or task.num_train_epochs
         sizes = batch_sizes(training, distributed.world_size())
         engine = prepare_engine(training, sizes)
-        checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume)
+        checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume, training.max_steps)
         return cls(training, output_dir, sizes, engine, checkpoint)
 
     @property

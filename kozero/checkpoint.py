@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from kozero import distributed
 from kozero.engines.base import Engine
-from kozero.errors import SaveFailed, UserError, first_line
+from kozero.errors import SaveFailed, UserError, first_line, require
 from kozero.files import on_host, sync_folder, tensor_bytes, write_file
 from kozero.folder import write_text
 from kozero.seal import UNREADABLE, fingerprints, put_in_place, read_sealed, write_seal, wrong_content, wrong_size
@@ -67,6 +67,16 @@ class RunState:
 def saved_run(folder: Path) -> dict:
     """What `Checkpoints.save` was told of the run that wrote a whole checkpoint."""
     return read_sealed(folder / STATE)["run"]
+
+
+def check_steps(folder: Path, total_steps: int) -> None:
+    """Refuse a whole checkpoint that has done more steps than a run has."""
+    step = read_sealed(folder / STATE)["state"]["step"]
+    require(
+        step <= total_steps,
+        f"--resume {folder}: has done {step:,} steps and this run has {total_steps:,}; give more with --max_steps or "
+        "--num_train_epochs, or resume from an earlier checkpoint",
+    )
 
 
 def too_little_room(folder: Path, needed: int) -> str | None:
@@ -314,8 +324,8 @@ class Checkpoints:
                     path.rename(aside)
         distributed.barrier()
 
-    def to_resume(self, choice: str | None) -> Path | None:
-        """The checkpoint that `--resume` means; None to begin at the beginning.
+    def to_resume(self, choice: str | None, max_steps: int = 0) -> Path | None:
+        """The checkpoint that `--resume` means; None to begin at the beginning. `max_steps`: of the run; 0: not known.
 
         Raises: UserError when there is none where one was named, or when a new run would mix with what is there.
         """
@@ -333,6 +343,8 @@ class Checkpoints:
             )
         if found is None and choice == "auto":
             distributed.say(f"--resume auto: no whole checkpoint in {self.folder}, the run begins anew")
+        if found and max_steps:
+            check_steps(found, max_steps)
         return found
 
     def chosen(self, choice: str | None) -> Path | None:

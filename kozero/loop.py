@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from torch import nn
 
 from kozero import distributed
-from kozero.checkpoint import Checkpoints, RunState, content_damage, damage, saved_run, step_of
+from kozero.checkpoint import Checkpoints, RunState, check_steps, content_damage, damage, saved_run, step_of
 from kozero.config import BatchSizes, TrainingArguments, check_schedule
 from kozero.data.ahead import Ahead
 from kozero.data.batch import Rows
@@ -161,12 +161,8 @@ class Trainer:
 
         Raises: UserError where it has done more steps than this run has, or another run than this one has written it.
         """
+        check_steps(folder, self.total_steps)
         self.state = state = self.checkpoints.load(folder, self.engine, self.run)
-        require(
-            state.step <= self.total_steps,
-            f"--resume {folder}: has done {state.step:,} steps and this run has {self.total_steps:,}; give more with "
-            "--max_steps or --num_train_epochs, or resume from an earlier checkpoint",
-        )
         distributed.say(f"resumed from {folder} at step {state.step}")
         self.go_on_from(saved_run(folder).get("history", []))
         self.checkpoints.set_aside_after(state.step)

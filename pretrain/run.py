@@ -90,7 +90,7 @@ def pretrain(
     output_dir: Path,
 ) -> None:
     """Tokenizer, corpus, model, engine, loop, export."""
-    checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume)
+    checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume, training.max_steps)
     if checkpoint and not training.per_device_train_batch_size:
         training.per_device_train_batch_size = micro_batch_of(checkpoint, training.gradient_accumulation_steps)
     sizes = batch_sizes(training, distributed.world_size())

@@ -708,6 +708,9 @@ def test_a_run_of_fewer_steps_than_its_checkpoint_has_done_is_refused(tmp_path):
     again = trainer(tmp_path, Steps(), [], max_steps=5)
     with pytest.raises(UserError, match=r"--resume .*step-000006: has done 6 steps and this run has 5; give more with"):
         again.resume(run.checkpoints.newest())
+    with pytest.raises(UserError, match="has done 6 steps and this run has 5"):  # before there is a model
+        again.checkpoints.to_resume("auto", 5)
+    assert again.checkpoints.to_resume("auto", 6) == again.checkpoints.to_resume("auto") == run.checkpoints.newest()
     assert names(run.checkpoints) == before
 
 

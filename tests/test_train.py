@@ -58,8 +58,9 @@ def losses(out):
 
 def test_a_run_leaves_a_scored_model_its_curves_and_what_it_was_told(monkeypatch, config, tmp_path, capsys):
     out = tmp_path / "run"
-    run(monkeypatch, config, out, "--num_pauses", 3)
-    assert capsys.readouterr().out.strip().splitlines()[-1] == str(out / "model")
+    run(monkeypatch, config, out, "--num_pauses", 3, "--num_train_epochs", 5)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-1] == str(out / "model") and "--max_steps 4 decides, not --num_train_epochs" in lines
     rows = points(out)
     wanted = {
         "loss",

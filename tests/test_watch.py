@@ -145,6 +145,11 @@ def test_what_losses_were_outlives_a_resume(tmp_path, capsys):
     assert "step 41: loss 9.0000 is" in capsys.readouterr().out
 
 
+def test_patience_without_scores_is_told(tmp_path, capsys):
+    trainer(tmp_path, Told(), early_stopping_patience=3, eval_steps=1)
+    assert "--early_stopping_patience 3: the run is scored 0 times and so never stops early" in capsys.readouterr().out
+
+
 def test_steps_that_are_not_finite_are_counted_on_after_a_resume(tmp_path):
     steps = [GOOD, *[OVERFLOW] * 9]
     run = trainer(tmp_path, Told(*steps), max_nonfinite=3)
