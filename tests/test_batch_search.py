@@ -231,7 +231,9 @@ def test_after_running_out_of_memory_a_new_engine_goes_on(one_rank):
 
 def test_a_rank_of_several_that_runs_out_of_memory_ends_the_run(one_rank, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="out of GPU memory in a probe of"):
+    with pytest.raises(
+        UserError, match=r"^--train_batch_size 0: out of GPU memory in a probe of \d+ rows; give a smaller number"
+    ):
         found_by(Steps(limit=9, fails_above=50))
 
 
@@ -312,7 +314,7 @@ def test_the_free_memory_of_a_machine_is_shared_by_its_ranks(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU tells its memory")
 def test_a_system_that_tells_no_peak_is_refused_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    with pytest.raises(UserError, match="give a number of rows"):
+    with pytest.raises(UserError, match=r"^--train_batch_size 0: this system does not tell .*; give a number of rows$"):
         rank_memory()
 
 

@@ -291,6 +291,17 @@ def test_a_shard_without_training_rows_is_passed_over():
     assert training.lengths(np.array([1, 0])).tolist() == [2, 3]
 
 
+@pytest.mark.parametrize(("most", "found", "looked"), [(99, 9, 5), (9, 9, 4), (4, 4, 2)])
+def test_the_longest_row_is_looked_for_until_one_has_the_most(monkeypatch, most, found, looked):
+    """Ten rows, two at once: the longest is the seventh."""
+    monkeypatch.setattr(chunks, "SLICE", 2)
+    shard = shard_of([[n] for n in (2, 3, 4, 1, 1, 1, 9, 1, 1, 1)])
+    rows, seen = Numbered([Chunks(shard, shard.sentences, np.arange(11), 10)], held_out=False), []
+    lengths = rows.lengths
+    monkeypatch.setattr(rows, "lengths", lambda numbers: seen.append(len(numbers)) or lengths(numbers))
+    assert rows.longest(most) == found and seen == [2] * looked
+
+
 def test_no_shards_have_no_rows():
     assert len(Numbered([], held_out=False)) == 0
 

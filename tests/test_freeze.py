@@ -103,7 +103,9 @@ def test_a_plan_that_cannot_be_is_refused_with_its_text(text, says):
 
 
 def test_a_pause_row_cannot_be_frozen_while_its_embedding_trains():
-    with pytest.raises(UserError, match="pause row is a row of wte, which trains"):
+    with pytest.raises(
+        UserError, match=r"^--freeze pause: the pause row is a row of wte, which trains; freeze wte too$"
+    ):
         plan("pause", has_pause=True)
 
 

@@ -476,7 +476,7 @@ def test_a_run_needs_one_model(config_file, both):
 
 
 def test_random_weights_need_a_tokenizer(config_file):
-    with pytest.raises(UserError, match="needs --tokenizer_name_or_path"):
+    with pytest.raises(UserError, match=r"^--config_file makes random weights and needs --tokenizer_name_or_path$"):
         load(None, config_file(), None, pause_token="<unused0>", with_pauses=False, seed=0)
 
 

@@ -74,5 +74,7 @@ def test_inference_takes_as_many_pauses_as_training_unless_told_otherwise():
 
 @pytest.mark.parametrize(("name", "value"), [("num_pauses", -1), ("num_inference_pauses", -2)])
 def test_a_negative_number_of_pauses_is_refused_by_name_and_value(name, value):
-    with pytest.raises(UserError, match=f"--{name} {value}"):
+    with pytest.raises(
+        UserError, match=f"^--{name} {value}: must be {-1 if name == 'num_inference_pauses' else 0} or more$"
+    ):
         PauseArguments(**{name: value})

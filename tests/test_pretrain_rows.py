@@ -428,9 +428,10 @@ def test_queries_are_padded_beside_their_passages():
 def test_copies_of_a_passage_have_one_number():
     """It is that by which a copy is no negative (kozero/contrast.py)."""
     units = [np.array([11, 12]), np.array([13])]
-    rows = encoder_rows("mlm_ict", Listed([units, units, [np.array([11]), np.array([13])]]))
-    named = dict(zip(rows.numbers(range(3)).tolist(), rows.batch(range(3)).inputs["passage"].tolist(), strict=True))
-    assert named[0] == named[1] != named[2] and min(named.values()) >= 0
+    others = [[np.array([11]), np.array([13])], [np.array([11, 12]), np.array([14])], [np.array([10, 12]), units[1]]]
+    rows = encoder_rows("mlm_ict", Listed([units, units, *others]))
+    named = dict(zip(rows.numbers(range(5)).tolist(), rows.batch(range(5)).inputs["passage"].tolist(), strict=True))
+    assert named[0] == named[1] and len(set(named.values())) == 4 and min(named.values()) >= 0
     assert rows.batch([ABSENT]).inputs["passage"].tolist() == [-1]
 
 

@@ -516,7 +516,9 @@ def test_no_examples_are_explained(nsmc_file):
     one = nsmc_file(HEADER + "1\t좋다\t1\n")
     sides = [Source(one, side=side, validation_fraction=0.5) for side in ("train", "validation")]
     empty = next(side for side in sides if not examples_of(NSMC, side))
-    with pytest.raises(UserError, match="--validation_fraction"):
+    with pytest.raises(
+        UserError, match=r"no examples .all groups are on the other side; change --validation_fraction or give"
+    ):
         list(read(empty, NSMC, LeftOut()))
 
 
