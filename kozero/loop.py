@@ -80,7 +80,7 @@ class Meter:
         sums = zip(names, state.window_losses, state.window_counts, strict=True)
         means = {name: total / num for name, total, num in sums if num}  # one not finite shows
         found = {
-            "train/loss": sum(means.values()),
+            **({"train/loss": sum(means.values())} if means else {}),
             **{f"train/{name}_loss": mean for name, mean in means.items() if name},
             "train/learning_rate": lr,
             "train/grad_norm": stats.grad_norm,
@@ -238,7 +238,7 @@ class Trainer:
                 point = meter.point(stats, lr, state.consumed_rows / len(self.rows), self.objectives)
                 log.scalars(state.step, point | (self.extra() if distributed.is_main() else {}))
                 rate = f"{point['train/tokens_per_second']:,.0f}"
-                log.progress(0, loss=f"{point['train/loss']:.4f}", lr=f"{lr:.2e}", tokens_per_s=rate)
+                log.progress(0, loss=f"{point.get('train/loss', math.nan):.4f}", lr=f"{lr:.2e}", tokens_per_s=rate)
             self.finish_step(log, stop)
             meter.since = time.perf_counter()  # speed is that of training alone
         if state.step < self.total_steps:

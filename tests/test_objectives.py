@@ -17,9 +17,11 @@ from models.heads import PositionPool
 from models.mix_lm import MixLmConfig, MixLmEncoder
 from models.transformer import TransformerConfig, TransformerEncoder
 from pretrain.objectives import TASKS, EncoderPretraining
+from tests.measures import settle, told
 from tests.ranks import run_ranks
 from tests.test_pretrain_rows import encoder_rows
 from tests.toy_encoder import HIDDEN, POSITIONS, VOCAB, Inputs, ToyEncoder, losses_and_gradients, on_rank, shaken
+from tests.toys import engine_for
 
 SHARED = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "max_position_embeddings": POSITIONS}
 SHARED |= {"dropout_prob": 0.0, "initializer_range": 0.3, "embedding_size": 6, "ff_dim": 24, "n_experts": 2}
@@ -314,3 +316,35 @@ def test_a_task_has_the_heads_it_needs_and_no_others(task, heads):
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == heads | {"encoder"}
     module(**inputs).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
+# Shared layers under the engines -----------------------------------------------------------------------------------
+
+
+def losses_of_shared_layers(names: list[str]) -> list[list[tuple[float, ...]]]:
+    """Three steps of MLM and SOP with each engine, of an encoder whose three layers are one."""
+    settle()
+    found = []
+    for kind, name in itertools.product(KINDS[1:], names):
+        torch.manual_seed(0)
+        config, model = (
+            (TransformerConfig, TransformerEncoder) if kind == "transformer" else (MixLmConfig, MixLmEncoder)
+        )
+        own = {"num_heads": 2} if kind == "transformer" else {"kernel_size": 5}
+        shared = model(config(**SHARED | {"num_hidden_layers": 3}, **own, layer_group=3))
+        engine, sizes = engine_for(name, EncoderPretraining(shared, "mlm_sop"), told(name, optim="sgd"))
+        rows = encoder_rows("mlm_sop", router=kind == "transformer")
+        steps = [rows.step(8 * k, sizes, distributed.rank()) for k in range(3)]
+        found.append([engine.train_step(batches, 0.05).losses for batches in steps])
+        engine.close()
+    return found
+
+
+@pytest.mark.slow
+def test_layers_that_are_one_train_alike_under_every_engine():
+    names = ["plain", "oss", "fsdp3_wrap", "zero2", "zero3"]
+    found, again = run_ranks(losses_of_shared_layers, names)
+    assert found == again
+    for first in (0, len(names)):
+        for other in found[first + 1 : first + len(names)]:
+            np.testing.assert_allclose(other, found[first], atol=1e-5)
