@@ -1,5 +1,6 @@
 """The output folder of a run: writable, one run's at a time, small files replaced in one move."""
 
+import fcntl
 import json
 import os
 import stat
@@ -141,12 +142,27 @@ def incomplete(path: Path) -> Path:
 @contextmanager
 def growing_file(path: Path) -> Iterator[TextIO]:
     """A text file that grows beside the earlier one and replaces it when it is complete. What an interrupted run has
-    written stays under the name of `incomplete`."""
-    with incomplete(path).open("w", encoding="utf-8", errors="backslashreplace") as file:
+    written stays under the name of `incomplete`.
+
+    Raises: UserError when another process writes it.
+    """
+    building = incomplete(path)
+    with building.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        require(is_ours(file, building), f"{path}: another run is writing it; wait for it or choose another file")
+        file.truncate(0)
         yield file
         file.flush()
         os.fsync(file.fileno())
-    incomplete(path).replace(path.resolve())
+        building.replace(path.resolve())
+
+
+def is_ours(file: TextIO, path: Path) -> bool:
+    """Whether this process alone has opened the file at `path`: another one may be writing it, or have renamed it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def save_run(output_dir: Path, run: dict) -> None:

@@ -23,16 +23,17 @@ class Output(io.FileIO):
 
     def write(self, data: Any) -> int:
         """Raises: Unread, or OSError where there is no room."""
+        done = 0
         try:
-            while (done := super().write(data)) is None:  # a pipe that another program told not to wait
-                select.select([], [self], [])
-            return done
+            while done < len(data):
+                if (written := super().write(memoryview(data)[done:])) is None:
+                    select.select([], [self], [])  # a pipe that another program told not to wait
+                done += written or 0
         except OSError as error:
-            if not self.needed:
-                return len(data)
-            if error.errno in NO_ROOM:
-                raise OSError(error.errno, error.strerror, "standard output") from None
-            raise Unread from None
+            if self.needed:
+                no_room = OSError(error.errno, error.strerror, "standard output")
+                raise (no_room if error.errno in NO_ROOM else Unread) from None
+        return len(data)
 
 
 def guard_streams() -> None:
@@ -54,8 +55,8 @@ def guarded(old: io.TextIOWrapper, needed: bool) -> io.TextIOWrapper:
     raw = Output(old.fileno(), "w", closefd=False)
     if not needed:
         raw.needed = False
-    buffering, through = old.line_buffering, old.write_through
-    return io.TextIOWrapper(io.BufferedWriter(raw), old.encoding, "backslashreplace", None, buffering, through)
+    binary = raw if old.write_through else io.BufferedWriter(raw)  # python -u keeps nothing back
+    return io.TextIOWrapper(binary, old.encoding, "backslashreplace", None, old.line_buffering, old.write_through)
 
 
 def outlive_readers() -> None:

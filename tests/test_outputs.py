@@ -212,6 +212,20 @@ def test_earlier_texts_stay_until_the_new_ones_are_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_two_runs_do_not_write_one_file_at_the_same_time(tmp_path):
+    out = tmp_path / "out.jsonl"
+    with folder.growing_file(out) as first:
+        first.write("first\n")
+        with pytest.raises(UserError, match=r"out.jsonl: another run is writing it"), folder.growing_file(out):
+            pass
+        with pytest.raises(FileNotFoundError), folder.growing_file(tmp_path / "other.jsonl"):
+            raise FileNotFoundError
+    assert out.read_text() == "first\n"
+    with folder.growing_file(out) as second:
+        second.write("second\n")
+    assert out.read_text() == "second\n"
+
+
 def test_texts_that_are_in_a_file_are_not_kept_in_memory(tmp_path):
     stub = Stub(tmp_path / "out.jsonl", fails=False)
     generate.write_all(stub, [("--prompt", "p")] * 50, {})

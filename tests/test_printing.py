@@ -132,6 +132,14 @@ def test_a_pipe_that_does_not_wait_is_waited_for():
     assert program.wait(60) == 0 and program.stderr.read() == b""
 
 
+def test_nothing_is_kept_back_where_python_is_told_so():
+    """python -u, PYTHONUNBUFFERED: as the deepspeed launcher and Kubernetes start ranks."""
+    killed = "from kozero.errors import run_main\nrun_main(lambda: (print('x'), __import__('os').kill(0, 9)))"
+    told = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, "-c", killed], env=told, capture_output=True, start_new_session=True)
+    assert done.stdout == b"x\n" and done.returncode == -9
+
+
 def test_a_training_run_outlives_the_reader_of_its_lines(monkeypatch, tmp_path):
     """Its output is ASCII, its reader goes after the first line as `| head -1` does, that of its errors at once."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
