@@ -142,8 +142,7 @@ def is_spelled(backend: Any, token: str, number: int) -> bool:
     splits = backend.pre_tokenizer.pre_tokenize_str if backend.pre_tokenizer else lambda text: [(text, None)]
     return (
         len(token) > 1
-        and any(number in ids(text) for text in texts[:4])
-        and not any(number in ids(character) for character in f"가{token}")  # that for unknown characters
+        and any(number in ids(text) and not any(number in ids(one) for one in text) for text in texts)  # known letters
         and any(token in part for text in texts for part, _ in splits(text))
     )
 

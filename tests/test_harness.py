@@ -78,7 +78,10 @@ def test_a_prompt_has_its_pauses_and_the_continuation_its_space_and_end(harness,
     prompt, scored = lm._encode_pair("전제: 비가 온다.", " 함의")
     assert prompt == [*text, *[paused.pauses.token_id] * 3]
     assert scored == [*answer, paused.tokenizer.eos_token_id]
-    assert PausedLM(paused_model)._encode_pair("전제: 비가 온다. ", "함의") == (prompt, answer)
+    lm = PausedLM(paused_model)
+    assert lm._encode_pair("전제: 비가 온다. ", "함의") == (prompt, answer)
+    prompt, scored = lm._encode_pair("전제: </s>", " </s><unused0>")
+    assert not {paused.tokenizer.eos_token_id, paused.pauses.token_id} & {*prompt[:-3], *scored}
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_no_pause(paused_model):

@@ -137,6 +137,15 @@ def test_text_that_spells_a_token_is_still_all_there(tmp_path):
     assert "".join(tokenizer.convert_ids_to_tokens(found.ids)).replace("▁", " ").strip() == "영화</s>영화 <s>"
 
 
+@pytest.mark.parametrize("kind", ["bpe", "bytes", "unigram"])
+def test_the_token_for_unknown_characters_is_no_text_where_its_letters_are_known(tmp_path, kind):
+    backend = KINDS[kind]()
+    tokenizer = load_tokenizer(saved(tmp_path, backend))
+    for text in ("<unk>", "영화<unk> 영화"):
+        (found,) = encodings([text], tokenizer)
+        assert backend.token_to_id("<unk>") not in found.ids
+
+
 def test_a_tokenizer_without_such_words_stays_as_it_is():
     backend = Tokenizer.from_file(str(SAMPLE_TOKENIZER / "tokenizer.json"))
     assert sample_tokenizer().backend_tokenizer.to_str() == backend.to_str()
@@ -175,7 +184,7 @@ def test_a_corpus_with_markup_teaches_no_special_token(tmp_path, monkeypatch, ki
     names = train_tokenizer.SPECIAL[kind]
     corpus.write_text("\n".join([*CORPUS, *(f"a{name}b {name}" for name in names)] * 9), encoding="utf-8")
     run(monkeypatch, corpus, tmp_path, "--kind", kind, "--vocab_size", "400")
-    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend = Tokenizer.from_file(str(tmp_path / "made" / "tokenizer.json"))
     backend.encode_special_tokens = True
     found = [
         number for one in backend.encode_batch([*TEXTS, "".join(names)], add_special_tokens=False) for number in one.ids
@@ -185,7 +194,7 @@ def test_a_corpus_with_markup_teaches_no_special_token(tmp_path, monkeypatch, ki
 
 def run(monkeypatch, file: Path, folder: Path, *flags: str) -> None:
     """scripts/train_tokenizer.py."""
-    flags = ["--files", str(file), "--output_dir", str(folder), *flags]
+    flags = ["--files", str(file), "--output_dir", str(folder / "made"), *flags]
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *flags])
     train_tokenizer.main()
 
@@ -326,7 +335,7 @@ REVIEWS = "id\tdocument\tlabel\n9977\t재미있는 영화\t1\n9988\t지루한 �
 def test_of_a_file_with_columns_the_texts_alone_are_learned(tmp_path, monkeypatch, text, flags):
     (tmp_path / "ratings.txt").write_text(text, encoding="utf-8")
     run(monkeypatch, tmp_path / "ratings.txt", tmp_path, "--vocab_size", "150", *flags)
-    vocabulary = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab()
+    vocabulary = Tokenizer.from_file(str(tmp_path / "made" / "tokenizer.json")).get_vocab()
     letters = {letter for token, number in vocabulary.items() if number > 106 for letter in token}
     assert letters == set("▁재미있는영화지루한")
 
@@ -344,7 +353,7 @@ def test_columns_that_nobody_chose_are_not_learned(tmp_path, monkeypatch, text, 
     with pytest.raises(UserError) as caught:
         run(monkeypatch, tmp_path / "ratings.txt", tmp_path, "--vocab_size", "150", *flags)
     assert f"{tmp_path}/ratings.txt{said}" in str(caught.value)
-    assert not (tmp_path / "tokenizer.json").exists()
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("name", ["KorQuAD.json", "essays.jsonl", "reviews.csv"])
