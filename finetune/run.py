@@ -68,19 +68,6 @@ class Setting:
         )
 
 
-def resume_key(setting: Setting, told: dict[str, Any], named: Sequence[str], own: dict[str, Any]) -> dict[str, Any]:
-    """What must not change between a run and its resumption: the rows, their order, the batch, the weights. Each by
-    the words that tell a user what to change back. Ranks and ZeRO stage may change where the engine can follow.
-
-    Args: told: the run's arguments, of which those that are `named` must not change; own: what else must not.
-    """
-    key = {f"--{name}": told[name] for name in ("seed", "task", "optim", *named)} | own
-    return key | {
-        "rows of a step (micro batch x accumulation x ranks)": setting.sizes.global_batch,
-        "precision (--bf16, --fp16)": setting.training.dtype,
-    }
-
-
 def run_to_end(setting: Setting, trainer: Trainer, run: dict[str, Any], rows: str, validation: str) -> RunState:
     """Train from where the run stands to its end, and put the best weights back.
 

@@ -23,7 +23,7 @@ from finetune.confidence import least_confident
 from finetune.data import EvaluationSet, cached_store, evaluation_set, training_sources
 from finetune.frozen import FrozenLayers, check_cacheable
 from finetune.passages import encode_passages
-from finetune.run import DATA, LENGTH, Setting, finish, resume_key, run_to_end, tell_next
+from finetune.run import DATA, LENGTH, Setting, finish, run_to_end, tell_next
 from finetune.scoring import fitted_prefixes, score, spelled, write
 from finetune.setup import load_model, make_pauses, no_pauses, row_capacity
 from finetune.tasks import TASKS, Source, Task
@@ -38,7 +38,7 @@ from kozero.engines.base import Engine
 from kozero.errors import require, run_main
 from kozero.folder import claim_output
 from kozero.freeze import FreezePlan, apply_plan, compile_plan, count_parameters, frozen_weights, report
-from kozero.loop import Trainer, total_steps
+from kozero.loop import Trainer, resume_key, total_steps
 from kozero.pause import PauseArguments, Pauses, schedule
 from kozero.runlog import RunLog
 from kozero.seal import rehearse
@@ -158,7 +158,8 @@ def train(
         return result.values
 
     same = resume_key(
-        setting, run["arguments"], ("batching", "freeze", "num_pauses", "pause_placement", "pause_schedule"),
+        training, setting.sizes, run["arguments"],
+        ("batching", "freeze", "num_pauses", "pause_placement", "pause_schedule"),
         {
             DATA: rows.store.folder.name, LENGTH: capacity, "model sizes": asdict(shape),
             "pause token id (--pause_token)": model.pause_id if pause_arguments.needs_token else None,

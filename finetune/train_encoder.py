@@ -12,7 +12,7 @@ from finetune.encoder import EncoderModel, EncoderTask, Found, load
 from finetune.questions import open_questions, question_set
 from finetune.reading import Reading
 from finetune.retrieval import Retrieval
-from finetune.run import DATA, LENGTH, Setting, finish, resume_key, run_to_end, tell_next
+from finetune.run import DATA, LENGTH, Setting, finish, run_to_end, tell_next
 from finetune.setup import row_capacity
 from finetune.tasks import ENCODER_TASKS, Task
 from kozero import distributed
@@ -21,7 +21,7 @@ from kozero.config import describe_run
 from kozero.data.framing import Framing
 from kozero.engines import build_engine
 from kozero.folder import write_text
-from kozero.loop import Trainer
+from kozero.loop import Trainer, resume_key
 from kozero.runlog import RunLog
 from kozero.seal import rehearse
 from models.heads import ROUTER
@@ -74,7 +74,7 @@ def train_encoder(
         return found.values
 
     same = resume_key(
-        setting, run["arguments"], kind.row_arguments,
+        training, setting.sizes, run["arguments"], kind.row_arguments,
         {DATA: store.folder.name, LENGTH: learner.capacity, "model sizes": own_values(model.encoder.config)},
     )  # fmt: skip
     objectives = (kind.objective, *(ROUTER if model.routes else ()))

@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +27,8 @@ from kozero.watch import Watch
 
 MAX_EPOCHS_PER_STEP = 100  # a larger step is a slip of the keyboard
 LEAST_COMPILED = 2000  # updates of a run that is worth compiling for: 70 s, earned back by 4 % of 1.3 s an update
+
+ROWS = "rows of a step (micro batch x accumulation x ranks)"  # as a resume key
 
 
 @dataclass
@@ -51,6 +54,18 @@ def total_steps(arguments: TrainingArguments, num_rows: int, sizes: BatchSizes) 
     found = arguments.max_steps or max(1, math.ceil(arguments.num_train_epochs * num_rows / sizes.global_batch))
     check_schedule(arguments, found)
     return found
+
+
+def resume_key(
+    training: TrainingArguments, sizes: BatchSizes, told: dict[str, Any], named: Sequence[str], own: dict[str, Any]
+) -> dict[str, Any]:
+    """What must not change between a run and its resumption: the rows, their order, the batch, the weights. Each by
+    the words that tell a user what to change back. Ranks and ZeRO stage may change where the engine can follow.
+
+    Args: told: the run's arguments, of which those that are `named` must not change; own: what else must not.
+    """
+    key = {f"--{name}": told[name] for name in ("seed", "task", "optim", *named)} | own
+    return key | {ROWS: sizes.global_batch, "precision (--bf16, --fp16)": training.dtype}
 
 
 @dataclass

@@ -3,13 +3,12 @@ the engine. Reads top to bottom: arguments, tokenizer, corpus, model, engine, lo
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from kozero import distributed
 from kozero.batch_search import Prober, largest_micro_batch
@@ -24,20 +23,24 @@ from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engin
 from kozero.engines.base import Engine
 from kozero.errors import require, run_main
 from kozero.folder import claim_output
-from kozero.loop import Trainer
+from kozero.loop import ROWS, Trainer, resume_key
 from kozero.memory import rank_memory
 from kozero.runlog import RunLog
 from kozero.seal import rehearse, whole_folder
 from models.language_model import own_values
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
-from pretrain.corpus import Shard
 from pretrain.data import check_corpus, full_rows, held_out_sizes, make_rows, open_shards
 from pretrain.launch import check_nproc, run_ranks
 from pretrain.model import build_module, card, export, load_tokenizer
 from pretrain.objectives import EncoderPretraining
 
 # What a changed value of a resume key comes from.
-CORPUS, ROWS = "corpus (text, tokenizer, --sentences)", "rows of a step (micro batch x accumulation x ranks)"
+CORPUS = "corpus (text, tokenizer, --sentences)"
+# Arguments that must not change when a run goes on.
+NAMED = (
+    "model", "max_seq_length", "whole_word_mask", "mask_share", "validation_fraction", "max_steps_per_epoch",
+    "pause_fraction", "pause_placement", "pause_token",
+)  # fmt: skip
 
 
 def start(entry: str, description: str) -> None:
@@ -126,9 +129,11 @@ def pretrain(
         return held_out_scores(engine, data.validation, corpus.max_eval_samples, eval_sizes, data.objectives)
 
     run = describe_run(training, corpus, wanted)
+    own = {CORPUS: key_of([shard.folder.name for shard in shards])}
+    own |= {f"{name} of the model": value for name, value in own_values(config).items()}
     trainer = Trainer(
         engine, data.training, training, sizes, evaluate, "loss" if data.validation else "",
-        resume_key(training, corpus, shards, sizes, settings, config),
+        resume_key(training, sizes, run["arguments"], NAMED, own),
         data.objectives, partial(router_statistics, module), lower_is_better=True,
     )  # fmt: skip
     trainer.begin(checkpoint, run | {"deepspeed": settings.resolved})
@@ -235,28 +240,4 @@ def router_statistics(module: nn.Module) -> dict[str, float]:
         "router/dropped_share": found["dropped"].mean().item(),
         "router/largest_load": even.max().item(),
         "router/smallest_load": even.min().item(),
-    }
-
-
-def resume_key(
-    training: PretrainingArguments,
-    corpus: CorpusArguments,
-    shards: list[Shard],
-    sizes: BatchSizes,
-    settings: EngineSettings,
-    config: PreTrainedConfig,
-) -> dict:
-    """What must not change between a run and its resumption: the rows, their order, the batch, the weights. Ranks and
-    ZeRO stage may change where the engine can follow."""
-    said = asdict(training) | asdict(corpus)
-    named = (
-        "seed", "task", "model", "optim", "max_seq_length", "whole_word_mask", "mask_share", "validation_fraction",
-        "max_steps_per_epoch", "pause_fraction", "pause_placement", "pause_token",
-    )  # fmt: skip
-    key = {f"--{name}": said[name] for name in named}
-    key |= {f"{name} of the model": value for name, value in own_values(config).items()}
-    return key | {
-        CORPUS: key_of([shard.folder.name for shard in shards]),
-        ROWS: sizes.global_batch,
-        "precision (--bf16, --fp16)": training.dtype,
     }
