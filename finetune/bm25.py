@@ -4,6 +4,7 @@ topic."""
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata, util
 from itertools import pairwise
@@ -62,7 +63,7 @@ def has_kiwi() -> bool:
 def bigrams(text: str) -> list[str]:
     """Pairs of neighbouring syllables within words; a word of one syllable and one of another script are whole."""
     found = []
-    for word in WORD.findall(text.lower()):
+    for word in WORD.findall(unicodedata.normalize("NFC", text).lower()):
         hangul = len(word) > 1 and "가" <= word[0] <= "힣"
         found += ["".join(pair) for pair in pairwise(word)] if hangul else [word]
     return found
@@ -81,7 +82,8 @@ def morphemes(texts: Iterable[str], cache: Path) -> Iterator[list[str]]:
         from kiwipiepy import Kiwi
 
         with (folder / NAME).open("w", encoding="utf-8") as file:
-            for tokens in Kiwi(num_workers=usable_cores()).tokenize(texts):
+            composed = (unicodedata.normalize("NFC", text) for text in texts)
+            for tokens in Kiwi(num_workers=usable_cores()).tokenize(composed):
                 forms = [token.form for token in tokens if token.tag.startswith(CONTENT)]
                 file.write(json.dumps(forms, ensure_ascii=False) + "\n")
         seal(folder)

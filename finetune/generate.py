@@ -6,6 +6,7 @@ python finetune/generate.py --model_name_or_path runs/run/model --prompt 긍정 
 import json
 import math
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -237,14 +238,19 @@ def tell_metrics(
 def prompts_of(arguments: GenerationArguments) -> Iterable[Prompt]:
     """The prompts, those of standard input as they come."""
     if arguments.prompt is not None:
-        return [("--prompt", arguments.prompt)]
+        return [("--prompt", composed(arguments.prompt))]
     if arguments.prompts_file:
         path = arguments.prompts_file
         lines = decode_lines(Path(path))
-        found = [(f"{path}:{number}", line.strip()) for number, line in lines if line.strip()]
+        found = [(f"{path}:{number}", composed(line.strip())) for number, line in lines if line.strip()]
         require(bool(found), f"--prompts_file {path}: no prompt in it")
         return found
     return lines_of(sys.stdin.buffer)
+
+
+def composed(prompt: str) -> str:
+    """A prompt in NFC, as people type and as models have learned; file names and copied text may be decomposed."""
+    return unicodedata.normalize("NFC", prompt)
 
 
 def lines_of(file: BinaryIO) -> Iterator[Prompt]:
@@ -252,7 +258,7 @@ def lines_of(file: BinaryIO) -> Iterator[Prompt]:
     ask()
     for number, line in numbered_lines(file, "standard input, line "):
         if line.strip():
-            yield f"standard input, line {number}", line.strip()
+            yield f"standard input, line {number}", composed(line.strip())
         ask()
 
 

@@ -3,6 +3,7 @@ nothing there is no score: {}."""
 
 import math
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -16,8 +17,10 @@ RECALL_AT = (1, 5, 20, 100)
 
 
 def normalize_answer(text: str) -> str:
-    """An answer as KorQuAD 1.0 compares it: marks to spaces, lower case, no ASCII punctuation, single spaces."""
-    return " ".join(text.translate(KORQUAD_MARKS).lower().translate(ASCII_PUNCTUATION).split())
+    """An answer as KorQuAD 1.0 compares it: marks to spaces, lower case, no ASCII punctuation, single spaces; and in
+    NFC, as its answers are, so that a decomposed answer is no other one."""
+    text = unicodedata.normalize("NFC", text).translate(KORQUAD_MARKS).lower()
+    return " ".join(text.translate(ASCII_PUNCTUATION).split())
 
 
 def exact_match(prediction: str, answer: str) -> float:

@@ -10,6 +10,7 @@ import resource
 import shlex
 import tempfile
 import time
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -102,13 +103,17 @@ def topics(arguments: SelectionArguments) -> dict[str, list[str]]:
     Raises: UserError for a name that cannot be a folder's, and for a topic without queries.
     """
     where = arguments.topics_file or "--query"
-    found = read_json_object(arguments.topics_file) if arguments.topics_file else {arguments.topic: arguments.query}
-    require(bool(found), f"{where}: no topic")
-    for name, queries in found.items():
+    given = read_json_object(arguments.topics_file) if arguments.topics_file else {arguments.topic: arguments.query}
+    require(bool(given), f"{where}: no topic")
+    found: dict[str, list[str]] = {}
+    for name, queries in given.items():
+        name = unicodedata.normalize("NFC", name)
+        require(name not in found, f"{where}: topic {name!r} is there twice")
         fits = TOPIC.fullmatch(name) is not None
         require(fits, f"{where}: topic {name!r} names a folder; use at most 60 letters and digits")
         right = isinstance(queries, list) and queries and all(map(is_query, queries))
         require(bool(right), f'{where}: topic {name!r}: must be a list of queries, e.g. ["여행의 설렘"]')
+        found[name] = [unicodedata.normalize("NFC", query) for query in queries]
     return found
 
 
@@ -149,7 +154,8 @@ def select(
         chosen[name] = fused(numbers[part], scores[part])[: arguments.top_k]
         if not chosen[name]:
             print(f"topic {name}: no document has a word of its queries")
-    require(any(chosen.values()), "no document has a word of any query; write other queries, or --terms bigram")
+    otherwise = ", or --terms bigram" if arguments.terms == "kiwi" else ""
+    require(any(chosen.values()), f"no document has a word of any query; write other queries{otherwise}")
     chosen_texts = [[pool[k][1] for k, _ in found] for found in chosen.values()]
     validating = Sides(arguments.validation_fraction, arguments.validation_fraction and chosen_texts)
     report = {"counts": dict(cleaner.counts), "documents": len(pool), "documents_per_second": rates}

@@ -42,6 +42,26 @@ def test_what_is_no_text_goes_and_the_text_stays(text, clean):
     assert Cleaner(0, 0, 0.0).cleaned(text) == clean
 
 
+NOTES = [
+    "<저작권자(c) 연합뉴스, 무단 전재-재배포 금지>", "저작권자 ⓒ 한겨레. 무단전재 및 재배포를 금지합니다.",
+    "[ⓒ 매일경제 & mk.co.kr, 무단전재 및 재배포 금지]", "Copyright ⓒ 2020 신문사. All rights reserved.",
+    "Copyrights 2019 출판사", "© 2024 홍길동", "(c) 2019 출판사", "사진 ⓒ 연합뉴스", "저작권자: 홍길동",
+    "무단전재 및 재배포 금지", "본 기사의 무단 전재 및 재배포를 금지합니다.", "연합뉴스, 무단 복제 금지",
+]  # fmt: skip
+SENTENCES = [
+    "저작권자는 누구인가?", "저작권자의 허락을 받았다.", "저작권자", "무단 전재를 금지하는 법이 생겼다.",
+    "정부는 무단 복제를 금지합니다.", "ⓒ는 저작권을 나타내는 기호다.", "ⓒ 표시가 없는 글도 보호를 받는다.",
+    "copyright라는 말은 영어다", "책 끝에는 All rights reserved라고 적혀 있다.", "재배포 금지라는 말이 붙어 있었다.",
+    "그는 저작권자이자 발행인이었다", "a@b@c.kr에 @ 표가 둘 있다", "ⓒⓞⓞⓛ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", [*NOTES, *SENTENCES])
+def test_notes_of_rights_go_and_sentences_about_rights_stay(line):
+    kept = Cleaner(0, 0, 0.0).cleaned(f"앞 문단이다.\n{line}\n뒤 문단이다.").split("\n")
+    assert kept == ["앞 문단이다.", *([line] if line in SENTENCES else []), "뒤 문단이다."]
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
@@ -268,7 +288,9 @@ def test_a_topic_that_finds_nothing_is_named(monkeypatch, tmp_path, capsys):
     shared = ("--files", SAMPLE_DATA / "corpus", "--terms", "bigram")
     select(monkeypatch, tmp_path, *shared, "--topics_file", tmp_path / "t.json", "--output_dir", tmp_path / "one")
     assert "topic 없음: no document has a word of its queries" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no document has a word of any query"):
+    with pytest.raises(
+        UserError, match=r"no document has a word of any query; write other queries$"
+    ):  # terms are given
         select(monkeypatch, tmp_path, *shared, "--query", "쀍쀍", "--output_dir", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

@@ -1,6 +1,7 @@
 """What a task is: how its published data read, and how an example becomes context, prompt and target."""
 
 import hashlib
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,18 +108,20 @@ class Source:
         return f"{name} ({self.side} side, {share:.0%} by group)"
 
     def takes(self, group: str) -> bool:
-        """Whether examples of `group` belong to this side. A pure function of the group's name: no seed, no order."""
+        """Whether examples of `group` belong to this side. A pure function of the group's name in NFC: no seed, no
+        order."""
         if self.side == "all":
             return True
-        draw = int.from_bytes(hashlib.sha256(group.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+        name = unicodedata.normalize("NFC", group).encode("utf-8", "surrogatepass")
+        draw = int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
         return (draw < self.validation_fraction) == (self.side == "validation")
 
 
 def check_label(where: str, label: object, names: tuple[str, ...]) -> int:
     """A label given as its number or its name, as a number; a BadRow when it is neither."""
-    if isinstance(label, str) and label in names:
-        return names.index(label)
-    text = str(label).strip()
+    text = unicodedata.normalize("NFC", str(label).strip())
+    if text in names:
+        return names.index(text)
     if isinstance(label, bool) or not text.isdecimal() or len(text) > 9 or int(text) >= len(names):
         known = ", ".join(f"{k} ({name})" for k, name in enumerate(names))
         raise BadRow(f"{where}: label {label!r:.60} is out of range; known: {known}")

@@ -21,12 +21,20 @@ HANGUL = re.compile("[가-힣]")
 LETTER = re.compile(r"[^\W\d_]")
 # Lines that belong to a page and not to its text: rights, addresses, buttons. The whole line goes.
 BOILERPLATE = re.compile(
-    r"^\s*(https?://|www\.)\S+\s*$|^\s*\S+@\S+\.\w+\s*$"
+    r"^\s*(https?://|www\.)\S+\s*$|^\s*[^\s@]+@[^\s@]+\.\w+\s*$"
     r"|^\s*(더\s*보기|목록|이전\s*글|다음\s*글|공유하기|댓글\s*\d*|추천\s*\d*|조회(\s*수)?\s*\d+)\s*$",
     re.IGNORECASE,
 )
-# A note of rights, where it is most of its line: a paragraph may well be about rights.
-RIGHTS = re.compile(r"무단\s*전재|재배포\s*금지|저작권자|ⓒ|©|all rights reserved|copyright", re.IGNORECASE)
+# A note of rights by its form; a sentence that speaks of them is text.
+SIGN = r"(?:ⓒ|©|\(\s*c\s*\))"
+NO_COPIES = r"(?:무단\s*(?:전재|복제|배포|도용|사용)[^.?!]*|재배포\s*)금지(?:합니다|됩니다|함)?\W*$"
+RIGHTS = re.compile(
+    rf"^\W*(?:(?:사진|글|그림|자료|출처|이미지)\W*)?(?:저작권자?\W*|copyrights?\W*)?{SIGN}(?![ⓐ-ⓩ]|[은는이가을를의]\s)"
+    rf"(?:(?!.*[다요까]\W*$)|.*{NO_COPIES})"
+    r"|^\W*copyrights?\s+(?:\d{4}|by)\b|^\W*저작권자\s*[:：]|\ball\s+rights\s+reserved\W*$"
+    rf"|^\W*(?:(?:본|이|해당|모든)\s[^.?!]{{1,30}}\s|[^.?!]{{1,40}}[,|/]\s*)?{NO_COPIES}",
+    re.IGNORECASE,
+)
 LONGEST_RIGHTS = 80  # characters of such a line
 BREAKS = re.compile("[\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # all that ends a line somewhere
 
@@ -57,11 +65,11 @@ class Cleaner:
 
     def cleaned(self, text: str) -> str:
         """NFC, single spaces, at most one empty line, without unwanted characters and boilerplate lines."""
-        composed = unicodedata.normalize("NFC", BREAKS.sub("\n", text.replace("\r\n", "\n")))
-        self.counts["not in normal form NFC"] += composed != text
-        bare, num = UNWANTED.subn(lambda match: BROKEN if match[0] == BROKEN else "", composed)
+        text = BREAKS.sub("\n", text.replace("\r\n", "\n"))
+        bare, num = UNWANTED.subn(lambda match: BROKEN if match[0] == BROKEN else "", text)
         self.counts["unwanted characters removed"] += num - bare.count(BROKEN)
-        lines = [SPACES.sub(" ", line).strip() for line in bare.split("\n")]
+        self.counts["not in normal form NFC"] += not unicodedata.is_normalized("NFC", bare)
+        lines = [SPACES.sub(" ", line).strip() for line in unicodedata.normalize("NFC", bare).split("\n")]
         kept = [line for line in lines if not is_boilerplate(line)]
         self.counts["boilerplate lines removed"] += len(lines) - len(kept)
         return EMPTY_LINES.sub("\n\n", "\n".join(kept)).strip()

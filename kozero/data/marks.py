@@ -1,9 +1,11 @@
 """Places of a text that pauses may stand at: Korean prefixes, sentences, paragraphs; from characters to tokens."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ PREFIX_SYLLABLES = frozenset(
     "옥온올옹왕왜외요우웃원유윗이잔잡장재저적전정제조종주준줄중지진짓짝찰참처청초최총치친탈토통특평폐풋피핫항해햇헛허호홀홑환훗휘한"
 )
 WORD = re.compile(r"[가-힣]{2,}")
-PARAGRAPH = re.compile(r"(?:\A|\n)\s*(?=\S)")
+PARAGRAPH = re.compile(r"(?:\A|[\r\n])[^\S\r\n]*+(?=\S)")
+VOWEL_OR_FINAL = re.compile("[\u1161-\u1175\u11a8-\u11c2]")  # jamo that go on with a syllable
 
 
 def prefixes_by_syllable(text: str) -> Iterator[Span]:
@@ -66,15 +69,28 @@ MARKERS: dict[str, tuple[Marker, int]] = {
 }
 
 
+def in_nfc(text: str) -> tuple[str, Sequence[int]]:
+    """A text in NFC, and the places in `text` at which each of its characters begins and the last one ends."""
+    if unicodedata.is_normalized("NFC", text):
+        return text, range(len(text) + 1)
+    joins = (unicodedata.category(c).startswith("M") or VOWEL_OR_FINAL.match(c) for c in text)
+    starts = [k for k, joined in enumerate(joins) if not k or not joined]
+    parts = [unicodedata.normalize("NFC", text[a:b]) for a, b in pairwise([*starts, len(text)])]
+    return "".join(parts), [*(k for k, part in zip(starts, parts, strict=True) for _ in part), len(text)]
+
+
 def token_marks(placement: str, text: str, offsets: np.ndarray) -> np.ndarray:
     """(K,) places in the tokens of a text, ascending: before the token that holds the first character of a span, or
-    behind the one that holds its last. No token is split, so the text keeps its tokens.
+    behind the one that holds its last. No token is split, so the text keeps its tokens. Spans are searched in NFC, for
+    decomposed Hangul has no syllables; the text itself stays as it is.
 
     Args: offsets: (T, 2) characters [start, end) of each token; tokens without characters hold none.
     """
     marker, side = MARKERS[placement]
     ends = np.maximum.accumulate(offsets[:, 1]) if len(offsets) else np.zeros(0, dtype=np.int64)
-    places = [int(np.searchsorted(ends, (end - 1, start)[side == BEFORE], side="right")) for start, end in marker(text)]
+    composed, begins = in_nfc(text)
+    spans = ((begins[start], max(begins[end] - 1, begins[end - 1])) for start, end in marker(composed))
+    places = [int(np.searchsorted(ends, span[side], side="right")) for span in spans]
     return np.unique(np.asarray(places, dtype=np.int64) + side)
 
 
