@@ -121,16 +121,15 @@ def load_encoder(folder: str, flag: str = "--model_name_or_path") -> PreTrainedM
 def check_shared(encoder: PreTrainedModel, folder: str, flag: str) -> None:
     """Refuse layers with weights of their own where the config says that all share: of equal names the last would win.
     Before one group of all layers shared attention and norms too, exports had such weights."""
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file():
-        return
-    with safe_open(path, "pt") as file:
-        own = sorted(set(file.keys()) - {name for name, _ in encoder.named_parameters()})
-    if own:
-        raise UserError(
-            f"{flag} {folder}: layer_group {encoder.config.layer_group} shares all weights of its layers, and the file "
-            f"has {own[0]} besides (exported when feed-forwards alone were shared); train it anew"
-        )
+    names = {name for name, _ in encoder.named_parameters()}
+    for path in Path(folder).glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            own = sorted(set(file.keys()) - names)
+        if own:
+            raise UserError(
+                f"{flag} {folder}: layer_group {encoder.config.layer_group} shares all weights of its layers, and the "
+                f"file has {own[0]} besides (exported when feed-forwards alone were shared); train it anew"
+            )
 
 
 def load_heads(module: nn.Module, folder: str) -> list[str]:

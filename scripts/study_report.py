@@ -24,6 +24,7 @@ Table = list[list[str]]  # the first row is the heading
 IN_PERCENT = ("f1", "exact_match")  # scores that are percent already
 # Fewer groups may all agree by chance in more than 5 % of the cases: of 5 groups in 2 x 0.5 ** 5 = 6 %.
 LEAST_GROUPS = 6
+LOWER = " (lower is better)"  # behind the name of such a score
 DASHES = ("-", "--", "-.", ":")  # of lines that are no arm's
 PRETRAINING = "pre-training"  # its panel
 STYLE = (
@@ -95,11 +96,6 @@ class Result:
     def lower_is_better(self) -> bool:
         """Of its metric."""
         return self.metric in LOWER_IS_BETTER
-
-    @property
-    def unit(self) -> str:
-        """Behind the metric."""
-        return "(lower is better)" if self.lower_is_better else "(%)"
 
     def of_means(self, means: np.ndarray) -> np.ndarray:
         """Scores of means over examples."""
@@ -207,7 +203,7 @@ def score_table(results: list[Result]) -> Table:
         values, majority = [result.value for result in found], found[0].majority
         told = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
         constant = "" if majority is None else f"{majority:.2f}"
-        metric = f"{found[0].metric} {found[0].unit}" if found[0].lower_is_better else found[0].metric
+        metric = found[0].metric + LOWER * found[0].lower_is_better
         rows.append([task, arm, str(found[0].num_pauses), metric, told, str(len(values)), constant])
     return rows
 
@@ -240,23 +236,15 @@ def compare(pairs: list[tuple[Result, Result]]) -> list[str]:
         return arm - baseline
 
     by_seed = differences(np.average(values, axis=0, weights=one.weights or None))
-    num_groups = len(set(one.groups))
-    if num_groups < 2:
-        interval, shown = "none", f"too few groups ({num_groups})"
-    else:
-        low, high = bootstrap_interval(
-            values, one.groups, weights=one.weights, statistic=lambda means: differences(means).mean(-1)
-        )
-        interval, shown = f"{low:+.2f} to {high:+.2f}", verdict(low, high, by_seed, num_groups, one.lower_is_better)
+    low, high = bootstrap_interval(values, one.groups, weights=one.weights, statistic=lambda m: differences(m).mean(-1))
+    num_groups, higher = len(set(one.groups)), low > 0 and (by_seed > 0).all()
+    shown = "better" if higher != one.lower_is_better else "worse"
+    if not (higher or (high < 0 and (by_seed < 0).all())):
+        shown = "not shown"
+    elif num_groups < LEAST_GROUPS:
+        shown = f"too few groups ({num_groups})"
+    interval = f"{low:+.2f} to {high:+.2f}" if num_groups > 1 else "none"
     return [f"{by_seed.mean():+.2f}", interval, shown, ", ".join(f"{value:+.2f}" for value in by_seed)]
-
-
-def verdict(low: float, high: float, by_seed: np.ndarray, num_groups: int, lower_is_better: bool) -> str:
-    """What an interval shows, where all seeds agree."""
-    sign = 1 if low > 0 and (by_seed > 0).all() else -1 if high < 0 and (by_seed < 0).all() else 0
-    if sign and num_groups < LEAST_GROUPS:
-        return f"too few groups ({num_groups})"
-    return ("better" if (sign > 0) != lower_is_better else "worse") if sign else "not shown"
 
 
 def mean_curve(found: list[Result]) -> dict[int, float]:
@@ -350,7 +338,7 @@ def plot_scores(figure, results: list[Result]) -> None:
         if found[0].majority is not None:
             axes.axhline(found[0].majority, color="gray", linestyle=":", label="most frequent label")
             axes.legend(fontsize="small")
-        axes.set(title=task, ylabel=f"{found[0].metric} {found[0].unit}")
+        axes.set(title=task, ylabel=found[0].metric + (LOWER if found[0].lower_is_better else " (%)"))
         axes.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
 
 
@@ -367,7 +355,11 @@ def plot_pauses(figure, results: list[Result]) -> None:
             axes.plot(list(means), list(means.values()), marker=".", color=color, label=arm)
             axes.fill_between(list(means), low, high, color=color, alpha=0.15, linewidth=0)
             axes.plot(found[0].num_pauses, means[found[0].num_pauses], "o", color=color, ms=9, mfc="none")
-        axes.set(title=task, xlabel="pauses at inference", ylabel=f"{found[0].metric} {found[0].unit}")
+        axes.set(
+            title=task,
+            xlabel="pauses at inference",
+            ylabel=found[0].metric + (LOWER if found[0].lower_is_better else " (%)"),
+        )
         whole_numbers(axes)
     name_lines(figure)
 
