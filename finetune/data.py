@@ -109,16 +109,16 @@ def cached_store(
 
     build = partial(open_or_build, cache, key, rows, tokenizer, notes, marker)
     store = TokenStore(distributed.once_a_machine(lambda: build().folder))
-    for note in store.meta["notes"] + unknown_notes(store.meta, tokenizer):
+    for note in store.meta["notes"] + unknown_notes(store, tokenizer):
         distributed.say(f"{source}: {note.replace(HERE, str(source.path))}")
     return store
 
 
-def unknown_notes(meta: dict[str, Any], tokenizer: Any) -> list[str]:
+def unknown_notes(store: TokenStore, tokenizer: Any) -> list[str]:
     """What a tokenizer cannot spell in a store."""
-    share = f"; {meta['num_unk_targets'] / max(1, meta['num_rows']):.2%} of the targets hold one, without loss on it"
-    notes = unknown_note(meta["num_unk"], meta["num_tokens"], tokenizer)
-    return [note + share * bool(meta["num_unk_targets"]) for note in notes]
+    num = store.unknown_targets()
+    share = f"; {num / len(store):.2%} of the targets hold one, without loss on it" if num else ""
+    return unknown_note(int((store.tokens == store.unk_id).sum()), len(store.tokens), tokenizer, share)
 
 
 def identity(source: Source, limit: int) -> tuple:

@@ -78,8 +78,9 @@ def open_shards(arguments: CorpusArguments, tokenizer: Any) -> list[Shard]:
     distributed.say(
         f"corpus: {counts[0]:,} documents ({num_held_out:,} held out), {counts[1]:,} sentences, {counts[2]:,} tokens"
     )
-    for note in unknown_note(sum(shard.num_unk for shard in shards), int(counts[2]), tokenizer):
-        distributed.say(f"corpus: {note}; there is no loss on them")
+    num_unk = sum(shard.num_unk for shard in shards)
+    for note in unknown_note(num_unk, int(counts[2]), tokenizer, "; there is no loss on them"):
+        distributed.say(f"corpus: {note}")
     return shards
 
 

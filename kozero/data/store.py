@@ -79,6 +79,11 @@ class TokenStore:
         """(K,) places in context and prompt of a row where pauses may stand, ascending."""
         return self.all_marks[self.rows[number, 6] : self.rows[number, 7]]
 
+    def unknown_targets(self) -> int:
+        """Rows with an unknown token in their target."""
+        begins, ends = np.searchsorted(np.flatnonzero(self.tokens == self.unk_id), self.rows[:, 2:4]).T
+        return int((begins < ends).sum())
+
     @property
     def lengths(self) -> np.ndarray:
         """(N, 3) tokens of context, prompt and target."""
@@ -153,12 +158,9 @@ def write_store(
     """Tokenise `rows()` into `folder`, one batch in memory at a time; every target ends in the tokenizer's eos."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     index, all_marks, position = [np.zeros((0, len(COLUMNS)), np.int64)], array("i"), 0
-    unk_id, num_unk = unknown_id(tokenizer), np.zeros(2, np.int64)
     with collecting_what_is_new(), (folder / "tokens.bin").open("wb") as file:
         for ids, places, marks in encode(rows(), tokenizer, marker):
-            tokens = np.asarray(ids, dtype=dtype)
-            file.write(tokens.tobytes())
-            num_unk += count_unknown(tokens, np.asarray(places), unk_id)
+            file.write(np.asarray(ids, dtype=dtype).tobytes())
             begins = [position] * 4 + [0] * 2 + [len(all_marks)] * 2  # spans are relative to their context
             index.append(np.asarray(places, dtype=np.int64) + begins)
             all_marks.extend(marks)
@@ -167,8 +169,7 @@ def write_store(
     np.save(folder / "rows.npy", places)
     np.save(folder / "marks.npy", np.asarray(all_marks, dtype=np.int32))
     meta = {"dtype": dtype.name, "num_rows": len(places), "num_tokens": position, "columns": COLUMNS}
-    meta |= {"unk_id": unk_id, "num_unk": int(num_unk[0]), "num_unk_targets": int(num_unk[1])}
-    seal(folder, **meta, notes=notes())
+    seal(folder, **meta, unk_id=unknown_id(tokenizer), notes=notes())
 
 
 def unknown_id(tokenizer: Any) -> int:
@@ -178,17 +179,9 @@ def unknown_id(tokenizer: Any) -> int:
     return -1 if tokenizer.unk_token is None or tokenizer.unk_token in roles else tokenizer.unk_token_id
 
 
-def count_unknown(tokens: np.ndarray, places: np.ndarray, unk_id: int) -> tuple[int, int]:
-    """How many of (N,) tokens are unknown ones, and how many of the rows, at (R, 8) places of them, have one in their
-    target."""
-    found = np.flatnonzero(tokens == unk_id)
-    begins, ends = np.searchsorted(found, places[:, 2:4]).T
-    return len(found), int((begins < ends).sum())
-
-
-def unknown_note(num_unk: int, num_tokens: int, tokenizer: Any) -> list[str]:
-    """A line about the share of unknown tokens, if there are any."""
-    about = f"are {tokenizer.unk_token}, which stands for characters that the tokenizer lacks"
+def unknown_note(num_unk: int, num_tokens: int, tokenizer: Any, more: str = "") -> list[str]:
+    """A line about the share of unknown tokens, and what follows of it, if there are any."""
+    about = f"are {tokenizer.unk_token}, which stands for characters that the tokenizer lacks{more}"
     return [f"{num_unk / num_tokens:.2%} of the tokens {about}"] if num_unk else []
 
 
