@@ -14,7 +14,7 @@ from finetune.arguments import DataArguments
 from finetune.tasks import Example, Source, Task
 from kozero import distributed
 from kozero.data.marks import MARKERS, marker_version, token_marks
-from kozero.data.readers import LeftOut
+from kozero.data.readers import LeftOut, hub_rows
 from kozero.data.store import (
     TextRow,
     TokenStore,
@@ -122,9 +122,14 @@ def unknown_notes(store: TokenStore, tokenizer: Any) -> list[str]:
 
 
 def identity(source: Source, limit: int) -> tuple:
-    """What the name of a store says of its source: another content or choice of rows is another store."""
-    content = file_hash(source.path) if source.path else source.hub
+    """What the name of a store says of its source: another content or choice of rows is another store. Collective."""
+    content = file_hash(source.path) if source.path else distributed.once_a_machine(lambda: hub_version(source))
     return limit, content, source.side, source.validation_fraction, source.skip_bad_rows
+
+
+def hub_version(source: Source) -> list:
+    """A hub data set by its names and its files' versions."""
+    return [*source.hub, hub_rows(*source.hub)._fingerprint]
 
 
 def existing(path: Path) -> Path:

@@ -7,7 +7,7 @@
 Reads top to bottom: arguments, model, data, engine, loop, export.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -42,9 +42,11 @@ from kozero.loop import Trainer, resume_key, total_steps
 from kozero.pause import PauseArguments, Pauses, schedule
 from kozero.runlog import RunLog
 from kozero.seal import rehearse
-from models.language_model import LanguageModel, checkpoint_activations, export
+from models.language_model import LanguageModel, checkpoint_activations, export, values_of_model
 
 TINY = Path(__file__).parent.parent / "models" / "tiny_config.json"
+SAME = ("batching", "freeze", "num_pauses", "pause_placement", "pause_schedule")  # in a resumed run
+RANKED_BY = ("model_name_or_path",)  # where its confidence decides the places of pauses
 NUM_SAMPLES, SAMPLE_TOKENS = 2, 32  # texts written at each evaluation, and their length
 
 
@@ -158,10 +160,9 @@ def train(
         return result.values
 
     same = resume_key(
-        training, setting.sizes, run["arguments"],
-        ("batching", "freeze", "num_pauses", "pause_placement", "pause_schedule"),
+        training, setting.sizes, run["arguments"], SAME + RANKED_BY * (placement == "least_confident"),
         {
-            DATA: rows.store.folder.name, LENGTH: capacity, "model sizes": asdict(shape),
+            DATA: rows.store.folder.name, LENGTH: capacity, **values_of_model(model.config),
             "pause token id (--pause_token)": model.pause_id if pause_arguments.needs_token else None,
             "frozen weights (--model_name_or_path)": frozen, "--cache_frozen": cached or None,
         },

@@ -25,7 +25,7 @@ from kozero.loop import Trainer, resume_key
 from kozero.runlog import RunLog
 from kozero.seal import rehearse
 from models.heads import ROUTER
-from models.language_model import checkpoint_activations, own_values
+from models.language_model import checkpoint_activations, values_of_model
 
 ENCODER_TRAINING: dict[str, type[EncoderTask]] = {"mrc": Reading, "ict": Retrieval}
 NEXT = {
@@ -75,7 +75,7 @@ def train_encoder(
 
     same = resume_key(
         training, setting.sizes, run["arguments"], kind.row_arguments,
-        {DATA: store.folder.name, LENGTH: learner.capacity, "model sizes": own_values(model.encoder.config)},
+        {DATA: store.folder.name, LENGTH: learner.capacity, **values_of_model(model.encoder.config)},
     )  # fmt: skip
     objectives = (kind.objective, *(ROUTER if model.routes else ()))
     trainer = Trainer(engine, rows, training, setting.sizes, evaluate, task.best_score, same, objectives)

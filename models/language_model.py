@@ -308,6 +308,11 @@ def own_values(config: PreTrainedConfig) -> dict[str, int | float | str]:
     return {name: values[name] for name in kept}
 
 
+def values_of_model(config: PreTrainedConfig) -> dict[str, int | float | str]:
+    """The same by the words that tell a user which of them has changed."""
+    return {f"{name} of the model": value for name, value in own_values(config).items()}
+
+
 def set_dropout(lm: GPT2LMHeadModel, rate: float) -> None:
     """One dropout rate everywhere, in the config and in the modules that were built from it."""
     for name in DROPOUTS:

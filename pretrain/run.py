@@ -27,7 +27,7 @@ from kozero.loop import ROWS, Trainer, resume_key
 from kozero.memory import rank_memory
 from kozero.runlog import RunLog
 from kozero.seal import rehearse, whole_folder
-from models.language_model import own_values
+from models.language_model import values_of_model
 from pretrain.arguments import CorpusArguments, PretrainingArguments, ShardingArguments, ZeroArguments
 from pretrain.data import check_corpus, full_rows, held_out_sizes, make_rows, open_shards
 from pretrain.launch import check_nproc, run_ranks
@@ -129,8 +129,7 @@ def pretrain(
         return held_out_scores(engine, data.validation, corpus.max_eval_samples, eval_sizes, data.objectives)
 
     run = describe_run(training, corpus, wanted)
-    own = {CORPUS: key_of([shard.folder.name for shard in shards])}
-    own |= {f"{name} of the model": value for name, value in own_values(config).items()}
+    own = {CORPUS: key_of([shard.folder.name for shard in shards]), **values_of_model(config)}
     trainer = Trainer(
         engine, data.training, training, sizes, evaluate, "loss" if data.validation else "",
         resume_key(training, sizes, run["arguments"], NAMED, own),

@@ -46,7 +46,7 @@ def flip(path: Path, place: float = 0.5) -> None:
 def tokens(cache: Path) -> tuple[Path, list]:
     path = cache.parent / "reviews.txt"
     path.write_text("id\tdocument\tlabel\n1\t좋은 영화\t1\n2\t나쁜 영화\t0\n", encoding="utf-8")
-    store = cached_store(Source(path), TASKS["nsmc"], "train", 0, sample_tokenizer(), str(cache), "eojeol")
+    store = cached_store(Source(path), TASKS["nsmc"], "train", 0, sample_tokenizer(), str(cache), "before_prefix")
     return store.folder, [store.tokens.tolist(), store.rows.tolist(), store.all_marks.tolist()]
 
 

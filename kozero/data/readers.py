@@ -157,15 +157,19 @@ def read_json_list(path: Path) -> Iterator[Located | BadRow]:
 
 
 def read_hub(name: str, config: str | None, split: str) -> Iterator[Located]:
-    """Rows of a hub data set (or a local folder that `datasets` can load).
+    """Rows of a task's data set, see hub_rows."""
+    label = f"{name}{'/' + config if config else ''}:{split}"
+    for number, row in enumerate(hub_rows(name, config, split), start=1):
+        yield f"{label} row {number}", row
+
+
+def hub_rows(name: str, config: str | None, split: str) -> Any:
+    """A task's data set on the hub (or a local folder that `datasets` can load).
 
     Raises: UserError when it cannot be loaded, with the way to go on offline.
     """
-    label = f"{name}{'/' + config if config else ''}:{split}"
-    advice = "Give the published files with --train_file and --validation_file"
-    rows = load_hub(f"data set {label}", advice, name, config, split)
-    for number, row in enumerate(rows, start=1):
-        yield f"{label} row {number}", row
+    label = f"data set {name}{'/' + config if config else ''}:{split}"
+    return load_hub(label, "Give the published files with --train_file and --validation_file", name, config, split)
 
 
 def load_hub(label: str, advice: str, name: str, config: str | None, split: str) -> Any:
