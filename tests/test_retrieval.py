@@ -255,7 +255,7 @@ def kiwi() -> Kiwi:
 
 
 def test_bm25_ranks_as_bm25s_does_on_kiwis_morphemes(kiwi, tmp_path, monkeypatch):
-    monkeypatch.setattr("kiwipiepy.Kiwi", lambda: kiwi)
+    monkeypatch.setattr("kiwipiepy.Kiwi", lambda num_workers: kiwi)
     forms = [
         [[t.form for t in kiwi.tokenize(text) if t.tag[0] in "NVMX" or t.tag in ("SN", "SL", "SH")] for text in texts]
         for texts in (PASSAGES, ASKED)
@@ -266,9 +266,9 @@ def test_bm25_ranks_as_bm25s_does_on_kiwis_morphemes(kiwi, tmp_path, monkeypatch
     found = rank_by_bm25(ASKED, PASSAGES, 100, tmp_path)
     assert found.shape == (4, 3) and found[:3, 0].tolist() == wanted == [0, 1, 2]
     assert forms[0][0] == ["세종", "훈민정음", "만들"]  # particles and endings say little
-    monkeypatch.setattr("kiwipiepy.Kiwi", lambda: pytest.fail("analysed twice"))
+    monkeypatch.setattr("kiwipiepy.Kiwi", lambda num_workers: pytest.fail("analysed twice"))
     assert list(morphemes(PASSAGES, tmp_path)) == forms[0]
-    monkeypatch.setattr("kiwipiepy.Kiwi", lambda: kiwi)
+    monkeypatch.setattr("kiwipiepy.Kiwi", lambda num_workers: kiwi)
     for path in tmp_path.glob("*/morphemes.jsonl"):  # what is cut short is analysed anew
         path.write_bytes(path.read_bytes()[:-9])
     assert list(morphemes(PASSAGES, tmp_path)) == forms[0]

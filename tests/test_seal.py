@@ -95,7 +95,7 @@ KINDS = {kind.__name__: kind for kind in (tokens, questions, shards, chunks, fro
 def words_by_kiwi(monkeypatch):
     """kiwipiepy's part takes a second: words are morphemes here."""
     tokenize = lambda texts: ([SimpleNamespace(form=word, tag="NNG") for word in text.split()] for text in texts)  # noqa: E731
-    kiwi = SimpleNamespace(Kiwi=lambda: SimpleNamespace(tokenize=tokenize))
+    kiwi = SimpleNamespace(Kiwi=lambda num_workers: SimpleNamespace(tokenize=tokenize))
     monkeypatch.setitem(sys.modules, "kiwipiepy", kiwi)
     monkeypatch.setattr(bm25.metadata, "version", lambda name: "1")
 
