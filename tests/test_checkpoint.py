@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -712,6 +713,26 @@ def test_a_run_of_fewer_steps_than_its_checkpoint_has_done_is_refused(tmp_path):
         again.checkpoints.to_resume("auto", 5)
     assert again.checkpoints.to_resume("auto", 6) == again.checkpoints.to_resume("auto") == run.checkpoints.newest()
     assert names(run.checkpoints) == before
+
+
+def test_speed_is_that_of_training_alone(tmp_path, monkeypatch):
+    """By a clock of its own: a step takes 2 seconds, an evaluation 100."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("kozero.loop.time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def passes(seconds: float, work: Callable) -> Callable:
+        def timed(*told):
+            clock.now += seconds
+            return work(*told)
+
+        return timed
+
+    run = trainer(tmp_path, Steps(), [0.0] * 6)
+    run.evaluate, run.engine.train_step = passes(100, run.evaluate), passes(2, run.engine.train_step)
+    run.fit()
+    points = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seconds = [point["train/step_time_seconds"] for point in points if "train/loss" in point]
+    assert seconds[1:] == [2.0] * 5  # the first begins by the real clock
 
 
 def test_patience_ends_a_run_early_and_outlives_a_resume(tmp_path):

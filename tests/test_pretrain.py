@@ -1,6 +1,7 @@
 """Pre-training as a user runs it: the three entries, what a run leaves, resume, mistakes."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertCon
 
 from kozero.checkpoint import RunState, damage
 from kozero.config import BatchSizes
+from kozero.data.batch import Batch
+from kozero.data.order import ABSENT
 from kozero.errors import UserError
 from models import encoders
 from pretrain import launch, train, train_zero_one, train_zero_two
@@ -465,6 +469,57 @@ def test_an_interrupt_of_all_ranks_is_told_once(tmp_path):
     assert len(told) == 2 and told[0].startswith("SIGINT: saved at step ") and told[1] == "interrupted"
     (checkpoint,) = (tmp_path / "runs/hong/checkpoints").glob("step-??????")
     assert damage(checkpoint) is None
+
+
+class Fixed(torch.nn.Module):
+    """Gives the same sums of losses, and numbers of right answers, in every pass."""
+
+    def __init__(self, *found: list[float]) -> None:
+        super().__init__()
+        self.found = torch.tensor(found)
+
+    def forward(self, score: bool = False) -> torch.Tensor:
+        return self.found if score else self.found[0]
+
+
+def held_out(
+    monkeypatch, module: Fixed, num: int, objectives: tuple[str, ...], targets: tuple[int, ...], limit: int = 0
+):
+    """Scores of some rows, four a pass, and the places of each pass."""
+    asked = []
+
+    class Rows(list):
+        def batch(self, places: list[int]) -> Batch:
+            asked.append(places)
+            return Batch({}, targets, 1)
+
+    monkeypatch.setattr(pretraining, "EncoderPretraining", Fixed if len(module.found) > 1 else str)
+    engine = SimpleNamespace(module=module, evaluating=lambda: nullcontext(module))
+    return pretraining.held_out_scores(engine, Rows(range(num)), limit, BatchSizes(4, 1, 1), objectives), asked
+
+
+def test_held_out_scores_by_hand(monkeypatch):
+    """Three passes of ten rows; places without a row are told so. Without a target there is no score."""
+    names, module = ("mlm", "sop", "balance"), Fixed([6.0, 2.0, 1.0], [3.0, 1.0, 0.0])
+    found, asked = held_out(monkeypatch, module, 10, names, (4, 1, 2))
+    wanted = {"mlm_loss": 1.5, "mlm_accuracy": 0.75, "sop_loss": 2.0, "sop_accuracy": 1.0, "balance_loss": 0.5}
+    assert found == pytest.approx(wanted | {"loss": 4.0})
+    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, ABSENT, ABSENT]]
+    found, asked = held_out(monkeypatch, module, 10, names, (4, 0, 2), limit=5)
+    assert set(found) == set(wanted) - {"sop_loss", "sop_accuracy"} | {"loss"} and found["loss"] == 2.0
+    assert asked == [[0, 1, 2, 3], [4, ABSENT, ABSENT, ABSENT]]
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(2.0, math.exp(2.0)), (79.0, math.exp(79.0)), (99.0, math.exp(80.0))])
+def test_perplexity_is_that_of_the_loss_and_stays_finite(monkeypatch, loss, perplexity):
+    found, _ = held_out(monkeypatch, Fixed([8 * loss]), 6, ("clm",), (8,))
+    assert found == pytest.approx({"loss": loss, "clm_loss": loss, "perplexity": perplexity})
+
+
+@pytest.mark.parametrize(("num", "passes"), [(4, 1), (5, 1), (6, 2), (1, 0)])
+def test_a_passage_that_would_be_alone_in_the_last_pass_is_left_out(monkeypatch, num, passes):
+    found, asked = held_out(monkeypatch, Fixed([1.0, 1.0], [1.0, 1.0]), num, ("mlm", "ict"), (1, 1))
+    assert len(asked) == passes and bool(found) == (passes > 0)
 
 
 def test_curves_of_a_router_by_hand():
