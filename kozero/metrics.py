@@ -83,15 +83,15 @@ def perplexity(losses: Sequence[float], num_tokens: Sequence[float], num_charact
 def retrieval(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     """Recall at some depths and the mean reciprocal rank, all in [0, 1].
 
-    Args: found: (Q, K) numbers, the best first; wanted: (Q,) the right ones. One that is not found has the
-    reciprocal rank 0, so it is that of the first K.
+    Args: found: (Q, K) numbers, the best first, K the largest of RECALL_AT or all there are; wanted: (Q,) the right
+    ones. One that is not found has the reciprocal rank 0 (MRR@K, as MS MARCO's).
     """
     if not len(wanted):
         return {}
     hits = found == wanted[:, None]
     first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1.0, np.inf)
     recall = {f"recall@{depth}": float((first <= depth).mean()) for depth in RECALL_AT}
-    return recall | {"mrr": float((1 / first).mean())}
+    return recall | {f"mrr@{RECALL_AT[-1]}": float((1 / first).mean())}
 
 
 def bootstrap_interval(

@@ -130,10 +130,11 @@ def number_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any) ->
         "--task mlm_ict: the corpus is one row, and a passage is told apart from others; give more text, or "
         "--task mlm_sop",
     )
+    by_kiwi = "" if corpus.sentences == "kiwi" else "give --sentences kiwi, "
     require(
         corpus.task in ("mlm", "clm") or train.num_divisible() > 0,
         f"--task {corpus.task}: no document has two sentences that fit into a row of --max_seq_length {length} tokens; "
-        "put one sentence on a line and a blank line between documents, give --sentences kiwi, or --task mlm",
+        f"put one sentence on a line and a blank line between documents, {by_kiwi}or --task mlm",
     )
     return train, held_out
 

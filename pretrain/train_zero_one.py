@@ -1,7 +1,7 @@
 """Pre-train an encoder or a causal language model from text under ZeRO-1: fairscale's OSS shards the optimizer states
 over the ranks, ShardedDataParallel the reduction of the gradients. Example:
 
-python pretrain/train_zero_one.py --model_name hong --corpus_path corpus/
+python pretrain/train_zero_one.py --model_name hong --corpus_path sample_data/corpus
 """
 
 from pretrain.run import start

@@ -1,7 +1,7 @@
 """From a folder of Korean texts to training data on some topics: clean, drop duplicates, take what BM25 ranks highest
 for the topic's queries, split by document.
 
-python scripts/select_topic.py --files corpus/ --topic 여행 --query "여행의 설렘" "낯선 도시" --output_dir runs/travel
+python scripts/select_topic.py --files sample_data/corpus --topic 음식 --query 된장찌개 국수 --output_dir runs/food
 """
 
 import json

@@ -1,7 +1,7 @@
 """Train a Korean tokenizer: BPE in KoGPT2's form (spaces as ▁, its special tokens), or WordPiece in BERT's form for
 encoders. Both have 100 spare tokens.
 
-python scripts/train_tokenizer.py --files reviews.txt --vocab_size 8192 --output_dir runs/tokenizer
+python scripts/train_tokenizer.py --files sample_data/corpus --vocab_size 2000 --output_dir runs/tokenizer
 """
 
 import re

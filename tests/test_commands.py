@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,57 @@ def test_quickstart_does_not_take_a_folder_that_holds_something_else(tmp_path):
 
 def test_both_readmes_give_the_same_commands():
     assert commands("README.md") == commands("README.ko.md")
+
+
+RUNNERS = ("python ", "bash ", "deepspeed ", "torchrun ", "source ", "tensorboard ", "--")
+# Files that are published elsewhere, and folders that the ones before these commands make.
+PUBLISHED = {
+    "KorQuAD_v1.0_train.json",
+    "KorQuAD_v1.0_dev.json",
+    "ratings_test.txt",
+    "data",
+    "prompts.txt",
+    "topics.json",
+}
+FROM_ELSEWHERE = PUBLISHED | {"skt/kogpt2-base-v2", "skt/ko-gpt-trinity-1.2B-v0.5", ".venv"}
+
+
+def documented(path):
+    """Words of every command of a text: in blocks, inside lines, in a docstring."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return [line.split("   ")[0] for line in text.split('"""')[1].splitlines() if line.startswith(RUNNERS)]
+    blocks = [block for kind, block in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL) if kind in ("", "bash")]
+    inside = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + [" ".join(line.split()) for line in inside]
+    return [line for line in lines if line.startswith(RUNNERS)]
+
+
+def paths_in(words):
+    """What looks like a file or folder."""
+    parts = [part for word in words for part in re.split("[=,]", word) if not part.startswith(("-", "http"))]
+    return [part for part in parts if "/" in part or re.search(r"\.(jsonl?|txt|dat|tsv|py|sh)$", part)]
+
+
+def made_by(words):
+    """The folders that a command leaves."""
+    told = dict(pairwise(words))
+    named = f"runs/{told['--model_name']}" if "--model_name" in told else "runs/run"
+    return {told.get("--output_dir", named), str(Path(told.get("--output_file", "runs/run/x")).parent)}
+
+
+DOCUMENTS = [*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "scripts").glob("[!_]*.py")]
+DOCUMENTS += [*(ROOT / "finetune").glob("[!_]*.py"), *(ROOT / "pretrain").glob("[!_]*.py")]
+
+
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(ROOT)) for path in DOCUMENTS))
+def test_what_a_documented_command_names_is_there_or_was_made_by_one_before_it(name):
+    made = FROM_ELSEWHERE | ({"runs"} if name.endswith(".py") else set())
+    for command in documented(ROOT / name):
+        words = shlex.split(command, comments=True)
+        made |= made_by(words)
+        missing = [path for path in paths_in(words) if not (ROOT / path).exists()]
+        assert all(any(f"{path}/".startswith(f"{folder}/") for folder in made) for path in missing), (command, missing)
 
 
 OWN_TESTS = ("pause_study.py", "harness.py")  # theirs run in test_study.py and test_harness.py
@@ -168,7 +220,7 @@ def test_readme_commands_of_pre_training_run_one_after_the_other(tmp_path):
     ]
     block += [c for c in commands("README.md") if "--train_mode encoder" in c]
     for command in block:
-        command = command.replace("runs/", f"{tmp_path}/runs/").replace("corpus/ ", "sample_data/corpus/ ")
+        command = command.replace("runs/", f"{tmp_path}/runs/")
         command += f" {SHORT} --output_dir {tmp_path}/runs --save_steps 2" if "pretrain/" in command else ""
         command += f" {SHORT}" if "--task mrc" in command or "--task ict" in command else ""
         command += " --per_device_train_batch_size 2" if "--task ict" in command else ""

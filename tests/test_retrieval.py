@@ -224,7 +224,7 @@ def test_recall_and_reciprocal_rank_by_hand():
     found = np.array([[4, 2, 9, *range(10, 30)], [2, 4, 9, *range(10, 30)], [1, 2, 3, *range(10, 30)]])
     scores = retrieval(found, np.array([4, 29, 7]))
     assert scores == pytest.approx(
-        {"recall@1": 1 / 3, "recall@5": 1 / 3, "recall@20": 1 / 3, "recall@100": 2 / 3, "mrr": (1 + 1 / 23) / 3}
+        {"recall@1": 1 / 3, "recall@5": 1 / 3, "recall@20": 1 / 3, "recall@100": 2 / 3, "mrr@100": (1 + 1 / 23) / 3}
     )
 
 
@@ -238,7 +238,7 @@ def test_the_score_of_a_retriever_is_that_of_ranking_by_hand(both):
         for row, own in zip(asked @ passages.T, store.answers[:, 0].tolist(), strict=True)
     ]
     assert both[0]["score"] == both[1]["score"]
-    assert both[0]["score"]["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
+    assert both[0]["score"]["mrr@100"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
     assert both[0]["score"]["recall@5"] == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
 
 

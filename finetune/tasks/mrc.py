@@ -23,4 +23,4 @@ class Ict(Mrc):
 
     name = "ict"
     num_train_epochs = 3.0
-    best_score = "mrr"
+    best_score = "mrr@100"
