@@ -702,6 +702,17 @@ def test_settings_that_a_resumed_run_changes_are_told_and_both_are_kept(tmp_path
         assert len(capsys.readouterr().out.splitlines()) == (1 if begun == [0, 3] else 7)
 
 
+@pytest.mark.parametrize(("samples", "best"), [(5, (0.9, 2)), (9, (0.4, 5))])
+def test_a_best_score_counts_only_among_scores_of_the_same_examples(tmp_path, samples, best):
+    run = trainer(tmp_path, Steps(), [0.1, 0.9, 0.2, 0.3, 0.2, 0.1], save_total_limit=9)
+    run.begin(None, KEPT | {"arguments": {"max_eval_samples": 5}})
+    run.fit()
+    again = trainer(tmp_path, Steps(), [0.3, 0.4, 0.1], save_total_limit=9)
+    again.begin(run.checkpoints.of(3), KEPT | {"arguments": {"max_eval_samples": samples}})
+    state = again.fit()
+    assert (state.best_score, state.best_step) == best
+
+
 def test_a_run_of_fewer_steps_than_its_checkpoint_has_done_is_refused(tmp_path):
     run = trainer(tmp_path, Steps(), [0.0] * 6)
     run.fit()
