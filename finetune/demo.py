@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from threading import Event
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from finetune.arguments import ModelArguments
 from finetune.comparison import Comparison, filled
 from finetune.decoding import DecodingArguments
+from finetune.guard import Guard
 from finetune.setup import load_model
 from kozero import distributed
 from kozero.config import arg, parse_arguments
@@ -97,11 +99,13 @@ def launch(blocks: gr.Blocks, host: str, port: int) -> str:
     """Serve a page to those who ask `host` for it, one after the other; nothing else is asked for anything. Returns its
     address."""
     blocks.queue(default_concurrency_limit=1, max_size=WAITING)
+    guard = Middleware(Guard, host=host, num_values=len(blocks.fns[0].inputs) - 1)
     name = f"[{host.strip('[]')}]" if ":" in host else host  # Gradio wants IPv6 as it stands in an address
     try:
         _, address, _ = blocks.launch(
             server_name=name, server_port=port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[],
-            run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False, show_error=True,
+            run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False, show_error=False,
+            app_kwargs={"middleware": [guard]},
             theme=gr.themes.Default(font=FONTS, font_mono=("monospace",)).set(block_info_text_color="*neutral_500"),
         )  # fmt: skip
     except OSError as error:  # taken since it was looked at
@@ -143,7 +147,7 @@ def page(comparison: Comparison, decoding: DecodingArguments, name: str, max_sec
         )  # fmt: skip
         cancel.click(None, cancels=[writing])
         # Not by the button itself: what was on its way to the page when it was pressed would come after it.
-        writing.failure(lambda: STOPPED, None, message, queue=False, api_visibility="private")
+        writing.failure(None, None, message, js=f"() => {STOPPED!r}", api_visibility="private")
     return blocks
 
 

@@ -18,7 +18,7 @@ import torch
 from gradio_client import Client
 
 from finetune import comparison as comparing
-from finetune import demo, generate
+from finetune import demo, generate, guard
 from finetune.arguments import ModelArguments
 from finetune.comparison import Comparison, filled
 from finetune.decoding import DecodingArguments
@@ -225,11 +225,17 @@ def test_writing_ends_when_its_time_is_over(long_comparison):
     assert is_idle(long_comparison)
 
 
+class Address(str):
+    """Of a page, with its server's `app`."""
+
+
 @pytest.fixture(scope="module")
 def address(long_comparison):
     """The page of the long model, served by this process."""
     blocks = demo.page(long_comparison, SHORT, "model")
-    yield demo.launch(blocks, "127.0.0.1", demo.checked_port("127.0.0.1", 0))
+    found = Address(demo.launch(blocks, "127.0.0.1", demo.checked_port("127.0.0.1", 0)))
+    found.app = blocks.app
+    yield found
     blocks.close(verbose=False)
 
 
@@ -277,6 +283,151 @@ def test_the_page_names_no_other_host(address):
     """Its head has addresses for those who share links to a page, which a browser does not ask for."""
     page = re.sub(r"<meta[^>]*>", "", httpx.get(address).text)
     assert "KoZeRO" in page and set(re.findall(r"https?://([\w.-]+)", page)) <= {"127.0.0.1"}
+
+
+# Who may ask, and for what ----------------------------------------------------------------------------------------
+
+
+def answer(address, head, body=b"", host=None):
+    """The status of a request as it is spelled here, and the answer's text."""
+    where = httpx.URL(address)
+    host = f"Host: {host or where.netloc.decode()}\r\n" if host != "" else ""
+    with socket.create_connection((where.host, where.port), timeout=20) as client:
+        head = head.replace("\n", "\r\n")
+        client.sendall(f"{head}\r\n{host}Connection: close\r\n\r\n".encode())
+        try:
+            client.sendall(body)
+            found = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        except (BrokenPipeError, ConnectionResetError):  # refused before all of it was sent
+            return 413, ""
+    return int(found.split()[1]), found.decode("utf-8", "replace").partition("\r\n\r\n")[2]
+
+
+def posted(address, path, said, head=""):
+    """The answer to a JSON body."""
+    body = said if isinstance(said, bytes) else json.dumps(said).encode()
+    head = f"POST /gradio_api/{path} HTTP/1.1\nContent-Type: application/json\nContent-Length: {len(body)}{head}"
+    return answer(address, head, body)
+
+
+def joining(**more):
+    return {"data": ["긍정", *numbers_of(SHORT)], "fn_index": 0, "session_hash": "hostile"} | more
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost@evil", "", "8.8.8.8"]
+)
+def test_another_host_is_refused_as_a_rebound_name_is(address, host):
+    assert answer(address, "GET /config HTTP/1.1", host=host)[0] in (400, 403)
+    assert answer(address, "GET /config HTTP/1.0", host=host)[0] in (400, 403)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:9000", "[::1]:80"])
+def test_the_names_of_this_machine_are_answered_at_any_forwarded_port(address, host):
+    assert answer(address, "GET /config HTTP/1.1", host=host)[0] == 200
+    assert answer(address, f"GET /config HTTP/1.1\nOrigin: http://{host}", host=host)[0] == 200
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "", "file://"])
+def test_a_page_of_another_origin_is_refused(address, origin):
+    status, told = posted(address, "queue/join", joining(), f"\nOrigin: {origin}")
+    assert status == 403 and "event_id" not in told
+    assert answer(address, f"GET /config HTTP/1.1\nOrigin: {origin}")[0] == 403
+
+
+def test_what_another_page_embeds_is_refused_and_a_link_to_the_page_is_not(address):
+    assert answer(address, "GET /config HTTP/1.1\nSec-Fetch-Site: cross-site")[0] == 403
+    assert answer(address, "GET / HTTP/1.1\nSec-Fetch-Site: cross-site\nSec-Fetch-Mode: navigate")[0] == 200
+
+
+def test_only_what_the_page_needs_is_served(address, long_comparison):
+    """Every route of the server that runs, by the names that it gives them."""
+    needed = {
+        "/", "/config", "/theme.css", "/manifest.json", "/favicon.ico", "/gradio_api/app_id", "/gradio_api/info",
+        "/gradio_api/startup-events", "/gradio_api/queue/data", "/gradio_api/heartbeat/{session_hash}",
+        "/gradio_api/queue/join", "/gradio_api/cancel", "/assets/{path:path}", "/static/{path:path}",
+        "/svelte/{path:path}", "/gradio_api/theme.css",
+    }  # fmt: skip
+    refused, routers = 0, [getattr(route, "original_router", None) for route in address.app.routes]
+    for route in [*address.app.routes, *(route for router in routers if router for route in router.routes)]:
+        path = getattr(route, "path", "")
+        for method in getattr(route, "methods", None) or ():
+            if path not in needed or method not in ("GET", "HEAD", "POST"):
+                head = f"{method} {re.sub('{.*?}', 'x', path)} HTTP/1.1\nContent-Length: 0"
+                assert answer(address, head)[0] in (403, 404, 405), (method, path)
+                refused += 1
+    assert refused > 40
+    for path in ("upload", "file=/etc/passwd", "proxy=http://127.0.0.1/", "run/write", "call/write", "api/write"):
+        for method in ("GET", "POST", "PUT", "DELETE"):
+            assert answer(address, f"{method} /gradio_api/{path} HTTP/1.1\nContent-Length: 0")[0] in (403, 404, 405)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/assets/../../routes.py", "/assets/%2e%2e/%2e%2e/routes.py", "/static/..%2f..%2fserver.py", "/assets/a%00b",
+     "/svelte/%2Fetc/passwd", "/assets//etc/passwd", "//gradio_api/upload", "/gradio_api/x/../file=/etc/passwd"],
+)  # fmt: skip
+def test_no_path_leaves_the_folders_of_the_page(address, path):
+    status, told = answer(address, f"GET {path} HTTP/1.1")
+    assert status in (400, 403, 404) and "root:" not in told and "import" not in told
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_is_bounded(address, chunked):
+    size, head = 3_000_000, "POST /gradio_api/queue/join HTTP/1.1\nContent-Type: application/json\n"
+    body = json.dumps(joining(data=["가" * size])).encode()
+    if chunked:
+        pieces = [body[k : k + 60_000] for k in range(0, len(body), 60_000)]
+        body = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    head += "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(body)}"
+    assert answer(address, head, body)[0] == 413
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(address, monkeypatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
+    head = "POST /gradio_api/queue/join HTTP/1.1\nContent-Type: application/json\nContent-Length: 99"
+    assert answer(address, head, b"{")[0] == 408
+
+
+WRONG = [
+    b"", b"{", b"[" * 100_000, b'{"data":' * 20_000, b"null", b"[]", b"\xff\xfe", b'{"data": [1e999]}',
+    joining(data=None), joining(data=[]), joining(data=["긍정"]), joining(data={"a": 1}), joining(fn_index=2),
+    joining(fn_index=10**9), joining(fn_index="write"), joining(fn_index=None), joining(session_hash={"a": 1}),
+    joining(session_hash=None), joining(data=[{"path": "/etc/passwd"}, *numbers_of(SHORT)]),
+    joining(data=["긍정", *["abc"] * 9]), joining(data=["긍정", *[[]] * 9]), joining(data=["긍정", *[10**400] * 9]),
+    joining(event_data=[[[1]]], trigger_id="x", session_hash=["x"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", WRONG, ids=range(len(WRONG)))
+def test_a_request_that_is_none_of_the_page_is_told_without_pythons_words(address, said, capfd):
+    for path in ("queue/join", "cancel"):
+        status, told = posted(address, path, said)
+        assert 400 <= status < 500 or (path == "cancel" and status == 200)
+        assert len(told) < 80 and not re.search(r"Error|Traceback|pydantic|input", told)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_numbers_too_large_for_anything_are_one_line(address, long_comparison):
+    """What comes through is checked as a command line is."""
+    for name in asked(SHORT):
+        for value in (1e300, -1e300):
+            *_, (*_, told) = demo.answers(long_comparison, SHORT, "긍정", asked(SHORT, **{name: value}))
+            assert told.startswith("⚠ --") or told == demo.DONE
+
+
+def test_cancel_stops_the_writing(address, long_comparison):
+    """As the page's button does it."""
+    with httpx.Client(base_url=f"{address}gradio_api", timeout=SECONDS) as client:
+        said = {"data": ["긍정", *numbers_of(LONG)], "fn_index": 0, "session_hash": "cancels"}
+        event = client.post("/queue/join", json=said).raise_for_status().json()["event_id"]
+        with client.stream("GET", "/queue/data", params={"session_hash": "cancels"}) as answer:
+            lines = answer.iter_lines()
+            next(line for line in lines if "process_generating" in line)
+            said = {"session_hash": "cancels", "fn_index": 0, "event_id": event}
+            assert client.post("/cancel", json=said).json() == {"success": True}
+            assert any("process_completed" in line for line in lines)
+            assert is_idle(long_comparison)
 
 
 # As a person runs it ----------------------------------------------------------------------------------------------
