@@ -24,10 +24,11 @@ READ = re.compile(
 SENT = re.compile(r"/gradio_api/(queue/join|cancel)")
 BODY_BYTES = 1 << 18  # a prompt of 20,000 characters takes 240,000 where each is escaped as two numbers
 BODY_SECONDS = 20.0
+NOT_OWN = "not asked for by a name of this server: open its address in numbers, or start it with --host NAME"
 
 
 class Refused(Exception):
-    """Holds the status of HTTP that tells why."""
+    """Holds the status of HTTP that tells why, and words where the status has not enough."""
 
 
 class Guard:
@@ -47,7 +48,7 @@ class Guard:
             return await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status = 0
+        status, told = 0, []
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -61,12 +62,12 @@ class Guard:
                 receive = replayed(await self.body(scope["path"], receive), receive)
             await self.app(scope, receive, answer)
         except Refused as refused:
-            (status,) = refused.args
+            status, *told = refused.args
         except Exception as error:
             print(f"{scope['path']}: {first_line(error)}", file=sys.stderr, flush=True)
             status = status or 500
         if status >= 400:
-            await JSONResponse({"detail": HTTPStatus(status).phrase}, status)(scope, receive, send)
+            await JSONResponse({"detail": (told or [HTTPStatus(status).phrase])[0]}, status)(scope, receive, send)
 
     def check(self, scope: Scope) -> None:
         """Refuse what the page never asks for, and what another page asks for: by a name of its own that leads to this
@@ -76,8 +77,10 @@ class Guard:
         if not (routes and routes.fullmatch(path)):
             raise Refused(404)
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
-        own = len(hosts) == 1 and self.is_own(hosts[0]) and all(urlsplit(one).netloc == hosts[0] for one in origins)
-        if not own or (path != "/" and headers.get("sec-fetch-site") in ("cross-site", "same-site")):
+        if len(hosts) != 1 or not self.is_own(hosts[0]):
+            raise Refused(403, NOT_OWN)
+        same = all(urlsplit(origin).netloc == hosts[0] for origin in origins)
+        if not same or (path != "/" and headers.get("sec-fetch-site") in ("cross-site", "same-site")):
             raise Refused(403)
 
     def is_own(self, host: str) -> bool:
@@ -111,7 +114,7 @@ class Guard:
         """Whether the page would say that: `write` is its first function, of a prompt and numbers."""
         try:
             said = json.loads(body)
-            if not (isinstance(said["session_hash"], str) and said["fn_index"] == 0):
+            if not (re.fullmatch(r"[\w-]{1,64}", said["session_hash"]) and said["fn_index"] == 0):
                 return False
             prompt, *numbers = said["data"] if path.endswith("/join") else [None] * (1 + self.num_values)
             finite = all(number is None or math.isfinite(number) for number in numbers)

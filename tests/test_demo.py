@@ -328,6 +328,20 @@ def test_the_names_of_this_machine_are_answered_at_any_forwarded_port(address, h
     assert answer(address, f"GET /config HTTP/1.1\nOrigin: http://{host}", host=host)[0] == 200
 
 
+@pytest.mark.parametrize(
+    "listens, own, foreign",
+    [
+        ("0.0.0.0", ["10.1.2.3:7860", "[fe80::1]:7860", socket.gethostname(), "localhost"], ["evil.example", "1.2.3"]),
+        ("::", ["10.1.2.3", "[::1]:1"], ["evil.example", "::1", "10.1.2.3.evil.example"]),
+        ("GPU1.lab", ["gpu1.lab:7860", "localhost:9000"], ["gpu1.lab.evil.example", "10.1.2.3", "gpu2.lab"]),
+        ("[::1]", ["[::1]:7860"], ["[::2]:7860", "a b", "localhost:x", "user@localhost", "\u0661.0.0.1"]),
+    ],
+)
+def test_which_names_are_this_machines(listens, own, foreign):
+    found = guard.Guard(None, listens, 0)
+    assert all(map(found.is_own, own)) and not any(map(found.is_own, foreign))
+
+
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "", "file://"])
 def test_a_page_of_another_origin_is_refused(address, origin):
     status, told = posted(address, "queue/join", joining(), f"\nOrigin: {origin}")
@@ -395,7 +409,7 @@ WRONG = [
     joining(fn_index=10**9), joining(fn_index="write"), joining(fn_index=None), joining(session_hash={"a": 1}),
     joining(session_hash=None), joining(data=[{"path": "/etc/passwd"}, *numbers_of(SHORT)]),
     joining(data=["긍정", *["abc"] * 9]), joining(data=["긍정", *[[]] * 9]), joining(data=["긍정", *[10**400] * 9]),
-    joining(event_data=[[[1]]], trigger_id="x", session_hash=["x"]),
+    joining(session_hash=["x"]), joining(session_hash="x" * 1000), joining(session_hash=""),
 ]  # fmt: skip
 
 
