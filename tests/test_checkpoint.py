@@ -925,9 +925,8 @@ run_main(main)
 def test_a_disk_that_is_full_for_any_other_file_is_one_line_too(number, code):
     done = subprocess.run([sys.executable, "-c", FULL.format(number=number)], capture_output=True, text=True)
     assert done.returncode == code
-    told = (
-        "error: run/metrics.jsonl: what the system says; make room and start again, a training run with --resume auto\n"
-    )
+    then = "make room, or see to the disk, and start again, a training run with --resume auto"
+    told = f"error: run/metrics.jsonl: {os.strerror(number)}; {then}\n"
     assert (done.stderr == told) == (code == 5)
 
 
