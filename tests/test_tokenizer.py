@@ -231,7 +231,7 @@ def sentencepiece_file(folder: Path, texts: list[str], name: str, kind: str, **i
     trainer = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed").SentencePieceTrainer
     with (folder / name).open("wb") as file:
         trainer.train(
-            sentence_iterator=iter(texts), model_writer=file, vocab_size=700, model_type=kind,
+            sentence_iterator=iter(texts), model_writer=file, vocab_size=1500, model_type=kind,
             byte_fallback=kind == "bpe", character_coverage=0.98, minloglevel=2, hard_vocab_limit=False, **ids,
         )  # fmt: skip
 
