@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from finetune import frozen, train
 from finetune.frozen import FrozenLayers, check_cacheable, check_room, vectors, version
 from kozero import distributed
+from kozero.config import BatchSizes
 from kozero.data import hidden
 from kozero.data.batches import TrainingRows
 from kozero.data.hidden import HiddenStore
@@ -168,6 +169,15 @@ def test_frozen_layers_have_dropout_in_training_and_their_kept_outputs_have_none
     for number, wanted in vectors(engine, rows, rows.fit.used, 3, torch.float32):
         assert torch.equal(store.of(number), wanted)
     assert module.training
+
+
+def test_the_dropout_of_embeddings_does_not_fall_on_kept_outputs_again(one_rank):
+    module = toy(BOTTOM)
+    module.lm.transformer.drop.p, module.entry = 0.5, 1
+    (batch,) = training_rows().step(0, BatchSizes(4, 1, 1), 0)
+    kept = module.eval().lower(batch.inputs["input_ids"], batch.inputs["position_ids"]).detach()
+    losses = [module.train(trains)(**batch.inputs, hidden=kept).item() for trains in (False, True, True)]
+    assert len(set(losses)) == 1
 
 
 # The same training -------------------------------------------------------------------------------------------------

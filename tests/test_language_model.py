@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers.activations import ACT2FN
 from kozero.errors import UserError
 from kozero.seal import whole_folder
 from models import language_model
+from models.causal_lm import reset_row
 from models.language_model import LanguageModel, export, load, load_config, read_config
 from tests.helpers import ROOT, SAMPLE_TOKENIZER, word_tokenizer
 
@@ -277,6 +279,15 @@ def test_a_model_that_meets_its_first_pauses_gets_a_fresh_row_by_seed(tmp_path, 
     assert not torch.equal(rows[0][7], rows[2][7])
     assert not torch.equal(rows[0][7], old[7])
     assert torch.equal(rows[0][8:], old[8:])
+
+
+def test_a_fresh_row_is_drawn_as_gpt2_draws_all():
+    """Of 4,096 numbers, whose standard deviation has an error of 1.1 %."""
+    table, config = torch.nn.Embedding(9, 4096), SimpleNamespace(n_embd=4096, initializer_range=0.3)
+    before = table.weight.detach().clone()
+    reset_row(SimpleNamespace(transformer=SimpleNamespace(wte=table), config=config, dtype=torch.float32), 7, seed=3)
+    assert table.weight[7].std().item() == pytest.approx(0.3, rel=0.05)
+    assert (table.weight != before).any(1).nonzero().flatten().tolist() == [7]
 
 
 def test_random_weights_with_more_rows_than_tokens_load_again_after_export(tmp_path, config_file):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from kozero.errors import UserError
+from models.dropout import Dropout
 from models.mix_lm import (
     FactorisedEmbedding,
     GatedMlp,
@@ -352,6 +353,21 @@ def test_dropout_is_for_training_alone():
     for trains in (True, False):
         one, again = (model.train(trains)(ids, mask).last_hidden_state for _ in range(2))
         assert torch.equal(one, again) is not trains
+
+
+@pytest.mark.parametrize("ln_pos", [0, 1])
+def test_dropout_falls_on_the_embeddings_and_behind_each_sublayer(ln_pos):
+    model, calls = MixLmEncoder(config(dropout_prob=0.5, ln_pos=ln_pos, layer_group=1)), []
+    for name, part in model.named_modules():
+        if isinstance(part, Dropout):
+            part.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(*words(5, 9))
+    assert calls == ["embeddings.dropout", *(f"layers.{k}.dropout" for k in (0, 0, 1, 1, 2, 2))]
+
+
+def test_every_norm_has_the_epsilon_of_the_config():
+    norms = [part for part in MixLmEncoder(config(LN_eps=0.125)).modules() if isinstance(part, torch.nn.LayerNorm)]
+    assert len(norms) == 3 * 3 + 2 and {norm.eps for norm in norms} == {0.125}
 
 
 # Weights and files -------------------------------------------------------------------------------------------------

@@ -405,6 +405,11 @@ def test_every_parameter_has_a_gradient_and_checkpointing_changes_none(changes):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_every_norm_has_the_epsilon_of_the_config():
+    norms = [part for part in encoder(LN_eps=0.125, ln_pos=0).modules() if isinstance(part, nn.LayerNorm)]
+    assert len(norms) > 4 and {norm.eps for norm in norms} == {0.125}
+
+
 @pytest.mark.parametrize("place", ["embeddings.dropout", "layers.0.attention.dropout", "layers.0.dropout"])
 def test_dropout_works_in_training_only(place):
     model = encoder(capacity_factor=3.0)
