@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kozero import distributed
-from kozero.errors import UserError, first_line, require
+from kozero.errors import SaveFailed, UserError, disk_error, first_line, require
 from kozero.files import file_hash, fingerprint, sync_folder, to_disk
 from kozero.folder import write_text
 from kozero.streams import outlive_readers
@@ -118,7 +118,8 @@ def new_folder(flag: str, folder: Path) -> Iterator[Path]:
     """`whole_folder` of a user's results where nothing is yet, for one process at a time. What a killed one has left
     beside it is removed.
 
-    Raises: UserError when the folder that `flag` names holds something, cannot be made, or is being written.
+    Raises: UserError when the folder that `flag` names holds something, cannot be made, or is being written; SaveFailed
+    when the disk is full or broken.
     """
     folder = folder.resolve()
     require(not os.path.ismount(folder), f"{flag} {folder}: is a mount point; name a folder in it")
@@ -136,6 +137,10 @@ def new_folder(flag: str, folder: Path) -> Iterator[Path]:
         require(is_empty or not folder.exists(), f"{flag} {folder}: holds something already; choose another folder")
         with whole_folder(folder) as made:
             yield made
+    except Exception as error:
+        if (told := disk_error(error)) and not isinstance(error, UserError):  # that one tells of another folder
+            raise SaveFailed(f"{flag} {folder}: cannot be written ({told}); make room and start again") from error
+        raise
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()

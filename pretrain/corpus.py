@@ -90,8 +90,10 @@ class HubPiece:
 
     def documents(self) -> Iterator[Document]:
         """Rows as their lines without the empty ones; rows without text are passed over."""
-        for row in self.rows.select(range(self.start, self.end)):
-            if lines := [line.strip() for line in LINE_END.split(row[self.column] or "") if line.strip()]:
+        for number, row in enumerate(self.rows.select(range(self.start, self.end)), start=self.start + 1):
+            lines = [line.strip() for line in LINE_END.split(row[self.column] or "") if line.strip()]
+            if longest := max(lines, key=len, default=""):
+                check_line(f"--text_column {self.column}: row {number}", longest.encode(errors="replace"), LINE_BYTES)
                 yield lines
 
 

@@ -17,6 +17,7 @@ from kozero.data.documents import documents
 from kozero.data.readers import BadRow, LeftOut, decode_lines, raw_lines, read_tsv, text_field, text_files
 from kozero.errors import UserError
 from kozero.json_files import read_json
+from pretrain import corpus
 from pretrain.corpus import HubPiece, pieces_of
 from scripts import train_tokenizer
 
@@ -117,6 +118,15 @@ def hub_lines(path: Path) -> list:
             return [{"text": path.read_bytes().decode("utf-8-sig")}]
 
     return list(HubPiece(Rows(), "text", 0, 1).documents())
+
+
+def test_a_line_of_a_hub_data_set_is_bounded_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LINE_BYTES", 30)
+    (tmp_path / "a.txt").write_text("x" * 30 + "\n" + "y" * 30)
+    assert len(hub_lines(tmp_path / "a.txt")) == 1
+    (tmp_path / "a.txt").write_text("x" * 31 + "\nz")
+    with pytest.raises(UserError, match="--text_column text: row 1: a line of over 30 bytes"):
+        hub_lines(tmp_path / "a.txt")
 
 
 def rows_of_task(name: str):
