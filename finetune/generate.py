@@ -55,6 +55,7 @@ class GenerationArguments:
 
 
 ARGUMENTS = (GenerationArguments, DecodingArguments, ModelArguments, InferencePauseArguments)
+METRICS = ".metrics.json"  # in the place of the ending of --output_file
 REPEATING = ("num_samples", "length", "tail", "batch_size")  # without them no text can be written again
 Prompt = tuple[str, str]  # where it stands, and the text
 
@@ -68,7 +69,7 @@ def main() -> None:
     distributed.setup()
     if arguments.output_file:
         path = Path(arguments.output_file)
-        new_file("--output_file", path, incomplete(path), *([metrics_file(path)] if arguments.metrics else []))
+        new_file("--output_file", path, incomplete(path), *[path.with_suffix(METRICS)] * arguments.metrics)
     prompts = prompts_of(arguments)
     model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=decoding.seed)
     pauses = inference_pauses(model, pause_arguments)
@@ -161,11 +162,6 @@ def file_or_none(path: str | None) -> AbstractContextManager[TextIO | None]:
     return growing_file(Path(path)) if path and distributed.is_main() else nullcontext()
 
 
-def metrics_file(path: Path) -> Path:
-    """Where the metrics of the texts at `path` go."""
-    return path.with_suffix(".metrics.json")
-
-
 def one_by_one(writer: Writer, prompts: Iterable[Prompt]) -> Iterator[list[str]]:
     """Prompts that are answered as they come. Where a person types, a mistake is told and the next one asked for."""
     for where, prompt in prompts:
@@ -231,7 +227,7 @@ def tell_metrics(
     for name, value in found.items():
         distributed.say(f"{name:>16} {value:.4f}" if isinstance(value, float) else f"{name:>16} {value}")
     if output_file and distributed.is_main():
-        path = metrics_file(Path(output_file))
+        path = Path(output_file).with_suffix(METRICS)
         write_text(path, json.dumps({"metrics": found, "settings": settings}, indent=2, ensure_ascii=False))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -202,15 +203,10 @@ def tidy(arguments: Any) -> None:
             require(value != "", f"--{f.name}: is empty; give a value or leave it out")
             require(not has_lone_surrogate(value), f"--{f.name} {value!a}: is not UTF-8")
             if value.startswith("~/") and value != f.default:  # a default is looked for where it is used
-                setattr(arguments, f.name, in_home(f.name, value))
-
-
-def in_home(name: str, path: str) -> str:
-    """A path with the home folder in the place of `~`; argument `name` holds it."""
-    try:
-        return str(Path(path).expanduser())
-    except RuntimeError:
-        raise UserError(f"--{name} {path}: this user has no home folder; write the whole path, or set HOME") from None
+                path = os.path.expanduser(value)  # unchanged where there is none
+                told = f"--{f.name} {value}: this user has no home folder; give the whole path, or set HOME"
+                require(path != value, told)
+                setattr(arguments, f.name, path)
 
 
 def flags_of_file(path: str, parser: ArgumentParser) -> list[str]:

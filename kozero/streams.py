@@ -17,9 +17,10 @@ class Unread(Exception):
 
 
 class Output(io.FileIO):
-    """The descriptor of standard output or error. Where it is not `needed`, what cannot be written is dropped."""
+    """The descriptor of standard output or error. What cannot be written is dropped, but of standard output only where
+    it is `needed` no more."""
 
-    needed = True  # of standard output, until the results of the program go into files
+    needed = True  # until the results of the program go into files
 
     def write(self, data: Any) -> int:
         """Raises: Unread, or OSError where there is no room."""
@@ -30,7 +31,7 @@ class Output(io.FileIO):
                     select.select([], [self], [])  # a pipe that another program told not to wait
                 done += written or 0
         except OSError as error:
-            if self.needed:
+            if self.needed and self.fileno() != 2:
                 no_room = OSError(error.errno, error.strerror, "standard output")
                 raise (no_room if error.errno in NO_ROOM else Unread) from None
         return len(data)
@@ -38,23 +39,18 @@ class Output(io.FileIO):
 
 def guard_streams() -> None:
     """Let standard output and error take any text; streams that were closed before the program began lead nowhere."""
-    for name in ("stdin", "stdout", "stderr"):
-        old = getattr(sys, name)
-        number = old.fileno() if old else os.open(os.devnull, os.O_RDWR)  # the lowest that is free: its own
-        os.set_inheritable(number, True)
-        if name == "stdin":
-            sys.stdin = old or os.fdopen(number)
-        else:
-            setattr(sys, name, guarded(old or os.fdopen(number, "w", closefd=False), name == "stdout"))
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        # The number of what is opened is the lowest that is free: the stream's own.
+        old = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False)
+        os.set_inheritable(old.fileno(), True)
+        setattr(sys, name, guarded(old) if mode == "w" else old)
 
 
-def guarded(old: io.TextIOWrapper, needed: bool) -> io.TextIOWrapper:
+def guarded(old: io.TextIOWrapper) -> io.TextIOWrapper:
     """A stream in the place of another one."""
     with suppress(OSError):
         old.flush()
     raw = Output(old.fileno(), "w", closefd=False)
-    if not needed:
-        raw.needed = False
     binary = raw if old.write_through else io.BufferedWriter(raw)  # python -u keeps nothing back
     return io.TextIOWrapper(binary, old.encoding, "backslashreplace", None, old.line_buffering, old.write_through)
 

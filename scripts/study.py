@@ -20,7 +20,6 @@ KEYS = {
 NO_PRETRAINING = {"": {}}
 IN_JSON = {str: "a text", list: "a list", dict: "an object"}
 NAME = re.compile(r"\w[\w+-]{0,60}")  # of a setting: it becomes a folder's
-LONGEST = 255  # bytes of a folder's name: those of two names may be more
 # Flags that the study itself gives.
 OWNED = (
     "output_dir", "seed", "task", "resume", "model_name", "output_file", "sweep_pauses", "sweep_placement", "help",
@@ -108,8 +107,8 @@ class Study:
             for key, value in settings.items():
                 check_setting(f"{path}: {where}", key, value)
         for before, after in self.arms:
-            right = len(name_of(before, after).encode()) <= LONGEST
-            require(right, f"{path}: arm {name_of(before, after)!r}: names a folder, of {LONGEST} bytes at most")
+            right = len(name_of(before, after).encode()) <= 255
+            require(right, f"{path}: arm {name_of(before, after)!r}: names a folder, of 255 bytes at most")
             for task in self.tasks:
                 number, told = self.inference_pauses(after, task), f"{path}: pauses of {name_of(before, after)}, {task}"
                 require(type(number) is int and number >= 0, f"{told}: {number!r}: must be a whole number, 0 or more")
