@@ -4,6 +4,8 @@ A row is as long as the longest, has the second objective, and of a passage and 
 batches are padded to the longest of each.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from kozero.data.batches import Text
@@ -16,7 +18,10 @@ class FullEncoderRows(EncoderRows):
     """The Rows of an encoder: `num` of them, of `length` tokens without special ones."""
 
     def __init__(self, num: int, length: int, masking: Masking, task: str, router: bool, max_seq_length: int) -> None:
-        super().__init__(PLACES, PLACES, masking, task, router, max_seq_length)
+        # A row may have one target more than its share by rounding, and of whole words a few.
+        more = (4 if masking.whole_words else 1) / length
+        most = replace(masking, share=min(1.0, masking.share + more), whole_words=False)
+        super().__init__(PLACES, PLACES, most, task, router, max_seq_length)
         self.num, self.length = num, length
 
     def __len__(self) -> int:

@@ -92,12 +92,15 @@ class Masking:
         return np.where(hidden, shown, ids), targets
 
     def draw(self, words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Which of (T,) tokens are hidden, given the number of each one's word: the share of the words, drawn without
-        regard to their length, so that the share of the tokens is the same on average. The number is rounded up or down
-        at random, which keeps that average too, except that at least one word is hidden."""
-        num = int(words[-1]) + 1
-        taken = np.zeros(num, dtype=bool)
-        taken[rng.permutation(num)[: max(1, int(self.share * num + rng.random()))]] = True
+        """Which of (T,) tokens are hidden, given the number of each one's word. A systematic sample: each word is taken
+        with the share as its probability, whatever its length. They are taken at equal distances in the order of their
+        lengths, so the tokens of a row are about the share too. At least one word is hidden."""
+        sizes = np.bincount(words)
+        order = np.argsort(sizes + rng.random(len(sizes)))  # words of one length at random
+        taken = np.empty(len(sizes), dtype=bool)
+        taken[order] = np.diff(np.floor(self.share * np.arange(len(sizes) + 1) + rng.random())) > 0
+        if not taken.any():
+            taken[rng.integers(len(sizes))] = True
         return taken[words]
 
 
