@@ -2,14 +2,12 @@
 for uploads, files and more, and answers to any name that leads to this machine; such requests never reach it."""
 
 import asyncio
-import ipaddress
 import json
 import math
 import re
 import socket
 import sys
 from http import HTTPStatus
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -79,16 +77,16 @@ class Guard:
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if len(hosts) != 1 or not self.is_own(hosts[0]):
             raise Refused(403, NOT_OWN)
-        same = all(urlsplit(origin).netloc == hosts[0] for origin in origins)
+        same = all(origin.partition("://")[2] == hosts[0] for origin in origins)
         if not same or (path != "/" and headers.get("sec-fetch-site") in ("cross-site", "same-site")):
             raise Refused(403)
 
     def is_own(self, host: str) -> bool:
         """Whether a Host header names this machine, at any port, as ports are forwarded. A server that listens on all
         addresses takes any: a page can rebind a name of its own, but no address."""
-        name = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d+)?", host.lower(), re.ASCII)
-        found = name and (name[1] or name[2])
-        return bool(found) and (found in self.names or (self.anywhere and is_address(found)))
+        found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([\d.]+)|([\w.-]+))(?::\d+)?", host.lower(), re.ASCII)
+        v6, v4, name = found.groups() if found else (None, None, None)
+        return (v6 or v4 or name) in self.names or (self.anywhere and bool(v6 or v4))
 
     async def body(self, path: str, receive: Receive) -> bytes:
         """The body of a request.
@@ -121,14 +119,6 @@ class Guard:
             return isinstance(prompt, str | None) and len(numbers) == self.num_values and finite
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return False
-
-
-def is_address(name: str) -> bool:
-    """Whether a name is one in numbers."""
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

@@ -293,10 +293,9 @@ def answer(address, head, body=b"", host=None):
     where = httpx.URL(address)
     host = f"Host: {host or where.netloc.decode()}\r\n" if host != "" else ""
     with socket.create_connection((where.host, where.port), timeout=20) as client:
-        head = head.replace("\n", "\r\n")
-        client.sendall(f"{head}\r\n{host}Connection: close\r\n\r\n".encode())
+        head = head.replace("\n", "\r\n") + f"\r\n{host}Connection: close\r\n\r\n"
         try:
-            client.sendall(body)
+            client.sendall(head.encode() + body)
             found = b"".join(iter(lambda: client.recv(1 << 16), b""))
         except (BrokenPipeError, ConnectionResetError):  # refused before all of it was sent
             return 413, ""
@@ -331,7 +330,7 @@ def test_the_names_of_this_machine_are_answered_at_any_forwarded_port(address, h
 @pytest.mark.parametrize(
     "listens, own, foreign",
     [
-        ("0.0.0.0", ["10.1.2.3:7860", "[fe80::1]:7860", socket.gethostname(), "localhost"], ["evil.example", "1.2.3"]),
+        ("0.0.0.0", ["10.1.2.3:7860", "[fe80::1]:7860", socket.gethostname(), "localhost"], ["evil.example", "1.evil"]),
         ("::", ["10.1.2.3", "[::1]:1"], ["evil.example", "::1", "10.1.2.3.evil.example"]),
         ("GPU1.lab", ["gpu1.lab:7860", "localhost:9000"], ["gpu1.lab.evil.example", "10.1.2.3", "gpu2.lab"]),
         ("[::1]", ["[::1]:7860"], ["[::2]:7860", "a b", "localhost:x", "user@localhost", "\u0661.0.0.1"]),
@@ -342,7 +341,7 @@ def test_which_names_are_this_machines(listens, own, foreign):
     assert all(map(found.is_own, own)) and not any(map(found.is_own, foreign))
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "", "file://"])
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "", "file://", "http://["])
 def test_a_page_of_another_origin_is_refused(address, origin):
     status, told = posted(address, "queue/join", joining(), f"\nOrigin: {origin}")
     assert status == 403 and "event_id" not in told
