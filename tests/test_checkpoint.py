@@ -367,6 +367,15 @@ def test_a_best_score_from_after_the_checkpoint_is_forgotten(tmp_path):
     assert again.checkpoints.named("best").name == "step-000005"
 
 
+def test_a_best_score_whose_checkpoint_is_gone_is_forgotten_with_its_patience(tmp_path):
+    assert trainer(tmp_path, Steps(), [0.9, 0.1, 0.2, 0.3, 0.2, 0.1]).fit().evaluations_since_best == 5
+    shutil.rmtree(tmp_path / "checkpoints/step-000001")
+    again = trainer(tmp_path, Steps(), [])
+    again.resume(again.checkpoints.of(6))
+    state = again.state
+    assert (state.best_score, state.best_scores, state.best_step, state.evaluations_since_best) == (None, {}, 6, 0)
+
+
 def test_a_skipped_update_does_not_advance_the_rate_but_takes_its_rows(tmp_path):
     engine = Steps(skipped=(1, 2))
     state = trainer(tmp_path, engine, [0.0] * 6).fit()

@@ -18,7 +18,7 @@ from kozero.data.cleaning import Cleaner
 from kozero.data.duplicates import rows_of_a_band
 from kozero.engines.torch_engine import LossScale
 from kozero.errors import UserError
-from kozero.loop import Trainer
+from kozero.loop import Intervals, Trainer, total_steps
 from kozero.optim import schedule
 from kozero.pause import PauseArguments, Pauses
 from models.language_model import check_vocabulary
@@ -136,6 +136,20 @@ def test_a_step_takes_a_hundred_times_all_rows_at_most(one_rank, tmp_path, micro
     rows = TrainingRows(numbered_store(20), Pauses(7, 1), 16, "grouped", seed=0)
     said = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=micro)
     assert works(Trainer, None, rows, said, batch_sizes(said, 1), None, "", {}) == fine
+
+
+@pytest.mark.parametrize(
+    ("told", "total", "evaluates", "saves"),
+    [({}, 100, 10, 10), ({}, 19, 1, 1), ({}, 3, 1, 1), ({"save_steps": 7}, 100, 10, 7), ({"eval_steps": 3}, 100, 3, 3)],
+)
+def test_a_run_is_evaluated_ten_times_and_saved_as_often_unless_told_otherwise(told, total, evaluates, saves):
+    assert Intervals.of(TrainingArguments(**told), total) == Intervals(10, evaluates, saves)
+
+
+@pytest.mark.parametrize(("epochs", "rows", "steps"), [(1, 8, 2), (1, 9, 3), (2, 9, 5), (0.01, 8, 1)])
+def test_epochs_are_rounded_up_to_whole_steps(epochs, rows, steps):
+    assert total_steps(TrainingArguments(num_train_epochs=epochs), rows, BatchSizes(2, 2, 1)) == steps
+    assert total_steps(TrainingArguments(num_train_epochs=epochs, max_steps=7), rows, BatchSizes(2, 2, 1)) == 7
 
 
 def test_a_loss_scale_falls_no_lower_than_1():
