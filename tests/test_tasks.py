@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from finetune.data import read, sources
 from finetune.tasks import ENCODER_TASKS, TASKS, Source
 from kozero.data.readers import LeftOut, read_hub
 from kozero.errors import UserError
-from tests.helpers import SAMPLE_DATA
+from tests.helpers import ROOT, SAMPLE_DATA
+from tests.hub import hub
 
 NSMC, NLI, KORQUAD = TASKS["nsmc"], TASKS["klue_nli"], TASKS["korquad"]
 REAL_DATA = Path(os.environ.get("KOZERO_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -264,6 +267,31 @@ def test_a_data_set_that_is_a_script_is_read_as_the_parquet_files_of_the_hub(loc
     for split, text in (("train", "좋다"), ("test", "나쁘다")):
         (example,) = examples_of(NSMC, Source(hub=(str(local_hub), config, split)))
         assert example.targets == (text,)
+
+
+READ_FROM_HUB = """
+from finetune.arguments import DataArguments
+from finetune.data import read, sources
+from finetune.tasks import TASKS
+from kozero.data.readers import LeftOut
+
+for source in sources(DataArguments(task="nsmc", from_hub=True), TASKS["nsmc"]):
+    print([(example.targets[0], example.label) for example in read(source, TASKS["nsmc"], LeftOut())])
+"""
+
+
+@pytest.mark.slow
+def test_nsmc_comes_from_a_hub_where_it_is_a_script(tmp_path):
+    """The libraries' own clients, asking a hub on this machine."""
+    with hub() as address:
+        told = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+        own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        done = subprocess.run(
+            [sys.executable, "-c", READ_FROM_HUB], env=own | told, cwd=ROOT, capture_output=True, text=True
+        )
+    assert done.stdout.splitlines() == [
+        str([("나쁘다", 0), ("좋다", 1), ("별로다", 0)]), str([("지루하다", 0), ("재미있다", 1)]),
+    ], done.stderr  # fmt: skip
 
 
 def test_a_script_without_parquet_files_is_one_line_with_the_way_out(local_hub):
