@@ -186,8 +186,7 @@ def make_rows(
 
 def share_of_second(task: str, train: Numbered, held_out: Numbered) -> str:
     """How many rows carry the second objective, in words."""
-    parts = {"training": (train, len(train)), "held-out": (held_out, len(held_out))}
-    shares = {name: numbered.num_divisible() / num for name, (numbered, num) in parts.items() if num}
+    shares = {k: n.num_divisible() / len(n) for k, n in {"training": train, "held-out": held_out}.items() if len(n)}
     told = " and ".join(f"{share:.1%} of the {name} rows" for name, share in shares.items())
     line = f"{task.split('_')[1]}: {told} have the two sentences that it needs"
     return line if all(shares.values()) else f"warning: {line}; it gets no held-out score"

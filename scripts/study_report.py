@@ -302,18 +302,8 @@ def as_csv(results: list[Result]) -> str:
     """A line for each arm, task, seed and number of pauses."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    heading = [
-        "task",
-        "arm",
-        "seed",
-        "num_pauses",
-        "own",
-        "metric",
-        "value",
-        "tokens_per_example",
-        "seconds_per_example",
-    ]
-    writer.writerow(heading)
+    costs = ("tokens_per_example", "seconds_per_example")
+    writer.writerow(["task", "arm", "seed", "num_pauses", "own", "metric", "value", *costs])
     for r in results:
         for number, value in sorted(r.values.items()):
             cost = [round(r.tokens[number], 3), round(r.milliseconds[number] / 1e3, 6)]
