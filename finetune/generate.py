@@ -177,7 +177,7 @@ def one_by_one(writer: Writer, prompts: Iterable[Prompt]) -> Iterator[list[str]]
 
 def shown(writer: Writer, prompts: Sequence[str]) -> dict[str, Any]:
     """What shows a text while it is written, if it is to be shown."""
-    if not writer.arguments.stream:
+    if not (writer.arguments.stream and distributed.is_main()):
         return {}
     writer.arguments.batch_size = 1
     return {"streamer": Shown(writer.generator, prompts)}
@@ -234,7 +234,7 @@ def tell_metrics(
 def prompts_of(arguments: GenerationArguments) -> Iterable[Prompt]:
     """The prompts, those of standard input as they come."""
     if arguments.prompt is not None:
-        return [("--prompt", composed(arguments.prompt))]
+        return [("--prompt", composed(arguments.prompt.strip()))]
     if arguments.prompts_file:
         path = arguments.prompts_file
         lines = decode_lines(Path(path))

@@ -72,7 +72,8 @@ def generators(tmp_path_factory):
     found = {"sample": sample_tokenizer()}
     for name, kind in KINDS.items():
         tokenizer = kind()
-        tokenizer.eos_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        if tokenizer.eos_token is None:
+            tokenizer.add_special_tokens({"eos_token": "</s>"})
         tokenizer.save_pretrained(folder := tmp_path_factory.mktemp(name))
         found[name] = load_tokenizer(str(folder))
     return {name: PausedGenerator(None, one, Pauses(0, 0, inside=begins_inside(one))) for name, one in found.items()}

@@ -58,7 +58,7 @@ def test_prompts_come_from_a_file_or_from_standard_input(monkeypatch, tmp_path, 
 
 
 def test_a_stream_is_the_text(monkeypatch, paused_model, capsys):
-    flags = ("--prompt", "긍정", "--max_new_tokens", 8)
+    flags = ("--prompt", "긍정 ", "--max_new_tokens", 8)
     call(monkeypatch, paused_model, *flags)
     whole = capsys.readouterr().out
     call(monkeypatch, paused_model, *flags, "--stream")
