@@ -25,9 +25,10 @@ from kozero.data.store import (
     tokenizer_hash,
     unknown_note,
 )
-from kozero.errors import UserError, require
+from kozero.errors import UserError
 from kozero.files import file_hash
 from kozero.folder import cache_folder
+from kozero.json_files import regular
 from kozero.metrics import exact_match
 
 HERE = "<file>"  # the source's path in a store's notes: another file of the same content has the same store
@@ -64,9 +65,9 @@ def named_sources(arguments: DataArguments, task: Task) -> tuple[Source, Source]
         train, validation = (SAMPLE_DATA / name for name in task.sample_files)
         distributed.say(f"no --train_file and no --from_hub: using the sample data in {SAMPLE_DATA.name}/")
         return Source(train), Source(validation)
-    train = existing(Path(arguments.train_file)) if arguments.train_file else None
+    train = regular(Path(arguments.train_file)) if arguments.train_file else None
     if arguments.validation_file:
-        validation = existing(Path(arguments.validation_file))
+        validation = regular(Path(arguments.validation_file))
         return Source(train, skip_bad_rows=skip), Source(validation, skip_bad_rows=skip)
     fraction = arguments.validation_fraction
     return (
@@ -130,13 +131,6 @@ def identity(source: Source, limit: int) -> tuple:
 def hub_version(source: Source) -> list:
     """A hub data set by its names and its files' versions."""
     return [*source.hub, hub_rows(*source.hub)._fingerprint]
-
-
-def existing(path: Path) -> Path:
-    """`path`, or a UserError when it is no file."""
-    require(path.exists(), f"{path}: no such file")
-    require(path.is_file(), f"{path}: not a file")
-    return path
 
 
 def read(source: Source, task: Task, left_out: LeftOut, limit: int = 0) -> Iterator[Example]:

@@ -29,7 +29,7 @@ def not_utf8(content: bytes) -> str:
 
 
 def regular(path: Path) -> Path:
-    """`path`, unless it is missing or a FIFO, device or socket, which may never end.
+    """`path`, unless it is missing, a folder, or a FIFO, device or socket, which may never end.
 
     Raises: UserError.
     """
@@ -39,7 +39,7 @@ def regular(path: Path) -> Path:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    require(is_regular, f"{path}: is not a regular file; save what it holds in one")
+    require(is_regular, f"{path}: is a folder, a pipe or a device; name a regular file")
     return path
 
 

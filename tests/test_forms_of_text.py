@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from finetune import generate
-from finetune.bm25 import search
+from finetune.bm25 import search, terms
 from finetune.tasks import Source
 from finetune.tasks.base import check_label
 from kozero.data.cleaning import Cleaner, is_boilerplate
@@ -24,14 +24,19 @@ nfd = partial(unicodedata.normalize, "NFD")
 DOCUMENTS = ["눈이 쌓인 아침에 길을 나섰다", "된장찌개를 끓이고 밥을 지었다", "기차가 바다를 따라 달린다"]
 
 
-@pytest.mark.parametrize("analyzer", ["bigram", "kiwi"])
 @pytest.mark.parametrize("forms", [(nfd, str), (str, nfd), (nfd, nfd)], ids=["query", "documents", "both"])
-def test_a_search_finds_the_same_in_every_form(tmp_path, analyzer, forms):
+def test_a_search_finds_the_same_in_every_form(tmp_path, forms):
     asked, documents = [forms[0]("된장찌개")], [forms[1](text) for text in DOCUMENTS]
-    numbers, scores = search(asked, documents, 3, tmp_path, analyzer)
-    wanted, theirs = search(["된장찌개"], DOCUMENTS, 3, tmp_path, analyzer)
+    numbers, scores = search(asked, documents, 3, tmp_path, "bigram")
+    wanted, theirs = search(["된장찌개"], DOCUMENTS, 3, tmp_path, "bigram")
     assert numbers[0, 0] == wanted[0, 0] == 1
     np.testing.assert_allclose(scores, theirs)
+
+
+@pytest.mark.slow
+def test_morphemes_are_the_same_in_every_form(tmp_path):
+    composed, decomposed = terms([DOCUMENTS[1], nfd(DOCUMENTS[1])], "kiwi", tmp_path)
+    assert composed == decomposed and "찌개" in "".join(composed)
 
 
 def syllables(text: str) -> np.ndarray:
@@ -40,7 +45,12 @@ def syllables(text: str) -> np.ndarray:
     return np.array(list(pairwise([*begins, len(text)])))
 
 
-@pytest.mark.parametrize("placement", MARKERS)
+BY_KIWI = ("before_xpn", "after_xpn", "sentence")  # which loads a model
+
+
+@pytest.mark.parametrize(
+    "placement", [pytest.param(name, marks=pytest.mark.slow) if name in BY_KIWI else name for name in MARKERS]
+)
 def test_pauses_stand_before_and_behind_the_same_syllables_in_every_form(placement):
     text = "헛수고를 했다. 맨손으로 café에서 대청소를 했다.\n풋사과는 시다. 한겨울이다."
     wanted = token_marks(placement, text, syllables(text))

@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_read_is_named_and_not_left_out(tmp_path, monkey
 def test_what_is_no_file_in_a_folder_is_named_and_not_left_out(tmp_path, kind):
     (tmp_path / "a.txt").touch()
     os.mkfifo(tmp_path / "b.txt") if kind == "fifo" else (tmp_path / "b.txt").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"b\.txt: (is not a regular file|no such file)"):
+    with pytest.raises(UserError, match=r"b\.txt: (is a folder, a pipe or a device|no such file)"):
         text_files("--files", tmp_path)
 
 
@@ -99,13 +99,13 @@ def test_a_fifo_is_refused_before_it_is_opened(tmp_path, reader):
     os.mkfifo(tmp_path / "pipe.txt")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe.txt").write_text("[]"), daemon=True)
     writer.start()  # a reader that opens it does not wait for ever, and gets what it should not
-    with pytest.raises(UserError, match=r"pipe\.txt: is not a regular file; save what it holds in one"):
+    with pytest.raises(UserError, match=r"pipe\.txt: is a folder, a pipe or a device; name a regular file"):
         READERS[reader](tmp_path / "pipe.txt")
 
 
 @pytest.mark.parametrize("reader", [name for name in READERS if name != "documents"])
 def test_a_device_is_refused(reader):
-    with pytest.raises(UserError, match="/dev/null: is not a regular file"):
+    with pytest.raises(UserError, match="/dev/null: is a folder, a pipe or a device"):
         READERS[reader](Path("/dev/null"))
 
 
@@ -219,7 +219,7 @@ def test_documents_and_texts_of_rows_are_bounded_too(tmp_path, monkeypatch):
 # Messages and tables of any size ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [10, 10**6])
+@pytest.mark.parametrize("size", [10, 10**5])
 def test_a_message_holds_a_line_of_a_users_data_at_most(tmp_path, size):
     """Its beginning, which names the place, and its end, which says what to do, stay."""
     (tmp_path / "a.txt").write_text("\t".join(f"c{k}" for k in range(size)) + "\n1\n")
@@ -235,7 +235,7 @@ def test_a_message_holds_a_line_of_a_users_data_at_most(tmp_path, size):
 
 
 def test_json_of_many_keys_is_read_and_a_key_that_is_there_twice_is_found(tmp_path):
-    keys = {f"key {k}": k for k in range(30_000)}
+    keys = {f"key {k}": k for k in range(20_000)}
     (tmp_path / "a.json").write_text(json.dumps(keys))
     assert read_json(tmp_path / "a.json") == keys
     (tmp_path / "a.json").write_text(json.dumps(keys)[:-1] + ', "key 7": 1}')

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kozero.data.readers import BadRow, LeftOut, Located, read_hub
 from kozero.errors import UserError, require
+from kozero.json_files import regular
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,4 @@ def check_label(where: str, label: object, names: tuple[str, ...]) -> int:
 
 def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     """Refuse a file of a kind that the task does not read."""
-    require(path.exists(), f"{path}: no such file")
-    require(path.is_file(), f"{path}: not a file; name one of {', '.join(suffixes)}")
-    require(path.suffix in suffixes, f"{path}: this task reads {', '.join(suffixes)}")
+    require(regular(path).suffix in suffixes, f"{path}: this task reads {', '.join(suffixes)}")
