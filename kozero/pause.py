@@ -129,7 +129,6 @@ class Pauses:
         if self.inside is None:
             return gaps
         begins = np.append(~self.inside[ids], True)
-        begins[0] = True
         place = np.maximum.accumulate(np.where(begins, np.arange(len(gaps)), 0))
         return np.bincount(place, weights=gaps, minlength=len(gaps)).astype(np.int64)
 

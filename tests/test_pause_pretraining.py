@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from finetune import train as finetune
+from kozero.config import BatchSizes
 from kozero.data.order import Order
 from kozero.errors import UserError
-from kozero.pause import IGNORE, Pauses
+from kozero.pause import IGNORE, Pauses, begins_inside
 from models.language_model import load
+from pretrain import run as pretraining
 from pretrain.chunks import Blocks, Numbered
 from pretrain.corpus import Shard
 from pretrain.rows import BlockRows
@@ -77,6 +79,19 @@ def test_places_are_drawn_anew_at_every_place_of_the_stream():
     rows, _ = paused_rows()
     draw = lambda place: [text.ids.tolist() for text in rows.texts(0, place)]  # noqa: E731
     assert draw(0) == draw(0) != draw(len(rows))
+
+
+def test_pauses_of_a_run_follow_its_seed_and_know_where_characters_begin(monkeypatch, tmp_path):
+    told = f"prog --model_name a --model causal_lm --cache_dir {tmp_path} --max_seq_length 64 --pause_fraction 0.25"
+    monkeypatch.setattr("sys.argv", [*told.split(), "--seed", "5"])
+    training, corpus, _ = pretraining.arguments("train")
+    tokenizer = pretraining.load_tokenizer(corpus)
+    shards = pretraining.open_shards(corpus, tokenizer)
+    data = pretraining.make_rows(shards, corpus, training, BatchSizes(4, 1, 1), tokenizer, router=False, pause_id=7)
+    for rows in (data.training, data.validation):
+        pauses = rows.pauses
+        assert (pauses.token_id, pauses.num, pauses.placement, pauses.seed) == (7, 16, "random", 5)
+        assert np.array_equal(pauses.inside, begins_inside(tokenizer))
 
 
 def test_a_paused_model_learns_and_is_fine_tuned(monkeypatch, tmp_path):

@@ -193,6 +193,15 @@ def test_a_new_paragraph_is_marked():
     assert token_marks("sentence", TEXT, offsets).tolist() == [0, TEXT.index("그는"), TEXT.index("둘")]
 
 
+@pytest.mark.parametrize("place", [1, 5, TEXT.index("둘"), len(TEXT)])
+def test_a_token_without_characters_moves_the_marks_behind_it_and_no_other(place):
+    """As special tokens are given in a tokenizer's offsets: (0, 0), wherever they stand."""
+    offsets = [(k, k + 1) for k in range(len(TEXT))]
+    offsets.insert(place, (0, 0))
+    second = TEXT.index("둘") + (place <= TEXT.index("둘"))
+    assert token_marks("paragraph", TEXT, np.array(offsets)).tolist() == [0, second]
+
+
 @pytest.mark.parametrize("placement", MARKERS)
 def test_an_empty_text_has_no_mark(placement):
     assert len(token_marks(placement, "", np.zeros((0, 2), dtype=np.int64))) == 0

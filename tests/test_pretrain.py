@@ -381,6 +381,29 @@ def test_batches_of_held_out_rows_are_the_same_on_any_number_of_ranks(monkeypatc
     assert torch.equal(alone, torch.cat(both))
 
 
+def test_held_out_rows_do_not_follow_the_seed_and_an_epoch_may_be_shorter(monkeypatch, tmp_path):
+    orders, lengths = {"training": [], "validation": []}, []
+    for seed, limit in ((1, 0), (2, 0), (1, 2)):
+        told = f"prog --model_name a --cache_dir {tmp_path} --task mlm --train_batch_size 4 --max_seq_length 64"
+        monkeypatch.setattr(sys, "argv", [*told.split(), "--seed", str(seed), "--max_steps_per_epoch", str(limit)])
+        training, corpus, _ = pretraining.arguments("train")
+        tokenizer = pretraining.load_tokenizer(corpus)
+        shards = pretraining.open_shards(corpus, tokenizer)
+        data = make(shards, corpus, training, BatchSizes(4, 1, 1), tokenizer, router=False)
+        lengths.append(len(data.training))
+        for name, found in orders.items():
+            rows = getattr(data, name)
+            found.append(tuple(rows.order[place] for place in range(len(rows))))
+    assert len(set(orders["validation"])) == 1 and len(orders["validation"][0]) > 3
+    assert len(set(orders["training"])) == 3 and lengths == [lengths[0], lengths[0], 2 * 4]
+
+
+@pytest.mark.parametrize(("rows", "ranks", "micro"), [(0, 1, 32), (0, 2, 16), (0, 3, 11), (5, 2, 5)])
+def test_a_held_out_batch_has_32_rows_over_all_ranks_unless_told_otherwise(rows, ranks, micro):
+    training = SimpleNamespace(per_device_eval_batch_size=rows)
+    assert pretraining.held_out_sizes(training, ranks) == BatchSizes(micro, 1, ranks)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["transformer", "mix_lm", "causal_lm"])
 def test_every_entry_trains_alike_on_two_ranks(tmp_path, model):
