@@ -42,8 +42,9 @@ def guard_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # The number of what is opened is the lowest that is free: the stream's own.
         old = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False)
-        os.set_inheritable(old.fileno(), True)
-        setattr(sys, name, guarded(old) if mode == "w" else old)
+        with suppress(OSError, AttributeError):  # a host program's stream has no number: it stays
+            os.set_inheritable(old.fileno(), True)
+            setattr(sys, name, guarded(old) if mode == "w" else old)
 
 
 def guarded(old: io.TextIOWrapper) -> io.TextIOWrapper:

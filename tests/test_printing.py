@@ -1,5 +1,6 @@
 """What a program prints where it cannot be printed: the streams of real processes."""
 
+import io
 import os
 import pty
 import subprocess
@@ -8,6 +9,7 @@ import threading
 
 import pytest
 
+from kozero.streams import guard_streams
 from tests.helpers import ROOT, SAMPLE_TOKENIZER
 from tests.scripts import run_script
 
@@ -159,3 +161,12 @@ def test_a_training_run_outlives_the_reader_of_its_lines(monkeypatch, tmp_path):
     done = run_script(f"finetune/train.py {told} {sizes} --cache_dir {tmp_path}/cache", pipes=pipes)
     assert done.returncode == 0 and len(first) == 2 and any(first)
     assert (run / "model" / "model.safetensors").exists() and (run / "scores.json").exists()
+
+
+def test_a_stream_of_a_host_program_that_is_no_file_stays(monkeypatch):
+    """As in a notebook, or under pytest."""
+    streams = {name: io.StringIO() for name in ("stdin", "stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    guard_streams()
+    assert all(getattr(sys, name) is stream for name, stream in streams.items())
