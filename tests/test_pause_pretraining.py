@@ -81,7 +81,7 @@ def test_places_are_drawn_anew_at_every_place_of_the_stream():
     assert draw(0) == draw(0) != draw(len(rows))
 
 
-def test_pauses_of_a_run_follow_its_seed_and_know_where_characters_begin(monkeypatch, tmp_path):
+def test_pauses_of_a_run_follow_its_seed_and_know_where_characters_begin(one_rank, monkeypatch, tmp_path):
     told = f"prog --model_name a --model causal_lm --cache_dir {tmp_path} --max_seq_length 64 --pause_fraction 0.25"
     monkeypatch.setattr("sys.argv", [*told.split(), "--seed", "5"])
     training, corpus, _ = pretraining.arguments("train")
