@@ -15,6 +15,7 @@ from finetune.tasks import Example, Source, Task
 from kozero import distributed
 from kozero.data.marks import MARKERS, marker_version, token_marks
 from kozero.data.readers import LeftOut, hub_rows
+from kozero.data.rows import off_characters
 from kozero.data.store import (
     TextRow,
     TokenStore,
@@ -165,11 +166,12 @@ class EvaluationSet:
     examples: list[Example]
     store: TokenStore  # choices: len(labels) rows an example; prompts and whole texts: one row an example
 
-    def heads(self, num_tokens: int = 16) -> "EvaluationSet":
-        """The first tokens of whole texts as prompts."""
+    def heads(self, inside: np.ndarray, num_tokens: int = 16) -> "EvaluationSet":
+        """The first tokens of whole texts as prompts of whole characters; `inside`: see Pauses."""
         rows = self.store.rows.copy()
         rows[:, 1] = rows[:, 0]
-        rows[:, 2] = np.minimum(rows[:, 0] + num_tokens, rows[:, 3] - 1)
+        ends = np.minimum(rows[:, 0] + num_tokens, rows[:, 3] - 1)
+        rows[:, 2] = off_characters(self.store.tokens, ends, inside, -1, rows[:, 0])
         return EvaluationSet(self.task, self.examples, self.store.with_rows(rows))
 
 

@@ -136,7 +136,7 @@ def fitted_prefixes(
 
     Args: most: of the first ones that fit, so many; 0: all.
     """
-    fitted = fit(data.store, capacity, pauses.num)
+    fitted = fit(data.store, capacity, pauses.num, pauses.inside)
     if most:
         fitted.length[fitted.used[most:]] = 0
     prefixes = Prefixes(data.store, fitted.cut)

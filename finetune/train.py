@@ -236,7 +236,7 @@ def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     """What the model writes after the first prompts of the validation set."""
     new_tokens = min(SAMPLE_TOKENS, data.task.max_new_tokens)
     if data.task.whole_texts:
-        data = data.heads()
+        data = data.heads(pauses.inside)
     texts, fitted = fitted_prefixes(engine, data, pauses, max(1, capacity - new_tokens), most=8)
     found = {texts.parts(k)[0].tobytes(): k for k in reversed(fitted.used.tolist())}  # choices share a prompt
     numbers = sorted(found.values())[:NUM_SAMPLES]

@@ -8,10 +8,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from finetune.data import EvaluationSet
 from finetune.generate import Shown
 from finetune.paused import PausedGenerator
 from finetune.scoring import spelled
 from finetune.writing import Written, last_sentences
+from kozero.data.rows import fit
+from kozero.data.store import TextRow, open_or_build
 from kozero.errors import UserError
 from kozero.pause import Pauses, begins_inside, byte_characters
 from models.language_model import load_tokenizer
@@ -89,7 +92,7 @@ def whole(generator, prompt, ids):
 def test_a_stream_is_the_text_whatever_is_written(generators, capsys, kind):
     """Random tokens, parts of a text, and both, after prompts of every sort, cut anywhere."""
     generator, rng = generators[kind], np.random.default_rng(0)
-    known, size = generator.ids(TEXT), len(generator.tokenizer)
+    known, size, early = generator.ids(TEXT), len(generator.tokenizer), 0
     for trial in range(30):
         start, num = rng.integers(0, len(known)), rng.integers(0, 12)
         ids = [*known[start : start + num], *rng.integers(1, size, trial % 3 * 2).tolist(), *known[: rng.integers(9)]]
@@ -98,8 +101,11 @@ def test_a_stream_is_the_text_whatever_is_written(generators, capsys, kind):
         shown.put(torch.tensor([generator.ids(prompt)]))
         for one in ids:
             shown.put(torch.tensor([one]))
+        at_once = capsys.readouterr().out
         shown.end()
-        assert capsys.readouterr().out == f"{whole(generator, prompt, ids)}\n", (prompt, ids)
+        assert at_once + capsys.readouterr().out == f"{whole(generator, prompt, ids)}\n", (prompt, ids)
+        early += len(at_once) > len(prompt)
+    assert early > 10, "most is shown before a text ends"
 
 
 @pytest.mark.parametrize("kind", BYTES)
@@ -153,3 +159,32 @@ def test_a_prompt_that_is_cut_begins_with_a_whole_character(generators, kind):
         text = generator.tokenizer.decode(prompt.tolist())
         assert ids[-len(prompt) :] == prompt.tolist() and most - 4 < len(prompt) <= most
         assert unicodedata.normalize("NFC", "길은 하얗다").endswith(unicodedata.normalize("NFC", text))
+
+
+@pytest.mark.parametrize("kind", [*BYTES, "in_letters"])
+@pytest.mark.parametrize("span", [None, (14, 17)])
+def test_a_context_that_is_cut_is_whole_characters(generators, tmp_path, kind, span):
+    """At its end, and where an answer must stay in it also at its beginning."""
+    generator = generators[kind]
+    tokenizer, context = (
+        generator.tokenizer,
+        unicodedata.normalize("NFC", "길은 하얗고 눈이 내렸고 길은 하얗다. 그는 갔다"),
+    )
+    rows = [TextRow(context, "그는", "갔다", *([span] if span else []))]
+    store = open_or_build(tmp_path, "cut", lambda: rows, tokenizer)
+    least = store.lengths.sum() - store.lengths[0, 0] + (30 if span else 3)
+    for capacity in range(least, store.lengths.sum()):
+        fitted = fit(store, capacity, 0, generator.pauses.inside)
+        first, last = fitted.cut[0]
+        text = unicodedata.normalize("NFC", tokenizer.decode(store.tokens[first:last].tolist()).strip())
+        assert text in context and (not span or context[slice(*span)] in text)
+        assert capacity - (7 if span else 4) < fitted.length[0] == last - first + store.lengths[0, 1:].sum() <= capacity
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_the_head_of_a_text_ends_with_a_whole_character(generators, tmp_path, kind):
+    generator = generators[kind]
+    store = open_or_build(tmp_path, "heads", lambda: [TextRow("", "", TEXT)], generator.tokenizer)
+    for num in range(4, 30):
+        heads = EvaluationSet(None, [], store).heads(generator.pauses.inside, num).store.rows[0]
+        assert TEXT.startswith(generator.tokenizer.decode(store.tokens[heads[0] : heads[2]].tolist()))

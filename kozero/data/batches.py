@@ -116,7 +116,7 @@ class TrainingRows:
     length: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.fit = fit(self.store, self.capacity, self.pauses.num)
+        self.fit = fit(self.store, self.capacity, self.pauses.num, self.pauses.inside)
         used = self.fit.used
         if self.batching == "packed":
             self.rows = pack(self.fit.length, used, self.capacity, self.seed)

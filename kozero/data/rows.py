@@ -28,9 +28,12 @@ class Fit:
         return np.flatnonzero(self.length)
 
 
-def fit(store: TokenStore, capacity: int, num_pauses: int) -> Fit:
+def fit(store: TokenStore, capacity: int, num_pauses: int, inside: np.ndarray | None = None) -> Fit:
     """Cut each example to `capacity` tokens: from the context alone, its head is kept, unless a span must survive:
-    then the kept part is moved just far enough to hold it, with the span in its middle."""
+    then the kept part is moved just far enough to hold it, with the span in its middle.
+
+    Args: inside: (V,) True for tokens that begin within a character; what is kept of a context is whole characters.
+    """
     context, prompt, target = store.lengths.T
     room = capacity - prompt - target - num_pauses
     kept = np.clip(room, 0, context)
@@ -40,10 +43,26 @@ def fit(store: TokenStore, capacity: int, num_pauses: int) -> Fit:
     first = np.where(moved, np.clip(middle, 0, context - kept), 0)
     lost = moved & (span_end - span_start > kept)  # the context cannot hold its answer
     usable = (room >= 0) & ~lost
+    last, start = first + kept, np.asarray(store.rows[:, 0])
+    if inside is not None:
+        bound = np.where(last < context, np.maximum(first, span_end), last)
+        last = off_characters(store.tokens, start + last, inside, -1, start + bound) - start
+        bound = np.where(span_start < 0, last, span_start) * (first > 0)
+        first = off_characters(store.tokens, start + first, inside, 1, start + bound) - start
+        kept = last - first
     length = np.where(usable, kept + prompt + num_pauses + target, 0)
-    return Fit(
-        np.stack([first, first + kept], axis=1), length, int((usable & (kept < context)).sum()), int((~usable).sum())
-    )
+    return Fit(np.stack([first, last], axis=1), length, int((usable & (kept < context)).sum()), int((~usable).sum()))
+
+
+def off_characters(
+    tokens: np.ndarray, places: np.ndarray, inside: np.ndarray, step: int, bound: np.ndarray
+) -> np.ndarray:
+    """(N,) places, those before a token that begins within a character moved by `step` (1 or -1) until they are before
+    one that does not, or at `bound`. A character has four tokens at most."""
+    for _ in range(3 if len(tokens) else 0):
+        within = inside[tokens[np.minimum(places, len(tokens) - 1)]]
+        places = places + step * (within & (step * (bound - places) > 0))
+    return places
 
 
 def pieces(places: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
