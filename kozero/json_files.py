@@ -3,6 +3,7 @@ refused."""
 
 import codecs
 import json
+import os
 import re
 import stat
 from collections import Counter
@@ -29,7 +30,7 @@ def not_utf8(content: bytes) -> str:
 
 
 def regular(path: Path) -> Path:
-    """`path`, unless it is missing, a folder, or a FIFO, device or socket, which may never end.
+    """`path`, unless it is missing, not readable, a folder, or a FIFO, device or socket, which may never end.
 
     Raises: UserError.
     """
@@ -40,6 +41,7 @@ def regular(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     require(is_regular, f"{path}: is a folder, a pipe or a device; name a regular file")
+    require(os.access(path, os.R_OK), f"{path}: cannot be read (Permission denied)")
     return path
 
 

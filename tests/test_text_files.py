@@ -84,6 +84,14 @@ def test_what_is_no_file_in_a_folder_is_named_and_not_left_out(tmp_path, kind):
         text_files("--files", tmp_path)
 
 
+def test_a_file_that_may_not_be_read_is_named_before_any_is_read(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("글", encoding="utf-8")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b.txt")
+    with pytest.raises(UserError, match=r"b\.txt: cannot be read \(Permission denied\)"):
+        text_files("--files", tmp_path)
+
+
 READERS = {
     "--files, --corpus_path": lambda path: text_files("--files", path),
     "lines": lambda path: list(decode_lines(path)),
