@@ -417,6 +417,8 @@ def test_no_batch_of_a_corpus_is_larger_than_what_is_measured(one_rank, monkeypa
     real = make_rows(shards, corpus, training, sizes, tokenizer, router=False).training
     full = full_rows(shards, corpus, tokenizer, router=False)
     (largest,) = full.step(0, sizes, 0)
+    if flags == "clm":  # rows of several texts, which take a mask of (T, T)
+        assert ((largest.inputs["position_ids"] == 0).sum(1) == 2).all()
     assert len(full) == len(real) and len(largest.num_targets) == len(corpus.task.split("_"))
     for consumed in range(0, len(real), sizes.global_batch):
         (batch,) = real.step(consumed, sizes, 0)

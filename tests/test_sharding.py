@@ -11,6 +11,7 @@ from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batch import Batch
 from kozero.engines import EngineSettings, Sharding, build_engine, prepare_engine
 from kozero.engines.base import StepStats
+from kozero.engines.pieces import Piece, Saved
 from kozero.engines.plain import PlainEngine
 from kozero.engines.torch_engine import LossScale
 from kozero.engines.units import layers
@@ -126,6 +127,18 @@ def test_a_checkpoint_with_weights_that_the_model_lacks_is_refused(one_rank, tmp
     assert two.load(tmp_path)
     with pytest.raises(UserError, match=r"a checkpoint of another model: it holds layers.1.bias, which this one lacks"):
         one.load(tmp_path)
+
+
+def test_pieces_of_one_owner_have_its_highest_count_of_steps_and_no_state_that_was_not_saved(tmp_path):
+    """As where one parameter had its first gradient later than another."""
+    saved = {"a/0/weight": torch.ones(2), "a/0/step": torch.tensor(3.0)}
+    saved |= {"b/0/weight": torch.full((3,), 2.0), "b/0/step": torch.tensor(5.0)}
+    write_file(tmp_path / "rank0.safetensors", saved)
+    owner = torch.zeros(5)
+    states = {owner: {"exp_avg": torch.ones(5)}}
+    pieces = [Piece("a", 2, owner, 0, 2), Piece("b", 3, owner, 0, 3, start=2)]
+    Saved([tmp_path / "rank0.safetensors"]).restore(pieces, states)
+    assert owner.tolist() == [1, 1, 2, 2, 2] and states == {owner: {"step": torch.tensor(5.0)}}
 
 
 def test_the_loss_scale_is_that_of_torchs_scaler():
