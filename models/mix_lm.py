@@ -1,38 +1,35 @@
 """Mix LM: an encoder of gMLP blocks with a tiny attention, whose feed-forward mixes positions by convolutions of
-several kernel sizes and dilations. All of it in this file; of the rest of the project only `kozero.errors` is used.
+several kernel sizes and dilations. All of it but the config's base is in this file.
 
 Shapes: B texts, T positions, V words, E embedding_size, H hidden_size, F ff_dim, P max_position_embeddings.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
 
-from kozero.errors import UserError, nearest
+from kozero.errors import require
 from models.dropout import Dropout
+from models.encoder_config import ACTIVATIONS, COUNTS, EncoderConfig, EncoderOutput, is_whole
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 HEAD_SIZE = 64  # of the tiny attention, as in the paper, whatever the hidden size
-SIZES = (
-    "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "num_heads", "kernel_size", "n_experts",
-    "ff_dim", "layer_group", "max_position_embeddings", "type_vocab_size",
-)  # fmt: skip
 
 
-class MixLmConfig(PreTrainedConfig):
-    """Sizes and choices of a Mix LM. `max_position_embedding` is another spelling of `max_position_embeddings`.
+class MixLmConfig(EncoderConfig):
+    """Sizes and choices of a Mix LM. `max_position_embedding` is another spelling of `max_position_embeddings`."""
 
-    Raises: UserError for a value that makes no model.
-    """
-
-    model_type = "kozero_mix_lm"
+    model_type = label = "kozero_mix_lm"
     attribute_map: ClassVar[dict[str, str]] = {"max_position_embedding": "max_position_embeddings"}
+    counts = (*COUNTS, "embedding_size", "kernel_size")
+    ranges = (
+        ("dropout_prob", 0, 1, "from 0 to below 1"),
+        ("initializer_range", 1e-9, 10, "from 1e-09 to below 10"),
+        ("LN_eps", 1e-20, 1, "from 1e-20 to below 1"),
+    )
 
     vocab_size: int = 51200
     embedding_size: int = 128  # the vocabulary's vectors; a linear map widens them to hidden_size
@@ -55,67 +52,26 @@ class MixLmConfig(PreTrainedConfig):
     pad_token_id: int = 3
 
     def __post_init__(self, **kwargs) -> None:
-        if kwargs.get("model_type", self.model_type) != self.model_type:
-            raise UserError(f"model_type {kwargs['model_type']!r}: a Mix LM needs {self.model_type!r}")
+        found = kwargs.get("model_type", self.model_type)
+        require(found == self.model_type, f"model_type {found!r}: a Mix LM needs {self.model_type!r}")
         super().__post_init__(**kwargs)
-        self.check_sizes()
-        self.check_choices()
-        self.check_channels()
 
-    def check(self, right: bool, key: str, advice: str) -> None:
-        """Refuse the value of a key."""
-        if not right:
-            raise UserError(f"{self.model_type} config: {key} {getattr(self, key)!r}: {advice}")
-
-    def check_sizes(self) -> None:
-        """Counts are whole and positive, rates finite."""
-        for key in SIZES:
-            value = getattr(self, key)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            self.check(whole and value >= 1, key, "must be a whole number, 1 or more")
-        for key, low, high in (("dropout_prob", 0, 1), ("initializer_range", 1e-9, 10), ("LN_eps", 1e-20, 1)):
-            value = getattr(self, key)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            self.check(number and low <= value < high, key, f"must be a number from {low} to below {high}")
-
-    def check_choices(self) -> None:
-        """Keys with a few possible values."""
-        self.check(self.kernel_size % 2 == 1 and self.kernel_size >= 3, "kernel_size", "must be odd and 3 or more")
-        known = f"must be one of {', '.join(ACTIVATIONS)}{nearest(str(self.act_fn), ACTIVATIONS)}"
-        self.check(isinstance(self.act_fn, str) and self.act_fn in ACTIVATIONS, "act_fn", known)
-        self.check(
-            type(self.ln_pos) is int and self.ln_pos in (0, 1), "ln_pos", "must be 0 (pre-norm) or 1 (post-norm)"
-        )
-        self.check(isinstance(self.causal, bool), "causal", "must be true or false")
-        most = self.num_hidden_layers
-        self.check(
-            self.layer_group <= most, "layer_group", f"must be at most num_hidden_layers {most}, where all share"
-        )
-        inside = isinstance(self.pad_token_id, int) and 0 <= self.pad_token_id < self.vocab_size
-        self.check(inside, "pad_token_id", f"must be a row of the vocabulary, 0 to {self.vocab_size - 1}")
-
-    def check_channels(self) -> None:
-        """Each part of the channels has at least one for each kernel size."""
+    def check(self) -> None:
+        """Refuse the first value that is out of range. Each part of the channels has one for each kernel size."""
+        super().check()
+        self.require("kernel_size", self.kernel_size % 2 == 1 and self.kernel_size >= 3, "must be odd and 3 or more")
+        inside = is_whole(self.pad_token_id) and self.pad_token_id < self.vocab_size
+        self.require("pad_token_id", inside, f"must be a row of the vocabulary, 0 to {self.vocab_size - 1}")
         for key in ("hidden_size", "ff_dim"):
-            channels, parts = getattr(self, key), self.n_experts
-            self.check(channels % parts == 0, "n_experts", f"must divide {key} {channels}")
-            few = f"{parts} parts of {channels // parts} channels for {len(self.kernel_sizes)} kernel sizes; raise it"
-            self.check(channels // parts >= len(self.kernel_sizes), key, f"{few} or lower n_experts or kernel_size")
+            channels, parts, num = getattr(self, key), self.n_experts, len(self.kernel_sizes)
+            self.require("n_experts", channels % parts == 0, f"must divide {key} {channels}")
+            few = f"{parts} parts of {channels // parts} channels for {num} kernel sizes; raise it"
+            self.require(key, channels // parts >= num, f"{few} or lower n_experts or kernel_size")
 
     @property
     def kernel_sizes(self) -> range:
         """3, 5, ... up to kernel_size."""
         return range(3, self.kernel_size + 1, 2)
-
-
-@dataclass
-class MixLmOutput(ModelOutput):
-    """last_hidden_state is (B, T, H). The rest is what an encoder with routed experts reports; here it stays None."""
-
-    last_hidden_state: torch.Tensor | None = None
-    router_losses: torch.Tensor | None = None
-    expert_load: torch.Tensor | None = None
-    dropped: torch.Tensor | None = None
 
 
 class FactorisedEmbedding(nn.Module):
@@ -280,6 +236,7 @@ class MixLmEncoder(PreTrainedModel):
 
     config_class = MixLmConfig
     base_model_prefix = "encoder"
+    _input_embed_layer = "words"  # of embeddings, (V, E)
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["MixLmLayer", "MixFeedForward"]
 
@@ -303,20 +260,12 @@ class MixLmEncoder(PreTrainedModel):
             nn.init.normal_(module.weight, std=module.weight_std)
             nn.init.ones_(module.bias)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The (V, E) word vectors."""
-        return self.embeddings.words
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the word vectors."""
-        self.embeddings.words = value
-
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
-    ) -> MixLmOutput:
+    ) -> EncoderOutput:
         """Vectors of a batch of texts.
 
         Args:
@@ -328,17 +277,15 @@ class MixLmEncoder(PreTrainedModel):
         Raises: UserError when a text is longer than the positions.
         """
         length, limit = input_ids.shape[1], self.config.max_position_embeddings
-        if length > limit:
-            raise UserError(
-                f"a text of {length} tokens: max_position_embeddings is {limit}; lower --max_seq_length to it"
-            )
+        few = f"a text of {length} tokens: max_position_embeddings is {limit}; lower --max_seq_length to it"
+        require(length <= limit, few)
         padding = None if attention_mask is None else (attention_mask == 0).unsqueeze(-1)  # (B, T, 1)
         visible = visible_keys(padding, length, self.config.causal, input_ids.device)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         hidden = self.embeddings(input_ids, types)
         for number, layer in enumerate(self.layers):
             hidden = layer(hidden, self.feed_forwards[number // self.config.layer_group], padding, visible)
-        return MixLmOutput(last_hidden_state=self.norm(hidden))
+        return EncoderOutput(last_hidden_state=self.norm(hidden))
 
 
 def divide(total: int, num: int) -> list[int]:

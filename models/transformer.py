@@ -6,39 +6,35 @@ Importing this module registers both classes, so that AutoConfig and AutoModel k
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 
-from kozero.errors import UserError, nearest
+from kozero.errors import UserError
 from models.dropout import Dropout
+from models.encoder_config import ACTIVATIONS, COUNT, POST_NORM, PRE_NORM, EncoderConfig, EncoderOutput, is_whole
 from models.heads import Float32Linear
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
-PRE_NORM, POST_NORM = 0, 1
-SIZES = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "ff_dim", "n_experts", "layer_group",
-    "max_position_embeddings", "type_vocab_size",
-)  # fmt: skip
+ABOVE_0 = math.ulp(0.0)  # the smallest float that is
 
 
-class TransformerConfig(PreTrainedConfig):
-    """Shape and behaviour of a TransformerEncoder.
-
-    Raises: UserError, one line, for a value that no model can have.
-    """
+class TransformerConfig(EncoderConfig):
+    """Shape and behaviour of a TransformerEncoder."""
 
     model_type = "kozero_transformer"
-    attribute_map: ClassVar = {
-        "max_position_embedding": "max_position_embeddings",
-        "num_attention_heads": "num_heads",
-    }
+    attribute_map: ClassVar = {"max_position_embedding": "max_position_embeddings", "num_attention_heads": "num_heads"}
+    label = "transformer"
+    ranges = (
+        ("capacity_factor", ABOVE_0, 1e3, "above 0 and below 1000"),
+        ("initializer_range", ABOVE_0, 10, "above 0 and below 10"),
+        ("LN_eps", ABOVE_0, 1, "above 0 and below 1"),
+        ("dropout_prob", 0, 1, "in [0, 1)"),
+    )
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -61,10 +57,6 @@ class TransformerConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True  # transformers ties nothing without it, shared feed-forwards neither
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.check()
-
     @property
     def embedding_width(self) -> int:
         """Columns of the embedding tables, and so the input width of a tied head."""
@@ -72,59 +64,15 @@ class TransformerConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Refuse the first value that is out of range."""
-        whole = "a whole number of 1 or more"
-        for key in SIZES:
-            self.require(key, is_whole(getattr(self, key), 1), whole)
-        for key, most in (("capacity_factor", 1e3), ("initializer_range", 10), ("LN_eps", 1)):
-            value = getattr(self, key)
-            self.require(key, is_number(value) and 0 < value < most, f"a number above 0 and below {most:g}")
-        factorised = self.embedding_size is not None
-        self.require("embedding_size", not factorised or is_whole(self.embedding_size, 1), f"{whole}, or null for none")
-        self.require("dropout_prob", is_number(self.dropout_prob) and 0 <= self.dropout_prob < 1, "a number in [0, 1)")
-        self.require("ln_pos", is_whole(self.ln_pos) and self.ln_pos <= 1, "0 (pre-norm) or 1 (post-norm)")
-        self.require("causal", isinstance(self.causal, bool), "true or false")
-        self.require("tie_word_embeddings", self.tie_word_embeddings is True, "true: heads are tied to the embedding")
-        known = list(ACTIVATIONS)
-        self.require("act_fn", self.act_fn in known, f"one of {', '.join(known)}{nearest(str(self.act_fn), known)}")
-        divides = self.hidden_size % self.num_heads == 0
-        self.require("num_heads", divides, f"a divisor of hidden_size {self.hidden_size}")
-        most = self.num_hidden_layers
+        super().check()
+        width, heads, pad = self.embedding_size, self.num_heads, self.pad_token_id
+        self.require("embedding_size", width is None or is_whole(width, 1), f"{COUNT}, or null for none")
         self.require(
-            "layer_group", self.layer_group <= most, f"at most num_hidden_layers {most}, where all layers share"
+            "tie_word_embeddings", self.tie_word_embeddings is True, "must be true: heads are tied to the embedding"
         )
-        known_token = self.pad_token_id is None or (is_whole(self.pad_token_id) and self.pad_token_id < self.vocab_size)
-        self.require("pad_token_id", known_token, f"a token below vocab_size {self.vocab_size}, or null for none")
-
-    def require(self, key: str, condition: bool, what: str) -> None:
-        """Raise a UserError that says what `key` must be, unless `condition` holds."""
-        if not condition:
-            raise UserError(f"transformer config: {key} {getattr(self, key)!r}: must be {what}")
-
-
-def is_whole(value: Any, minimum: int = 0) -> bool:
-    """An integer of at least `minimum`; True is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def is_number(value: Any) -> bool:
-    """A finite integer or float; True is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@dataclass
-class TransformerOutput(ModelOutput):
-    """What the encoder returns. Padding counts in none of the statistics.
-
-    last_hidden_state: (B, T, H).
-    router_losses: (2,) load-balance loss and router z-loss, means over the layers, unweighted; with gradient.
-    expert_load: (layers, experts) share of the tokens that chose each expert, dropped ones included; sums to 1.
-    dropped: (layers,) share of the tokens that found their expert full; 0 in evaluation.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    router_losses: torch.Tensor | None = None
-    expert_load: torch.Tensor | None = None
-    dropped: torch.Tensor | None = None
+        self.require("num_heads", self.hidden_size % heads == 0, f"must be a divisor of hidden_size {self.hidden_size}")
+        known = pad is None or (is_whole(pad) and pad < self.vocab_size)
+        self.require("pad_token_id", known, f"must be a token below vocab_size {self.vocab_size}, or null for none")
 
 
 @dataclass
@@ -192,9 +140,8 @@ class SwitchFeedForward(nn.Module):
         super().__init__()
         self.capacity_factor = config.capacity_factor
         self.act_fn = ACTIVATIONS[config.act_fn]
-        self.router = Float32Linear(
-            config.hidden_size, config.n_experts, bias=False
-        )  # "selective precision", section 2.4
+        # "selective precision", section 2.4
+        self.router = Float32Linear(config.hidden_size, config.n_experts, bias=False)
         self.w_in = nn.Parameter(torch.empty(config.n_experts, config.hidden_size, config.ff_dim))  # (E, H, F)
         self.w_out = nn.Parameter(torch.empty(config.n_experts, config.ff_dim, config.hidden_size))  # (E, F, H)
 
@@ -299,11 +246,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.dropout = Dropout(config.dropout_prob)
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        scores: torch.Tensor | None,
-        unseen: torch.Tensor | None,
-        real: torch.Tensor | None,
+        self, hidden: torch.Tensor, scores: torch.Tensor | None, unseen: torch.Tensor | None, real: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """Shapes as in the two sublayers. Returns: hidden, scores, router losses, load, dropped share."""
         x = self.attention_norm(hidden) if self.pre_norm else hidden
@@ -354,6 +297,7 @@ class TransformerEncoder(PreTrainedModel):
 
     config_class = TransformerConfig
     base_model_prefix = "encoder"
+    _input_embed_layer = "tokens"  # of embeddings, (V, embedding_width): what a head is tied to
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["TransformerLayer"]
 
@@ -377,7 +321,7 @@ class TransformerEncoder(PreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
-    ) -> TransformerOutput:
+    ) -> EncoderOutput:
         """Encode texts.
 
         Args:
@@ -397,7 +341,7 @@ class TransformerEncoder(PreTrainedModel):
             hidden, scores, *of_layer = layer(hidden, scores, unseen, real)
             statistics.append(of_layer)
         losses, load, dropped = (torch.stack(values) for values in zip(*statistics, strict=True))
-        return TransformerOutput(self.norm(hidden), losses.mean(0), load, dropped)
+        return EncoderOutput(self.norm(hidden), losses.mean(0), load, dropped)
 
     def unseen(self, input_ids: torch.Tensor, is_real: torch.Tensor | None) -> torch.Tensor | None:
         """True where a query must not see a key: (B, 1, 1, T), (1, 1, T, T), (B, 1, T, T), or None."""
@@ -407,14 +351,6 @@ class TransformerEncoder(PreTrainedModel):
         length = input_ids.shape[1]
         future = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device).triu(1)
         return future if padding is None else future | padding
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """(V, embedding_width): what a head is tied to."""
-        return self.embeddings.tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token table."""
-        self.embeddings.tokens = value
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # Linear, Embedding and LayerNorm
