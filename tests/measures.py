@@ -162,15 +162,33 @@ def shards(module: torch.nn.Module) -> list[torch.Tensor]:
     return [getattr(p, "_local_tensor", p).clone() for p in held]
 
 
+def masters(engine: Engine) -> dict[str, torch.Tensor]:
+    """The trained weights as the ranks write them into a checkpoint, each number at its place."""
+    files = [file for name, file in engine.snapshot().items() if name.endswith(".safetensors")]
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for place, tensor in (part for held in distributed.gather(files) for file in held for part in file.items()):
+        name, first, kind = place.rsplit("/", 2)
+        if kind == "weight":
+            parts.setdefault(name, []).append((int(first), tensor.cpu()))
+    return {name: laid(found) for name, found in parts.items()}
+
+
+def laid(parts: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """(N,) numbers, not a number where no part lies."""
+    found = torch.full((sum(len(part) for _, part in parts),), torch.nan)
+    for first, part in parts:
+        found[first : first + len(part)] = part
+    return found
+
+
 def half_step(name: str, dtype: str) -> dict:
     """An unclipped step of SGD in 16 bit: the weights before and after it as they are exported, the trained ones as a
     checkpoint holds them, and the norm that was told."""
     engine, sizes = engine_for(name, toy(), told(name, optim="sgd", max_grad_norm=1e3, **{dtype: True}))
     before = copy.deepcopy(engine.full_state_dict())
     (stats,) = train(engine, sizes, steps(1), "sgd")
-    files = [file for name, file in engine.snapshot().items() if name.endswith(".safetensors")]
-    masters = [part for held in distributed.gather(files) for file in held for part in file.items()]
-    done = {"before": before, "after": engine.full_state_dict(), "masters": masters, "grad_norm": stats.grad_norm}
+    after = engine.full_state_dict()
+    done = {"before": before, "after": after, "masters": masters(engine), "grad_norm": stats.grad_norm}
     engine.close()
     return done
 
@@ -256,6 +274,7 @@ def two_objectives(name: str, optim: str) -> dict:
     for k, some in enumerate(examples()):
         done.append(engine.train_step(deal_examples(some, sizes), RATES[optim] * SHAPE[k]))
     found = curve(done) | {"losses": [stats.losses for stats in done], "state": engine.full_state_dict()}
+    found["masters"] = masters(engine)
     engine.close()
     return found
 
