@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,7 @@ from scripts.study_report import Result, write_report
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN, FINETUNE, EVALUATE = "pretrain/train.py", "finetune/train.py", "finetune/evaluate.py"
-ARGUMENTS = {
-    PRETRAIN: (PretrainingArguments, CorpusArguments),
-    FINETUNE: train.ARGUMENTS,
-    EVALUATE: evaluate.ARGUMENTS,
-}
+ARGUMENTS = {PRETRAIN: (PretrainingArguments, CorpusArguments), FINETUNE: train.ARGUMENTS, EVALUATE: evaluate.ARGUMENTS}
 SETTINGS = "study.json"  # in the output folder
 EVALUATION_FLAGS = [field.name for field in fields(DataArguments) if field.name not in ("task", "train_mode")]
 
@@ -176,10 +173,7 @@ def first_difference(before: str, now: str) -> str:
 
 def flags(*settings: dict[str, Any]) -> list[str]:
     """Settings as flags; later ones win, null leaves a flag out, true stands alone."""
-    merged: dict[str, Any] = {}
-    for part in settings:
-        merged |= part
-    words = []
+    merged, words = {key: value for part in settings for key, value in part.items()}, []
     for key, value in merged.items():
         if value is not None and value is not False:
             words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
@@ -190,15 +184,10 @@ def steps(study: Study) -> list[Step]:
     """All commands in the order in which they depend on each other."""
     found: list[Step] = []
     for seed in study.seeds:
-        trained = {
-            before: pretraining_step(study, before, seed)
-            for before in dict.fromkeys(before for before, _ in study.arms)
-            if study.trains(before)
-        }
+        trained = {before: pretraining_step(study, before, seed) for before in study.trained}
         found += trained.values()
-        for before, after in study.arms:
-            for task in study.tasks:
-                found += cell_steps(study, before, after, task, seed, trained.get(before))
+        for (before, after), task in product(study.arms, study.tasks):
+            found += cell_steps(study, before, after, task, seed, trained.get(before))
     return found
 
 
@@ -206,14 +195,8 @@ def pretraining_step(study: Study, before: str, seed: int) -> Step:
     """The run that an arm begins with."""
     settings = {**study.pretrain, **study.pretraining[before]}
     folder = study.output_dir / "pretraining" / f"{before}-seed{seed}"
-    own = {
-        "model": "causal_lm",
-        "task": "clm",
-        "max_seq_length": study.row_length(before),
-        "seed": seed,
-        "resume": "auto",
-    }
-    own |= {"model_name": folder.name, "output_dir": str(folder.parent)}
+    own = {"model": "causal_lm", "task": "clm", "max_seq_length": study.row_length(before), "seed": seed}
+    own |= {"resume": "auto", "model_name": folder.name, "output_dir": str(folder.parent)}
     words = flags(settings, own)
     return Step(f"pre-training {before}, seed {seed}", PRETRAIN, words, shlex.split(study.launch), folder, "model")
 
@@ -248,9 +231,7 @@ def results(study: Study, todo: list[Step]) -> list[Result]:
     done = {step.folder for step in todo if step.entry == EVALUATE and step.is_done}
     return [
         Result.read(name_of(before, after), task, seed, study.inference_pauses(after, task), folder)
-        for before, after in study.arms
-        for task in study.tasks
-        for seed in study.seeds
+        for (before, after), task, seed in product(study.arms, study.tasks, study.seeds)
         if (folder := cell_folder(study, before, after, task, seed)) in done
     ]
 
@@ -265,9 +246,8 @@ def check_all(todo: list[Step], path: Path) -> None:
     if conflicts := [(step, told) for step in todo if (told := step.conflict())]:
         first, told = conflicts[0]
         folders = " ".join(str(step.folder) for step, _ in conflicts)
-        raise UserError(
-            f"{path}: {first.name}: begun with other settings ({told}); choose another output_dir, or delete {folders}"
-        )
+        other = f"begun with other settings ({told}); choose another output_dir, or delete {folders}"
+        raise UserError(f"{path}: {first.name}: {other}")
 
 
 def check_files(todo: list[Step], path: Path) -> None:
@@ -308,9 +288,8 @@ def time_left(steps: list[Step], seconds: dict[str, list[float]]) -> str:
 
 def curves(study: Study) -> dict[str, list[Path]]:
     """The logs of the study's pre-trainings by name, one a seed."""
-    names = [before for before in dict.fromkeys(before for before, _ in study.arms) if study.trains(before)]
     folder = study.output_dir / "pretraining"
-    return {name: [folder / f"{name}-seed{seed}" / "metrics.jsonl" for seed in study.seeds] for name in names}
+    return {name: [folder / f"{name}-seed{seed}" / "metrics.jsonl" for seed in study.seeds] for name in study.trained}
 
 
 def claim(folder: Path, path: Path) -> None:
@@ -343,11 +322,8 @@ def main() -> None:
         run_all(todo)
     found = results(study, todo)
     require(bool(found), f"{study.output_dir}: no cell is finished; run without --report_only")
-    command = f"python scripts/pause_study.py {path}"
-    for written in write_report(
-        study.output_dir, study.title, found, study.baseline, curves(study), study.text, command
-    ):
-        print(written)
+    settings = (study.text, f"python scripts/pause_study.py {path}")
+    print(*write_report(study.output_dir, study.title, found, study.baseline, curves(study), *settings), sep="\n")
 
 
 if __name__ == "__main__":

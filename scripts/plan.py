@@ -15,17 +15,15 @@ from typing import Any
 
 from transformers import GPT2Config
 
-from finetune.arguments import DataArguments, FinetuningArguments, ModelArguments
+from finetune.arguments import FinetuningArguments, ModelArguments
 from finetune.planned import PlannedModel
 from finetune.setup import no_pauses, row_capacity
 from finetune.tasks import TASKS
 from finetune.train import ARGUMENTS as TRAINING
-from finetune.train import FreezeArguments
-from finetune.ways import ROOT, Choice, Planner, Way, way, ways
+from finetune.ways import ROOT, Choice, Planner, way, ways
 from kozero.config import arg, at_least, batch_sizes, parse_arguments
 from kozero.errors import require, run_main
 from kozero.folder import new_file, write_text
-from kozero.pause import PauseArguments
 from kozero.plan import state_bytes
 from models.language_model import DROPOUTS, load_config, read_config
 
@@ -72,21 +70,6 @@ def main() -> None:
     )
     if machine.output_file:
         new_file("--output_file", Path(machine.output_file))
-    planned = model_of(training, model, data, pauses, freezing, machine)
-    told = [plan(planned, training, machine, int(ranks)) for ranks in machine.ranks.split(",")]
-    if machine.output_file:
-        write_text(Path(machine.output_file), json.dumps({"machine": asdict(machine), "plans": told}, indent=2))
-
-
-def model_of(
-    training: FinetuningArguments,
-    model: ModelArguments,
-    data: DataArguments,
-    pauses: PauseArguments,
-    freezing: FreezeArguments,
-    machine: PlanArguments,
-) -> PlannedModel:
-    """The model that the arguments of a run describe."""
     require(data.task in TASKS, f"--task {data.task}: plans are for GPT-2 models: {', '.join(TASKS)}")
     task, rows = TASKS[data.task], training.per_device_train_batch_size
     no_pauses(task, "--num_pauses", pauses.num_pauses)
@@ -97,12 +80,11 @@ def model_of(
         config, freezing.freeze, pauses.needs_token, training.dtype, length, machine.predicted,
         machine.device == "gpu", 8 if training.optim == "adamw" else 0,
     )  # fmt: skip
-    counts = planned.counts
-    print(
-        f"{config.n_layer} layers of {config.n_embd}: {counts['total']:,} parameters, {counts['trainable']:,} train; "
-        f"{training.dtype}, rows of {length:,} tokens"
-    )
-    return planned
+    sizes = f"{planned.counts['total']:,} parameters, {planned.counts['trainable']:,} train"
+    print(f"{config.n_layer} layers of {config.n_embd}: {sizes}; {training.dtype}, rows of {length:,} tokens")
+    told = [plan(planned, training, machine, int(ranks)) for ranks in machine.ranks.split(",")]
+    if machine.output_file:
+        write_text(Path(machine.output_file), json.dumps({"machine": asdict(machine), "plans": told}, indent=2))
 
 
 def shape(arguments: ModelArguments) -> GPT2Config:
@@ -162,11 +144,11 @@ def conclusion(planner: Planner, told: Choice, best: Choice | None) -> str:
         return f"{first}\nno setting fits: {remedies(planner)}"
     if best is told or (not lacks and planner.seconds(told) <= 1.1 * planner.seconds(best)):
         return f"{first}, and nothing is much better"
-    flags = f"--deepspeed_config {short(best.way)} --per_device_train_batch_size {best.micro}"
-    flags += (
-        f" --gradient_accumulation_steps {best.accumulation}" + " --gradient_checkpointing" * best.way.checkpointing
-    )
-    rows = best.micro * best.accumulation * best.way.ranks
+    path, rows = Path(best.way.path), best.micro * best.accumulation * best.way.ranks
+    file = path.relative_to(ROOT) if path.is_relative_to(ROOT) else best.way.path
+    flags = f"--deepspeed_config {file} --per_device_train_batch_size {best.micro}"
+    flags += f" --gradient_accumulation_steps {best.accumulation}"
+    flags += " --gradient_checkpointing" * best.way.checkpointing
     return (
         f"{first}\nproposed: {flags}\n          {best.footprint.peak / GIB:.1f} GiB of each GPU, "
         f"{best.host / GIB:.1f} GiB of the machine's memory, {rows} rows an update"
@@ -182,12 +164,6 @@ def remedies(planner: Planner) -> str:
     ways.append(f"{'more ' * frozen}frozen layers (--freeze, e.g. wte,wpe,h.0-{max(0, most * 3 // 4)})")
     ways += ["more memory of the machine (--host_gib)"] * (planner.host < math.inf)
     return ", ".join(ways)
-
-
-def short(way: Way) -> str:
-    """A shipped file by its name in the project."""
-    path = Path(way.path)
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else way.path
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from kozero.json_files import has_lone_surrogate, read_json_object
 from kozero.seal import new_folder
 
 FUSION = 60  # of reciprocal rank fusion (Cormack, Clarke, Buettcher, SIGIR 2009)
+Chosen = list[tuple[int, float]]  # (number, score) of documents, the best first
 TOPIC = re.compile(r"\w[\w +-]{0,59}")  # it becomes a folder's name, of at most 180 bytes
 
 
@@ -111,15 +112,11 @@ def topics(arguments: SelectionArguments) -> dict[str, list[str]]:
         require(name not in found, f"{where}: topic {name!r} is there twice")
         fits = TOPIC.fullmatch(name) is not None
         require(fits, f"{where}: topic {name!r} names a folder; use at most 60 letters and digits")
-        right = isinstance(queries, list) and queries and all(map(is_query, queries))
+        texts = isinstance(queries, list) and all(isinstance(query, str) and query.strip() for query in queries)
+        right = texts and queries and not has_lone_surrogate("".join(queries))
         require(bool(right), f'{where}: topic {name!r}: must be a list of queries, e.g. ["여행의 설렘"]')
         found[name] = [unicodedata.normalize("NFC", query) for query in queries]
     return found
-
-
-def is_query(value: Any) -> bool:
-    """Whether a value of the JSON can be searched for."""
-    return isinstance(value, str) and bool(value.strip()) and not has_lone_surrogate(value)
 
 
 def select(
@@ -144,9 +141,8 @@ def select(
     cleaner.counts["left out: near duplicates"] = int((earlier >= 0).sum())
     lap("compared", len(pool))
     pool.keep(np.flatnonzero(earlier < 0))
-    queries = [query for found in wanted.values() for query in found]
-    cache = cache_folder(arguments.cache_dir)
-    numbers, scores = search(queries, pool, arguments.top_k, cache, arguments.terms)
+    queries = [query for own in wanted.values() for query in own]
+    numbers, scores = search(queries, pool, arguments.top_k, cache_folder(arguments.cache_dir), arguments.terms)
     lap("ranked", len(pool))
     chosen, at = {}, 0
     for name, own in wanted.items():
@@ -156,18 +152,17 @@ def select(
             print(f"topic {name}: no document has a word of its queries")
     otherwise = ", or --terms bigram" if arguments.terms == "kiwi" else ""
     require(any(chosen.values()), f"no document has a word of any query; write other queries{otherwise}")
-    chosen_texts = [[pool[k][1] for k, _ in found] for found in chosen.values()]
-    validating = Sides(arguments.validation_fraction, arguments.validation_fraction and chosen_texts)
+    fraction = arguments.validation_fraction
+    sides = Sides(fraction, fraction and [[pool[k][1] for k, _ in found] for found in chosen.values()])
     report = {"counts": dict(cleaner.counts), "documents": len(pool), "documents_per_second": rates}
-    report |= {"validation_fraction": arguments.validation_fraction, "topics": {}}
+    report |= {"validation_fraction": fraction, "topics": {}}
     for name, found in chosen.items():
-        told = write_topic(folder / name, pool, found, validating, arguments.seed)
+        told = write_topic(folder / name, pool, found, sides, arguments.seed)
         report["topics"][name] = {"queries": wanted[name]} | told
-    report["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KiB on Linux
-    return report
+    return report | {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}  # KiB on Linux
 
 
-def fused(numbers: np.ndarray, scores: np.ndarray) -> list[tuple[int, float]]:
+def fused(numbers: np.ndarray, scores: np.ndarray) -> Chosen:
     """(number, score) of the documents that several queries found, the best first, by reciprocal ranks.
 
     Args: numbers, scores: (Q, K) of each query, the best first; a document with score 0 was not found.
@@ -202,9 +197,7 @@ class Sides:
         return draw(text) < self.fraction or text in self.given
 
 
-def write_topic(
-    folder: Path, pool: Pool, chosen: list[tuple[int, float]], sides_of: Sides, seed: int
-) -> dict[str, Any]:
+def write_topic(folder: Path, pool: Pool, chosen: Chosen, sides_of: Sides, seed: int) -> dict[str, Any]:
     """train.jsonl, validation.jsonl and random.jsonl of a topic. Returns what is told of them.
 
     random.jsonl has other documents, as many characters as train.jsonl, none of the side that validates: what the same
@@ -241,25 +234,19 @@ def counted(counts: dict[str, int]) -> str:
 
 def summary(report: dict[str, Any]) -> str:
     """The report for a reader."""
-    lines = ["# Selected texts", "", "| | documents |", "|---|---|"]
-    lines += [f"| {name} | {number:,} |" for name, number in report["counts"].items()]
-    lines += [f"| ranked | {report['documents']:,} |", ""]
     rates = ", ".join(f"{what} {rate:,}" for what, rate in report["documents_per_second"].items())
-    lines += [f"Documents a second: {rates}. Peak memory {report['peak_memory_mib']:,} MiB.", ""]
+    lines = [
+        "# Selected texts\n\n| | documents |\n|---|---|",
+        *(f"| {name} | {number:,} |" for name, number in report["counts"].items()),
+        f"| ranked | {report['documents']:,} |\n",
+        f"Documents a second: {rates}. Peak memory {report['peak_memory_mib']:,} MiB.\n",
+    ]
     for name, topic in report["topics"].items():
-        lines += [
-            f"## {name}",
-            "",
-            f"Queries: {', '.join(topic['queries'])}",
-            "",
-            "| | documents | characters |",
-            "|---|---|---|",
-        ]
         sides = ("train", "validation", "random")
+        lines += [f"## {name}\n\nQueries: {', '.join(topic['queries'])}\n\n| | documents | characters |\n|---|---|---|"]
         lines += [f"| {side} | {topic[side]['documents']:,} | {topic[side]['characters']:,} |" for side in sides]
-        lines += ["", *([topic["note"], ""] if "note" in topic else []), "The best of train:", ""]
-        lines += [f"- {' '.join(row['text'].split())} ({row['source']})" for row in topic["best"]]
-        lines.append("")
+        lines += ["", *([topic["note"], ""] if "note" in topic else []), "The best of train:\n"]
+        lines += [f"- {' '.join(row['text'].split())} ({row['source']})" for row in topic["best"]] + [""]
     return "\n".join(lines)
 
 

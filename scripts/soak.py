@@ -115,7 +115,12 @@ def main() -> None:
     report.largest_difference = max(abs(curves[0][step] - curves[1][step]) for step in curves[0])
     report.seconds = round(time.monotonic() - began, 1)
     write_text(report_file, json.dumps(asdict(report) | {"command": command}, indent=2))
-    tell(report)
+    print(
+        f"{report.kills} kills, {report.before_first_step} of them before the first step, {report.during_save} during "
+        f"a save; steps lost {sum(report.steps_lost)}, at most {max(report.steps_lost, default=0)} by one; damaged "
+        f"checkpoints {report.damaged}; largest difference of {report.steps} losses {report.largest_difference:g}; "
+        f"{report.seconds:,.0f} s"
+    )
     sys.exit(0 if report.largest_difference == 0 and report.damaged == 0 else 1)
 
 
@@ -153,16 +158,6 @@ def losses(folder: Path) -> dict[int, float]:
     points = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
     require(len(dict(points)) == len(points), f"{folder}: steps stand twice in metrics.jsonl")
     return dict(points)
-
-
-def tell(report: Report) -> None:
-    """The end, in words."""
-    print(
-        f"{report.kills} kills, {report.before_first_step} of them before the first step, {report.during_save} during "
-        f"a save; steps lost {sum(report.steps_lost)}, at most {max(report.steps_lost, default=0)} by one; damaged "
-        f"checkpoints {report.damaged}; largest difference of {report.steps} losses {report.largest_difference:g}; "
-        f"{report.seconds:,.0f} s"
-    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 
 from finetune.tasks import TASKS
-from kozero.errors import require
+from kozero.errors import UserError, require
 from kozero.json_files import check_keys, read_json_object
 
 KEYS = {
@@ -67,11 +67,12 @@ class Study:
         check_keys(values["tasks"], TASKS, f"{path}: tasks")
         pretraining = values.get("pretraining") or NO_PRETRAINING
         pairs = [(before, after) for before in pretraining for after in values["finetuning"]]
+        names = ", ".join(name_of(*pair) for pair in pairs)
         named = {name_of(*pair): pair for pair in pairs}
-        require(len(named) == len(pairs), f"{path}: two arms have one name; the arms are {arm_names(pairs)}")
+        require(len(named) == len(pairs), f"{path}: two arms have one name; the arms are {names}")
         arms = values.get("arms") or list(named)
         whole = all(isinstance(arm, str) for arm in arms) and len(set(arms)) == len(arms)
-        require(whole, f"{path}: arms {arms!r}: must be different names of {arm_names(pairs)}")
+        require(whole, f"{path}: arms {arms!r}: must be different names of {names}")
         check_keys(arms, named, f"{path}: arms")
         baseline = values.get("baseline") or arms[0]
         require(baseline in arms, f"{path}: baseline {baseline!r}: no such arm; the arms are {', '.join(arms)}")
@@ -90,15 +91,14 @@ class Study:
     def check(self, path: Path) -> None:
         """Names can be folders, settings are flat and name files that are there, and none is the study's own."""
         try:
-            launch = shlex.split(self.launch)
+            launch = [*shlex.split(self.launch), ""][0]
         except ValueError as error:
-            launch = []
-            require(False, f"{path}: launch {self.launch!r}: {error}")
-        known = bool(launch) and (launch[0] == "python" or shutil.which(launch[0]) is not None)
+            raise UserError(f"{path}: launch {self.launch!r}: {error}") from None
+        known = launch == "python" or shutil.which(launch) is not None
         require(known, f"{path}: launch {self.launch!r}: no such program; e.g. python, or deepspeed --num_gpus 2")
         for name in [*(self.pretraining if self.pretraining != NO_PRETRAINING else {}), *self.finetuning]:
-            right = NAME.fullmatch(name)
-            require(right is not None, f"{path}: {name!r}: it names folders; use up to 60 letters, digits, + - _")
+            told = f"{path}: {name!r}: it names folders; use up to 60 letters, digits, + - _"
+            require(NAME.fullmatch(name) is not None, told)
         parts = {"pretrain": self.pretrain, "finetune": self.finetune, "evaluate": self.evaluate}
         for kind in ("tasks", "pretraining", "finetuning"):
             parts |= {f"{kind}.{name}": settings for name, settings in getattr(self, kind).items()}
@@ -112,10 +112,8 @@ class Study:
             for task in self.tasks:
                 number, told = self.inference_pauses(after, task), f"{path}: pauses of {name_of(before, after)}, {task}"
                 require(type(number) is int and number >= 0, f"{told}: {number!r}: must be a whole number, 0 or more")
-                pauses = number or self.merged(after, task).get("num_pauses")
-                require(
-                    not (TASKS[task].whole_texts and pauses), f"{told}: {pauses!r}: its texts have no prompt to pause"
-                )
+                pauses = TASKS[task].whole_texts and (number or self.merged(after, task).get("num_pauses"))
+                require(not pauses, f"{told}: {pauses!r}: its texts have no prompt to pause")
         for name in self.pretraining:
             self.check_rows(name, f"{path}: pretraining.{name}")
 
@@ -165,6 +163,11 @@ class Study:
         """Whether a pre-training is a run of the study."""
         return bool(before) and "model_name_or_path" not in self.pretraining[before]
 
+    @property
+    def trained(self) -> list[str]:
+        """The pre-trainings of the arms that are runs of the study."""
+        return [before for before in dict.fromkeys(before for before, _ in self.arms) if self.trains(before)]
+
     def knows_pauses(self, before: str) -> bool:
         """Whether a model that is there already was trained with pauses, by its config.json."""
         name = self.pretraining[before].get("model_name_or_path")
@@ -179,11 +182,6 @@ def check_setting(where: str, key: str, value: object) -> None:
     require(not isinstance(value, dict | list), f"{where}: {key!r} must be one value")
     if key in FILES and value is not None:
         require(isinstance(value, str) and Path(value).exists(), f"{where}: {key} {value!r}: no such file or folder")
-
-
-def arm_names(pairs: list[tuple[str, str]]) -> str:
-    """All arms, for a message."""
-    return ", ".join(name_of(*pair) for pair in pairs)
 
 
 def name_of(before: str, after: str) -> str:

@@ -6,9 +6,12 @@ import html
 import io
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,6 +100,10 @@ class Result:
         """Of its metric."""
         return self.metric in LOWER_IS_BETTER
 
+    def named_metric(self, unit: str = "") -> str:
+        """The metric with its direction where lower is better, else with a unit."""
+        return self.metric + (LOWER if self.lower_is_better else unit)
+
     def of_means(self, means: np.ndarray) -> np.ndarray:
         """Scores of means over examples."""
         return np.exp(np.minimum(means, 700.0)) if self.metric == "perplexity" else means
@@ -106,10 +113,8 @@ def read_points(path: Path) -> list[dict]:
     """The logged points of a run; a last line that was cut is left out."""
     points = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+        with suppress(json.JSONDecodeError):
             points.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return points
 
 
@@ -119,14 +124,9 @@ def curve(points: list[dict]) -> Curve:
 
 
 def write_report(
-    folder: Path,
-    title: str,
-    results: list[Result],
-    baseline: str,
-    pretraining: dict[str, list[Path]],
-    study: str,
+    folder: Path, title: str, results: list[Result], baseline: str, pretraining: dict[str, list[Path]], study: str,
     command: str,
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Write results.csv, report.md, report.html and the pictures of both.
 
     Args: baseline: the arm that the others are measured against; pretraining: logs by name, one a seed; study: the
@@ -142,15 +142,12 @@ def write_report(
         f"Difference to {baseline}": (difference_table(results, baseline), DIFFERENCE_TOLD),
         "Best number of pauses": (pauses_table(results), PAUSES_TOLD),
         "Cost": (cost_table(results), COST_TOLD),
+        "Cost of pre-training": (pretraining_table(pretraining), PRETRAINING_TOLD),
+        "Warnings": (warnings_table(results, baseline), ""),
     }
-    if pretraining_cost := pretraining_table(pretraining):
-        tables["Cost of pre-training"] = (pretraining_cost, PRETRAINING_TOLD)
-    if warned := warnings_table(results, baseline):
-        tables["Warnings"] = (warned, "")
+    tables = {name: told for name, told in tables.items() if told[0]}
     write_text(folder / "results.csv", as_csv(results))
-    pictures = {
-        name: told for name, told in pictures.items() if save_figure(folder / f"{name}.png", told[1], (10, 4.5))
-    }
+    pictures = {name: p for name, p in pictures.items() if save_figure(folder / f"{name}.png", p[1], (10, 4.5))}
     write_text(folder / "report.md", as_markdown(title, tables, pictures, study, command))
     write_text(folder / "report.html", as_html(title, tables, pictures, study, command, folder))
     names = ["results.csv", "report.md", "report.html", *(f"{name}.png" for name in pictures)]
@@ -159,15 +156,14 @@ def write_report(
 
 SCORES_TOLD = (
     "Mean and standard deviation over the seeds, with the arm's own number of pauses at inference; in percent, but for "
-    "perplexity. "
-    "A classifier that answers the most frequent label every time scores what is in the last column."
+    "perplexity. A classifier that answers the most frequent label every time scores what is in the last column."
 )
 DIFFERENCE_TOLD = (
     "Paired: the same examples, the difference of the scores averaged over the seeds, in their unit; where lower is "
-    "better, a negative one is an improvement. The interval is the 95 % "
-    "percentile bootstrap (10,000 draws) over groups of examples, which are not independent: the questions of an "
-    "article, the pairs of a premise. It does not hold the spread between seeds, which the last column shows; so a "
-    "difference counts as shown only where all seeds agree on its sign, and with one seed nothing is known of it. "
+    "better, a negative one is an improvement. The interval is the 95 % percentile bootstrap (10,000 draws) over "
+    "groups of examples, which are not independent: the questions of an article, the pairs of a premise. It does not "
+    "hold the spread between seeds, which the last column shows; so a difference counts as shown only where all seeds "
+    "agree on its sign, and with one seed nothing is known of it. "
     f"Of fewer than {LEAST_GROUPS} groups there is no verdict, and of one no interval."
 )
 PAUSES_TOLD = (
@@ -183,17 +179,16 @@ def arms_of(results: list[Result]) -> list[str]:
     return list(dict.fromkeys(result.arm for result in results))
 
 
+def tasks_of(results: list[Result]) -> list[str]:
+    """Tasks in the order of the study."""
+    return list(dict.fromkeys(result.task for result in results))
+
+
 def cells_of(results: list[Result]) -> Iterable[tuple[str, str, list[Result]]]:
     """(arm, task, results of all seeds), task by task."""
-    for task in dict.fromkeys(result.task for result in results):
-        for arm in arms_of(results):
-            if found := [result for result in results if (result.arm, result.task) == (arm, task)]:
-                yield arm, task, found
-
-
-def spread(values: list[float]) -> float:
-    """Standard deviation over the seeds (N - 1), for a picture: 0 for one seed."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+    for task, arm in product(tasks_of(results), arms_of(results)):
+        if found := [result for result in results if (result.arm, result.task) == (arm, task)]:
+            yield arm, task, found
 
 
 def score_table(results: list[Result]) -> Table:
@@ -203,8 +198,8 @@ def score_table(results: list[Result]) -> Table:
         values, majority = [result.value for result in found], found[0].majority
         told = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
         constant = "" if majority is None else f"{majority:.2f}"
-        metric = found[0].metric + LOWER * found[0].lower_is_better
-        rows.append([task, arm, str(found[0].num_pauses), metric, told, str(len(values)), constant])
+        own, metric = str(found[0].num_pauses), found[0].named_metric()
+        rows.append([task, arm, own, metric, told, str(len(values)), constant])
     return rows
 
 
@@ -317,39 +312,42 @@ def panels(figure, names: list[str]):
     return zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)
 
 
+def task_panels(figure, results: list[Result]) -> Iterator[tuple[Any, list[tuple[str, list[Result]]]]]:
+    """A panel a task, as axes and its arms as (color, results of all seeds)."""
+    arms = arms_of(results)
+    for task, axes in panels(figure, tasks_of(results)):
+        cells = [(f"C{arms.index(arm)}", found) for arm, other, found in cells_of(results) if other == task]
+        axes.set(title=task, ylabel=cells[0][1][0].named_metric(" (%)"))
+        yield axes, cells
+
+
 def plot_scores(figure, results: list[Result]) -> None:
     """A panel a task: points are seeds, bars mean and standard deviation."""
     arms = arms_of(results)
-    for task, axes in panels(figure, list(dict.fromkeys(r.task for r in results))):
-        for arm, _, found in cells_of([r for r in results if r.task == task]):
-            values, place = [r.value for r in found], arms.index(arm)
-            axes.errorbar(place, statistics.mean(values), spread(values), fmt="_", capsize=6, color=f"C{place}", ms=14)
-            axes.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.5)
+    for axes, cells in task_panels(figure, results):
+        for color, found in cells:
+            values, place = [r.value for r in found], arms.index(found[0].arm)
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            axes.errorbar(place, statistics.mean(values), spread, fmt="_", capsize=6, color=color, ms=14)
+            axes.plot([place] * len(values), values, "o", color=color, alpha=0.5)
         if found[0].majority is not None:
             axes.axhline(found[0].majority, color="gray", linestyle=":", label="most frequent label")
             axes.legend(fontsize="small")
-        axes.set(title=task, ylabel=found[0].metric + (LOWER if found[0].lower_is_better else " (%)"))
         axes.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
 
 
 def plot_pauses(figure, results: list[Result]) -> None:
     """A panel a task: a line an arm, its own number marked, the band from the worst to the best seed."""
-    arms = arms_of(results)
-    for task, axes in panels(figure, list(dict.fromkeys(r.task for r in results))):
-        for arm, _, found in cells_of([r for r in results if r.task == task]):
-            means, color = mean_curve(found), f"C{arms.index(arm)}"
-            low = [min(r.values[number] for r in found) for number in means]
-            high = [max(r.values[number] for r in found) for number in means]
+    for axes, cells in task_panels(figure, results):
+        for color, found in cells:
+            means, own = mean_curve(found), found[0].num_pauses
+            low, high = ([pick(r.values[number] for r in found) for number in means] for pick in (min, max))
             if len(means) == 1:
                 axes.axhline(means[0], color=color, linestyle=":")
-            axes.plot(list(means), list(means.values()), marker=".", color=color, label=arm)
+            axes.plot(list(means), list(means.values()), marker=".", color=color, label=found[0].arm)
             axes.fill_between(list(means), low, high, color=color, alpha=0.15, linewidth=0)
-            axes.plot(found[0].num_pauses, means[found[0].num_pauses], "o", color=color, ms=9, mfc="none")
-        axes.set(
-            title=task,
-            xlabel="pauses at inference",
-            ylabel=found[0].metric + (LOWER if found[0].lower_is_better else " (%)"),
-        )
+            axes.plot(own, means[own], "o", color=color, ms=9, mfc="none")
+        axes.set_xlabel("pauses at inference")
         whole_numbers(axes)
     name_lines(figure)
 
@@ -364,28 +362,21 @@ def name_lines(figure) -> None:
 
 def plot_losses(figure, results: list[Result], pretraining: dict[str, list[Path]]) -> None:
     """Pre-training, then a panel a task: mean over seeds by arm."""
-    tasks, arms = list(dict.fromkeys(r.task for r in results)), arms_of(results)
+    arms = arms_of(results)
     logged = {
         name: [curve(read_points(path)) for path in paths if path.exists()] for name, paths in pretraining.items()
     }
     before = {name: curves for name, curves in logged.items() if curves}
-    for name, axes in panels(figure, ([PRETRAINING] if before else []) + tasks):
-        if name == PRETRAINING:
-            lines = list(before.items())
-        else:
-            lines = [
-                (arm, [r.losses for r in found]) for arm, _, found in cells_of([r for r in results if r.task == name])
-            ]
-        for k, (label, curves) in enumerate(lines):
-            steps = sorted(set.intersection(*({step for step, _ in points} for points in curves)))
+    lines = {PRETRAINING: before} if before else {}
+    for arm, task, found in cells_of(results):
+        lines.setdefault(task, {})[arm] = [r.losses for r in found]
+    for name, axes in panels(figure, list(lines)):
+        for k, (label, curves) in enumerate(lines[name].items()):
             by_step = [dict(points) for points in curves]
-            axes.plot(
-                steps,
-                [statistics.mean(points[step] for points in by_step) for step in steps],
-                label=label,
-                color=f"C{arms.index(label)}" if label in arms else "black",
-                linestyle="-" if label in arms else DASHES[k % 4],
-            )
+            steps = sorted(set.intersection(*map(set, by_step)))
+            means = [statistics.mean(points[step] for points in by_step) for step in steps]
+            color, style = (f"C{arms.index(label)}", "-") if label in arms else ("black", DASHES[k % 4])
+            axes.plot(steps, means, label=label, color=color, linestyle=style)
         axes.set(title=name, xlabel="step", ylabel="loss (nats a token)")
     name_lines(figure)
 

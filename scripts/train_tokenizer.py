@@ -52,8 +52,8 @@ def main() -> None:
     require(arguments.vocab_size > smallest, f"--vocab_size {arguments.vocab_size}: must be above {smallest}")
     files = [file for name in arguments.files for file in text_files("--files", Path(name))]
     for file in files:
-        rows = f"--files {file}: holds rows, not texts; write its texts into a .txt file, one a line"
-        require(file.suffix not in (".json", ".jsonl", ".csv"), rows)
+        rows = file.suffix in (".json", ".jsonl", ".csv")
+        require(not rows, f"--files {file}: holds rows, not texts; write its texts into a .txt file, one a line")
     with new_folder("--output_dir", Path(arguments.output_dir)) as folder:
         tokenizer = KINDS[arguments.kind](lines(files, arguments.column), arguments.vocab_size)
         tokenizer.save_pretrained(folder)
