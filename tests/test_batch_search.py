@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kozero import batch_search, distributed, memory
-from kozero.batch_search import MARGIN, Probe, Prober, Room, largest_micro_batch, search
+from kozero.batch_search import MARGIN, Probe, Prober, Room, beyond, largest_micro_batch, search
 from kozero.config import BatchSizes
 from kozero.engines.base import StepStats
 from kozero.errors import UserError
@@ -425,3 +425,15 @@ def test_no_batch_of_a_corpus_is_larger_than_what_is_measured(one_rank, monkeypa
         assert set(batch.inputs) == set(largest.inputs)
         for name, tensor in batch.inputs.items():
             assert np.all(np.array(tensor.shape) <= np.array(largest.inputs[name].shape)), name
+
+
+@pytest.mark.parametrize(
+    "probe, rows",
+    [
+        (Probe(2, 40.0, 1000.0), 4),  # all that is held grows with the rows: 2 * 95 / 40 = 4.75
+        (Probe(2, 80.0, 4.0), 5),  # twice what a forward pass adds comes on top: 2 + 2 * 15 / 8 = 5.75
+    ],
+)
+def test_the_second_probe_takes_at_most_half_of_the_margin_where_one_measurement_is_the_whole_truth(probe, rows):
+    """By hand: of 100 bytes 90 are usable, so 95 are the utmost. Nothing is held between two steps."""
+    assert beyond([probe], Room(held=0.0, limit=100.0)) == rows

@@ -90,6 +90,18 @@ def reference_losses(layer: SwitchFeedForward, tokens: torch.Tensor, choices: li
     return [balance, sum(math.log(total) ** 2 for total in sums) / len(sums)]
 
 
+def test_scores_go_on_in_32_bit_from_a_layer_in_16_bit():
+    """A sum of as many terms as there are layers: beside 100, bf16 would keep steps of 0.5 only."""
+    torch.manual_seed(0)
+    attention = ResidualAttention(tiny()).bfloat16().eval()
+    hidden = torch.randn(2, 5, tiny().hidden_size).bfloat16()
+    previous = torch.full((2, tiny().num_heads, 5, 5), 100.0)
+    _, own = attention(hidden, None, None)
+    _, summed = attention(hidden, previous, None)
+    assert own.dtype == summed.dtype == torch.float32
+    assert torch.equal(summed, previous + own) and own.unique().numel() > 10
+
+
 def reference_attention(layer: ResidualAttention, x: torch.Tensor, previous: list[torch.Tensor], seen: torch.Tensor):
     """(T, H) of one text, head by head; `seen` (T, T) says which keys each query sees."""
     size = x.shape[1] // layer.num_heads
