@@ -20,7 +20,7 @@ from kozero.data.framing import Framing
 from kozero.engines.base import Engine
 from kozero.errors import require
 from models import encoders
-from models.language_model import check_vocabulary, load_tokenizer
+from models.language_model import check_vocabulary, load_tokenizer, set_dropout
 
 TINY = Path(__file__).parent.parent / "models" / "transformer_tiny_config.json"
 
@@ -109,7 +109,7 @@ def load(arguments: ModelArguments, head: Callable[[PreTrainedModel], nn.Module]
         foreign = bool(name and arguments.tokenizer_name_or_path)
         check_vocabulary(len(tokenizer), encoder.config.vocab_size, foreign)
         if arguments.dropout is not None:
-            encoders.set_dropout(encoder, arguments.dropout)
+            set_dropout(encoder, arguments.dropout)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             module = head(encoder)

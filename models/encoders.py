@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from kozero.errors import UserError, first_line, nearest
+from kozero.errors import UserError, first_line, nearest, require
+from models.encoder_config import EncoderConfig
 from models.language_model import read_model_json, save_folder
 from models.loading import build_or_refuse, load_any_config, load_checked
 from models.mix_lm import MixLmConfig, MixLmEncoder
@@ -59,10 +60,9 @@ def read_encoder_config(
         values[key] = value
     try:
         config = kind(**values)
-    except UserError as error:
-        raise UserError(f"--config_file {path}: {error}") from None
-    except Exception as error:  # the config checks types by several libraries' errors
-        raise UserError(f"--config_file {path}: {first_line(error)}") from None
+    except Exception as error:  # its own UserError, or those of the libraries that check types
+        wrong = error if isinstance(error, UserError) else first_line(error)
+        raise UserError(f"--config_file {path}: {wrong}") from None
     config.name_or_path = str(path)  # for messages; it is not written
     return config
 
@@ -110,9 +110,8 @@ def load_encoder(folder: str, flag: str = "--model_name_or_path") -> PreTrainedM
     Raises: UserError when the folder holds something else or is damaged.
     """
     config = load_any_config(folder, flag)
-    if not isinstance(config, tuple(kind for kind, _ in ENCODERS.values())):
-        known = ", ".join(ENCODERS)
-        raise UserError(f"{flag} {folder}: model_type {config.model_type!r}; an encoder of {known} is needed here")
+    needed = f"model_type {config.model_type!r}; an encoder of {', '.join(ENCODERS)} is needed here"
+    require(isinstance(config, EncoderConfig), f"{flag} {folder}: {needed}")
     encoder = load_checked(AutoModel, config, folder, flag, is_ours=bool)  # each weight of the file belongs to it
     check_shared(encoder, folder, flag)
     return encoder
@@ -126,10 +125,9 @@ def check_shared(encoder: PreTrainedModel, folder: str, flag: str) -> None:
         with safe_open(path, "pt") as file:
             own = sorted(set(file.keys()) - names)
         if own:
-            raise UserError(
-                f"{flag} {folder}: layer_group {encoder.config.layer_group} shares all weights of its layers, and the "
-                f"file has {own[0]} besides (exported when feed-forwards alone were shared); train it anew"
-            )
+            shares = f"layer_group {encoder.config.layer_group} shares all weights of its layers, and the file has"
+            old = "(exported when feed-forwards alone were shared); train it anew"
+            raise UserError(f"{flag} {folder}: {shares} {own[0]} besides {old}")
 
 
 def load_heads(module: nn.Module, folder: str) -> list[str]:
@@ -146,29 +144,17 @@ def load_heads(module: nn.Module, folder: str) -> list[str]:
         raise UserError(f"{path}: cannot be loaded ({first_line(error)})") from None
     own = {name: p for name, p in module.named_parameters() if not name.startswith(ENCODER)}
     for name in own.keys() & saved.keys():
-        if own[name].shape != saved[name].shape:
-            found, wanted = tuple(saved[name].shape), tuple(own[name].shape)
-            raise UserError(f"{path}: {name} has the shape {found}, this encoder needs {wanted}")
+        found, wanted = tuple(saved[name].shape), tuple(own[name].shape)
+        require(found == wanted, f"{path}: {name} has the shape {found}, this encoder needs {wanted}")
         with torch.no_grad():
             own[name].copy_(saved[name])
     return sorted(own.keys() - saved.keys())
 
 
-def set_dropout(encoder: PreTrainedModel, rate: float) -> None:
-    """One rate everywhere, in the config and in the modules that were built from it."""
-    encoder.config.dropout_prob = rate
-    for module in encoder.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rate
-
-
 def export_encoder(
-    folder: Path,
-    module: nn.Module,
-    state: dict[str, torch.Tensor] | None,
-    tokenizer: PreTrainedTokenizerFast,
+    folder: Path, module: nn.Module, state: dict[str, torch.Tensor] | None, tokenizer: PreTrainedTokenizerFast,
     card: str,
-) -> None:
+) -> None:  # fmt: skip
     """Fill a folder that `AutoModel` and `AutoTokenizer` load, and the heads in it.
 
     Args:

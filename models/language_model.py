@@ -26,7 +26,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from kozero.errors import UserError, first_line, nearest, no_panic, require
-from kozero.json_files import read_json
+from kozero.json_files import check_keys, read_json
 from models.causal_lm import CausalLM, build, reset_row, resize_vocabulary
 from models.loading import build_or_refuse, cannot_load, load_any_config, load_checked, quiet, require_folder
 from models.tokenizer import keep_out_of_text, read_tokenizer
@@ -114,9 +114,7 @@ def read_config(path: Path) -> GPT2Config:
     """A GPT2Config from JSON; an unknown key or another architecture is a UserError."""
     values = read_model_json(path, "gpt2")
     known = {f.name for f in dataclasses.fields(GPT2Config)} | {"model_type"}
-    for key in values:
-        if key not in known:
-            raise UserError(f"--config_file {path}: unknown key {key!r}{nearest(key, known)}")
+    check_keys(values, known, f"--config_file {path}")
     try:
         config = GPT2Config(**values)
     except Exception as error:  # the config checks types by several libraries' errors
@@ -168,8 +166,7 @@ def read_model_json(path: Path, *model_types: str) -> dict[str, Any]:
 def load_config(name: str, flag: str = FLAG) -> GPT2Config:
     """The config of a folder or hub name."""
     config = load_any_config(name, flag)
-    if config.model_type != "gpt2":
-        raise UserError(f"{flag} {name}: model_type {config.model_type!r}; 'gpt2' is needed here")
+    require(config.model_type == "gpt2", f"{flag} {name}: model_type {config.model_type!r}; 'gpt2' is needed here")
     check_gpt2(config, f"{flag} {name}: config.json")
     return with_one_gelu(config)
 
@@ -188,15 +185,9 @@ def random_weights(config: GPT2Config, seed: int, path: str) -> GPT2LMHeadModel:
 
 
 def load(
-    model_name_or_path: str | None,
-    config_file: str | None,
-    tokenizer_name: str | None,
-    *,
-    pause_token: str,
-    with_pauses: bool,
-    seed: int,
-    dropout: float | None = None,
-) -> LanguageModel:
+    model_name_or_path: str | None, config_file: str | None, tokenizer_name: str | None, *, pause_token: str,
+    with_pauses: bool, seed: int, dropout: float | None = None,
+) -> LanguageModel:  # fmt: skip
     """Build a LanguageModel, the same on every rank.
 
     Args:
@@ -206,12 +197,11 @@ def load(
         with_pauses: this run trains with pauses; a model that has not met any gets a fresh pause row.
         dropout: replaces the three dropout rates of the config.
     """
-    if bool(model_name_or_path) == bool(config_file):
-        raise UserError("give either --model_name_or_path or --config_file")
-    if not (tokenizer_name or model_name_or_path):
-        raise UserError("--config_file makes random weights and needs --tokenizer_name_or_path")
+    require(bool(model_name_or_path) != bool(config_file), "give either --model_name_or_path or --config_file")
+    named = tokenizer_name or model_name_or_path
+    require(bool(named), "--config_file makes random weights and needs --tokenizer_name_or_path")
     config = load_config(model_name_or_path) if model_name_or_path else read_config(Path(config_file))
-    tokenizer = load_tokenizer(tokenizer_name or model_name_or_path)
+    tokenizer = load_tokenizer(named)
     lm = load_weights(model_name_or_path, config) if model_name_or_path else random_weights(config, seed, config_file)
     # Without it GPT-2 looks for padding in every batch and warns; rows here are packed and generation passes its own.
     lm.config.pad_token_id = None
@@ -222,31 +212,25 @@ def load(
 
 
 def with_pause_token(
-    lm: GPT2LMHeadModel,
-    tokenizer: PreTrainedTokenizerFast,
-    name: str | None,
-    pause_token: str,
-    with_pauses: bool,
+    lm: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, name: str | None, pause_token: str, with_pauses: bool,
     seed: int,
-) -> LanguageModel:
+) -> LanguageModel:  # fmt: skip
     """The model with its pause token found, or made when `with_pauses`; see load."""
     settings = pause_settings_of(lm.config, name)
     token = settings.get("token", pause_token)
     check_pause_token(token, tokenizer)
-    if pause_token not in (token, DEFAULT_PAUSE):
-        raise UserError(f"--pause_token {pause_token}: {name} was trained with {token}; leave it out")
-    pause_id = tokenizer.get_vocab().get(token)
-    if pause_id is None and "token" in settings:
-        raise UserError(f"{name}: its config.json pauses with {token}, which the tokenizer lacks")
+    same = pause_token in (token, DEFAULT_PAUSE)
+    require(same, f"--pause_token {pause_token}: {name} was trained with {token}; leave it out")
+    pause_id, known = tokenizer.get_vocab().get(token), "token" in settings
+    lacks = known and pause_id is None
+    require(not lacks, f"{name}: its config.json pauses with {token}, which the tokenizer lacks")
     if pause_id is None and with_pauses:
         pause_id = add_pause_token(lm, tokenizer)
     if pause_id is not None:
         keep_out_of_text(tokenizer, [pause_id])
-    if with_pauses and "token" not in settings:
+    if with_pauses and not known:
         reset_row(lm, pause_id, seed)
-    silent = list(range(len(tokenizer), lm.config.vocab_size)) + (
-        [pause_id] if with_pauses or "token" in settings else []
-    )
+    silent = [*range(len(tokenizer), lm.config.vocab_size), *([pause_id] if with_pauses or known else [])]
     return LanguageModel(CausalLM(lm, silent, pause_id), tokenizer, settings)
 
 
@@ -254,15 +238,12 @@ def pause_settings_of(config: GPT2Config, name: str | None) -> dict[str, Any]:
     """The pauses that a model was trained with, empty when with none."""
     settings = getattr(config, "pause", None) or {}
     numbers = ("num_pauses", "num_inference_pauses")
-    right = isinstance(settings, dict) and (
-        not settings
-        or (
-            (isinstance(settings.get("token"), str) or settings.get("placement") == "filler")
-            and all(type(settings.get(k)) is int and settings[k] >= 0 for k in numbers)
-        )
-    )
-    if not right:
-        raise UserError(f"{name}: 'pause' in its config.json is {settings!r}; it needs token, {' and '.join(numbers)}")
+    right = isinstance(settings, dict)
+    if right and settings:
+        right = isinstance(settings.get("token"), str) or settings.get("placement") == "filler"
+        right = right and all(type(settings.get(k)) is int and settings[k] >= 0 for k in numbers)
+    told = f"'pause' in its config.json is {settings!r}; it needs token, {' and '.join(numbers)}"
+    require(right, f"{name}: {told}")
     return settings
 
 
@@ -313,11 +294,11 @@ def values_of_model(config: PreTrainedConfig) -> dict[str, int | float | str]:
     return {f"{name} of the model": value for name, value in own_values(config).items()}
 
 
-def set_dropout(lm: GPT2LMHeadModel, rate: float) -> None:
+def set_dropout(model: PreTrainedModel, rate: float) -> None:
     """One dropout rate everywhere, in the config and in the modules that were built from it."""
-    for name in DROPOUTS:
-        setattr(lm.config, name, rate)
-    for module in lm.modules():
+    for name in {*DROPOUTS, "dropout_prob"} & model.config.to_dict().keys():
+        setattr(model.config, name, rate)
+    for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = rate
 
@@ -330,9 +311,9 @@ def export(
 
     Args: state: all weights by the names of `model.module`; None: the folder without them.
     """
-    config = copy.deepcopy(model.config)
-    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, role, getattr(model.tokenizer, role))
+    config, tokenizer = copy.deepcopy(model.config), model.tokenizer
+    roles = {role: getattr(tokenizer, role) for role in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config.update(roles)
     if pause:
         config.pause = pause
     with torch.device("meta"):
@@ -342,24 +323,15 @@ def export(
         lm.tie_weights()
         if set(missing) - {"lm_head.weight"} or unexpected:
             raise RuntimeError(f"weights do not match the model: missing {missing}, unexpected {unexpected}")
-    tokenizer = model.tokenizer
-    silent = list(range(len(tokenizer), config.vocab_size)) + ([pause["token_id"]] if "token_id" in pause else [])
-    lm.generation_config.update(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=silent or None,
-    )
+    silent = [*range(len(tokenizer), config.vocab_size), *([pause["token_id"]] if "token_id" in pause else [])]
+    lm.generation_config.update(**roles, suppress_tokens=silent or None)
     save_folder(folder, lm, tokenizer, card, None if state is None else {})
 
 
 def save_folder(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    card: str,
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str,
     beside: Mapping[str, dict[str, torch.Tensor]] | None,
-) -> None:
+) -> None:  # fmt: skip
     """Fill a folder with a model, its tokenizer and card.
 
     Args: beside: files of further weights; None: no weights at all.

@@ -25,8 +25,7 @@ def require_folder(name: str, flag: str) -> None:
     """Tell a folder that is not there from a hub name: a hub name is `owner/name`."""
     path = Path(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or name.endswith("/")
-    if looks_local and not path.is_dir():
-        raise UserError(f"{flag} {name}: no such folder")
+    require(not looks_local or path.is_dir(), f"{flag} {name}: no such folder")
 
 
 def require_model(name: str, flag: str) -> None:
@@ -128,8 +127,7 @@ def load_checked(auto: Any, config: PreTrainedConfig, name: str, flag: str, is_o
         (set(filter(is_ours, loading["unexpected_keys"])), "are of layers that its config.json does not have"),
         ({k for k, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()}, "are not finite"),
     ):
-        if wrong:
-            raise UserError(f"{flag} {name}: {len(wrong)} weights {what}, the first is {min(wrong)}")
+        require(not wrong, f"{flag} {name}: {len(wrong)} weights {what}, the first is {min(wrong, default=None)}")
     return model
 
 

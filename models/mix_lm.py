@@ -213,12 +213,9 @@ class MixLmLayer(GradientCheckpointingLayer):
         self.dropout = Dropout(config.dropout_prob)
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        feed_forward: MixFeedForward,
-        padding: torch.Tensor | None,
+        self, hidden: torch.Tensor, feed_forward: MixFeedForward, padding: torch.Tensor | None,
         visible: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """(B, T, H) to the same."""
         if self.post_norm:
             hidden = self.gmlp_norm(hidden + self.dropout(self.gmlp(hidden, padding, visible)))

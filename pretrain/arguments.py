@@ -108,29 +108,20 @@ class CorpusArguments:
     def __post_init__(self) -> None:
         at_least(8, self, "max_seq_length")
         at_least(0, self, "max_eval_samples")
-        require(
-            self.validation_fraction is None or 0 <= self.validation_fraction < 1,
-            f"--validation_fraction {self.validation_fraction}: must be in [0, 1)",
-        )
-        require(self.dropout is None or 0 <= self.dropout < 1, f"--dropout {self.dropout}: must be in [0, 1)")
+        for name in ("validation_fraction", "dropout", "pause_fraction"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1, f"--{name} {value}: must be in [0, 1)")
         require(0 < self.mask_share < 1, f"--mask_share {self.mask_share}: must be above 0 and below 1")
         require(not (self.corpus_path and self.corpus_hub), "--corpus_path and --corpus_hub: choose one of the two")
         self.task = self.task or ("clm" if self.model == "causal_lm" else "mlm_sop")
-        require(
-            (self.model == "causal_lm") == (self.task == "clm"),
-            f"--model {self.model} and --task {self.task}: causal_lm learns clm, the encoders learn the others",
-        )
-        require(0 <= self.pause_fraction < 1, f"--pause_fraction {self.pause_fraction}: must be in [0, 1)")
-        room = self.max_seq_length - 2
-        require(
-            not self.pause_fraction or 1 <= self.num_pauses <= room,
-            f"--pause_fraction {self.pause_fraction}: {self.num_pauses} pauses in --max_seq_length "
-            f"{self.max_seq_length} tokens; must be 1 to {room}",
-        )
-        require(
-            self.task == "clm" or not self.pause_fraction,
-            f"--pause_fraction {self.pause_fraction}: --task {self.task} has no pauses; give --model causal_lm",
-        )
+        both = f"--model {self.model} and --task {self.task}: causal_lm learns clm, the encoders learn the others"
+        require((self.model == "causal_lm") == (self.task == "clm"), both)
+        if not self.pause_fraction:
+            return
+        named, room = f"--pause_fraction {self.pause_fraction}", self.max_seq_length - 2
+        told = f"{self.num_pauses} pauses in --max_seq_length {self.max_seq_length} tokens; must be 1 to {room}"
+        require(1 <= self.num_pauses <= room, f"{named}: {told}")
+        require(self.task == "clm", f"{named}: --task {self.task} has no pauses; give --model causal_lm")
 
     @property
     def num_pauses(self) -> int:

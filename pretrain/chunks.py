@@ -29,6 +29,9 @@ class Chunks:
     chunks: np.ndarray
     num_train: int
 
+    def __len__(self) -> int:
+        return len(self.chunks) - 1
+
     def __getitem__(self, number: int) -> list[np.ndarray]:
         """The ids of each unit of a chunk."""
         first, last = int(self.chunks[number]), int(self.chunks[number + 1])
@@ -173,7 +176,7 @@ class Numbered:
     def __init__(self, parts: Sequence[Chunks | Blocks], held_out: bool) -> None:
         self.parts = parts
         self.first = [part.num_train if held_out else 0 for part in parts]
-        counts = [(len_of(part) if held_out else part.num_train) - f for part, f in zip(parts, self.first, strict=True)]
+        counts = [(len(part) if held_out else part.num_train) - f for part, f in zip(parts, self.first, strict=True)]
         self.begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -210,8 +213,3 @@ class Numbered:
             if found >= most:
                 break
         return found
-
-
-def len_of(part: Chunks | Blocks) -> int:
-    """All rows of a shard, held-out ones too."""
-    return len(part.chunks) - 1 if isinstance(part, Chunks) else len(part)

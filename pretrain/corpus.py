@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import accumulate, chain, islice, takewhile
+from itertools import accumulate, chain, groupby, islice, takewhile
 from os import SEEK_END
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,9 @@ class Piece:
 
     def documents(self) -> Iterator[Document]:
         """Documents as their lines without the empty ones."""
-        document: Document = []
-        for line in self.lines():
-            if line:
-                document.append(line)
-            elif document:
-                yield document
-                document = []
-        if document:
-            yield document
+        for has_text, lines in groupby(self.lines(), key=bool):
+            if has_text:
+                yield list(lines)
 
     def lines(self) -> Iterator[str]:
         """Lines without the spaces around them and without byte order marks (a file may be several put together).

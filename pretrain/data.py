@@ -17,18 +17,10 @@ from kozero.data.store import unknown_id, unknown_note
 from kozero.errors import require
 from kozero.folder import cache_folder
 from kozero.pause import Pauses, begins_inside
+from models.heads import ROUTER
 from pretrain.arguments import CorpusArguments, PretrainingArguments
 from pretrain.chunks import Blocks, Numbered, cut_once, held_out_documents, open_cut
-from pretrain.corpus import (
-    SPLITTERS,
-    HubPiece,
-    Piece,
-    Shard,
-    build_shard,
-    hub_pieces,
-    pieces_of,
-    reading_key,
-)
+from pretrain.corpus import SPLITTERS, HubPiece, Piece, Shard, build_shard, hub_pieces, pieces_of, reading_key
 from pretrain.full import FullBlockRows, FullEncoderRows
 from pretrain.rows import BlockRows, EncoderRows, Masking, Tokens, num_special
 
@@ -65,9 +57,8 @@ def check_corpus(arguments: CorpusArguments) -> None:
 def open_shards(arguments: CorpusArguments, tokenizer: Any) -> list[Shard]:
     """The corpus as shards. One rank of each machine tokenises what is not there yet, the others wait."""
     if not (arguments.corpus_path or arguments.corpus_hub):
-        distributed.say(
-            f"no --corpus_path and no --corpus_hub: using the sample corpus in {SAMPLE_CORPUS.parent.name}/"
-        )
+        used = f"using the sample corpus in {SAMPLE_CORPUS.parent.name}/"
+        distributed.say(f"no --corpus_path and no --corpus_hub: {used}")
     cache = cache_folder(arguments.cache_dir)
     names = distributed.once_a_machine(lambda: build_shards(arguments, tokenizer, cache))
     allow_open_files(FILES_OF_A_SHARD * len(names) + OTHER_FILES)
@@ -75,9 +66,8 @@ def open_shards(arguments: CorpusArguments, tokenizer: Any) -> list[Shard]:
     counts = np.array([(s.num_documents, len(s.sentences) - 1, s.sentences[-1]) for s in shards]).reshape(-1, 3).sum(0)
     require(counts[2] > 0, "the corpus has no text that the tokenizer knows")
     num_held_out = sum(held_out_documents([s.num_documents for s in shards], arguments.validation_fraction))
-    distributed.say(
-        f"corpus: {counts[0]:,} documents ({num_held_out:,} held out), {counts[1]:,} sentences, {counts[2]:,} tokens"
-    )
+    documents = f"{counts[0]:,} documents ({num_held_out:,} held out)"
+    distributed.say(f"corpus: {documents}, {counts[1]:,} sentences, {counts[2]:,} tokens")
     num_unk = sum(shard.num_unk for shard in shards)
     for note in unknown_note(num_unk, int(counts[2]), tokenizer, "; there is no loss on them"):
         distributed.say(f"corpus: {note}")
@@ -125,17 +115,13 @@ def number_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any) ->
         parts = [open_cut(folder, *end) for folder, end in zip(folders, ends, strict=True)]
     train, held_out = (Numbered(parts, held_out=held) for held in (False, True))
     require(len(train) > 0, "the corpus has no document left to train on; lower --validation_fraction")
-    require(
-        corpus.task != "mlm_ict" or len(train) > 1,
-        "--task mlm_ict: the corpus is one row, and a passage is told apart from others; give more text, or "
-        "--task mlm_sop",
-    )
+    alone = "the corpus is one row, and a passage is told apart from others; give more text, or --task mlm_sop"
+    require(corpus.task != "mlm_ict" or len(train) > 1, f"--task mlm_ict: {alone}")
+    short = f"no document has two sentences that fit into a row of --max_seq_length {length} tokens"
     by_kiwi = "" if corpus.sentences == "kiwi" else "give --sentences kiwi, "
-    require(
-        corpus.task in ("mlm", "clm") or train.num_divisible() > 0,
-        f"--task {corpus.task}: no document has two sentences that fit into a row of --max_seq_length {length} tokens; "
-        f"put one sentence on a line and a blank line between documents, {by_kiwi}or --task mlm",
-    )
+    advice = f"put one sentence on a line and a blank line between documents, {by_kiwi}or --task mlm"
+    second = corpus.task in ("mlm", "clm") or train.num_divisible() > 0
+    require(second, f"--task {corpus.task}: {short}; {advice}")
     return train, held_out
 
 
@@ -150,14 +136,9 @@ def full_rows(shards: list[Shard], corpus: CorpusArguments, tokenizer: Any, rout
 
 
 def make_rows(
-    shards: list[Shard],
-    corpus: CorpusArguments,
-    training: PretrainingArguments,
-    sizes: BatchSizes,
-    tokenizer: Any,
-    router: bool,
-    pause_id: int | None = None,
-) -> PretrainingData:
+    shards: list[Shard], corpus: CorpusArguments, training: PretrainingArguments, sizes: BatchSizes, tokenizer: Any,
+    router: bool, pause_id: int | None = None,
+) -> PretrainingData:  # fmt: skip
     """The rows of a task. `router`: the model has the two losses of a Switch transformer."""
     length = corpus.max_seq_length
     train, held_out = number_rows(shards, corpus, tokenizer)
@@ -178,10 +159,9 @@ def make_rows(
     eval_rows = held_out_sizes(training, sizes.world_size).global_batch
     limit = training.max_steps_per_epoch * sizes.global_batch or len(train)
     validation = rows(held_out, eval_rows, VALIDATION_SEED, len(held_out)) if len(held_out) else None
-    objectives = (*corpus.task.split("_"), *(("balance", "router_z") if router else ()))
-    return PretrainingData(
-        rows(train, sizes.global_batch, training.seed, min(limit, len(train))), validation, objectives
-    )
+    objectives = (*corpus.task.split("_"), *(ROUTER if router else ()))
+    training_rows = rows(train, sizes.global_batch, training.seed, min(limit, len(train)))
+    return PretrainingData(training_rows, validation, objectives)
 
 
 def share_of_second(task: str, train: Numbered, held_out: Numbered) -> str:

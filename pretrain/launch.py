@@ -26,10 +26,8 @@ def check_nproc(nproc: int) -> None:
     distributed.check_environment()
     if "WORLD_SIZE" in os.environ:
         started = distributed.local_world_size()
-        require(
-            nproc in (0, started),
-            f"--nproc {nproc}: torchrun or deepspeed decides here, ranks of this machine: {started}; leave --nproc out",
-        )
+        told = f"torchrun or deepspeed decides here, ranks of this machine: {started}; leave --nproc out"
+        require(nproc in (0, started), f"--nproc {nproc}: {told}")
     elif gpus := torch.cuda.device_count():
         require(nproc <= gpus, f"--nproc {nproc}: at most one rank a GPU, here {gpus}")
     else:

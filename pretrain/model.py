@@ -51,25 +51,21 @@ def build_module(training: PretrainingArguments, corpus: CorpusArguments, tokeni
     """The model with its objectives: random weights, or those of --checkpoint."""
     if training.checkpoint:
         check_checkpoint(training.checkpoint, corpus)
-    if corpus.model == "causal_lm":
-        lm = causal_lm(training, corpus, len(tokenizer))
-        if corpus.dropout is not None:
-            language_model.set_dropout(lm, corpus.dropout)
-        check_positions(corpus, lm.config.n_positions)
-        if training.gradient_checkpointing:
-            checkpoint_activations(lm)
-        return language_model.with_pause_token(
-            lm, tokenizer, training.checkpoint, corpus.pause_token, corpus.num_pauses > 0, training.seed
-        ).module
-    encoder = encoder_of(training, corpus, tokenizer)
+    writes = corpus.model == "causal_lm"
+    model = causal_lm(training, corpus, len(tokenizer)) if writes else encoder_of(training, corpus, tokenizer)
     if corpus.dropout is not None:
-        encoders.set_dropout(encoder, corpus.dropout)
-    check_positions(corpus, encoder.config.max_position_embeddings)
+        language_model.set_dropout(model, corpus.dropout)
+    length, positions = corpus.max_seq_length, model.config.max_position_embeddings
+    few = f"the model has {positions} positions; choose at most that"
+    require(length <= positions, f"--max_seq_length {length}: {few}")
     if training.gradient_checkpointing:
-        checkpoint_activations(encoder)
+        checkpoint_activations(model)
+    if writes:
+        pauses = (corpus.pause_token, corpus.num_pauses > 0)
+        return language_model.with_pause_token(model, tokenizer, training.checkpoint, *pauses, training.seed).module
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        module = EncoderPretraining(encoder, corpus.task)
+        module = EncoderPretraining(model, corpus.task)
     if training.checkpoint and (fresh := encoders.load_heads(module, training.checkpoint)):
         distributed.say(f"--checkpoint {training.checkpoint}: no {', '.join(fresh)} beside the encoder; drawn anew")
     return module
@@ -77,21 +73,15 @@ def build_module(training: PretrainingArguments, corpus: CorpusArguments, tokeni
 
 def check_checkpoint(folder: str, corpus: CorpusArguments) -> None:
     """The model of --checkpoint has its own config, which must be of the architecture that --model names."""
-    require(
-        not corpus.config_file,
-        f"--config_file {corpus.config_file} and --checkpoint {folder}: the checkpoint has a config.json of its own; "
-        "leave --config_file out",
-    )
+    named = f"--checkpoint {folder}"
+    own = "the checkpoint has a config.json of its own; leave --config_file out"
+    require(not corpus.config_file, f"--config_file {corpus.config_file} and {named}: {own}")
     kind = load_any_config(folder, "--checkpoint").model_type
-    require(
-        kind in ARCHITECTURES,
-        f"--checkpoint {folder}: model_type {kind!r}; one of {', '.join(ARCHITECTURES)} is needed here",
-    )
+    known = f"one of {', '.join(ARCHITECTURES)} is needed here"
+    require(kind in ARCHITECTURES, f"{named}: model_type {kind!r}; {known}")
     found = ARCHITECTURES[kind]
-    require(
-        found == corpus.model,
-        f"--checkpoint {folder}: its architecture is {found}, that of this run {corpus.model}; give --model {found}",
-    )
+    other = f"its architecture is {found}, that of this run {corpus.model}; give --model {found}"
+    require(found == corpus.model, f"{named}: {other}")
 
 
 def causal_lm(training: PretrainingArguments, corpus: CorpusArguments, num_tokens: int) -> GPT2LMHeadModel:
@@ -106,9 +96,8 @@ def causal_lm(training: PretrainingArguments, corpus: CorpusArguments, num_token
     config = language_model.read_config(Path(path))
     rows = -(-num_tokens // 128) * 128
     if config.vocab_size != rows:
-        distributed.say(
-            f"{path}: vocab_size {config.vocab_size}: the tokenizer's {num_tokens}, rounded up to {rows}, is used"
-        )
+        used = f"the tokenizer's {num_tokens}, rounded up to {rows}, is used"
+        distributed.say(f"{path}: vocab_size {config.vocab_size}: {used}")
     config.vocab_size = rows
     return language_model.random_weights(config, training.seed, path)
 
@@ -118,11 +107,9 @@ def encoder_of(training: PretrainingArguments, corpus: CorpusArguments, tokenize
     if training.checkpoint:
         source = f"--checkpoint {training.checkpoint}"
         encoder = encoders.load_encoder(training.checkpoint, "--checkpoint")
-        require(
-            encoder.config.vocab_size == len(tokenizer),
-            f"{source}: has {encoder.config.vocab_size:,} tokens, the tokenizer {len(tokenizer):,}; give its own with "
-            f"--tokenizer_name_or_path {training.checkpoint}",
-        )
+        num_rows, num_tokens = encoder.config.vocab_size, len(tokenizer)
+        own = f"give its own with --tokenizer_name_or_path {training.checkpoint}"
+        require(num_rows == num_tokens, f"{source}: has {num_rows:,} tokens, the tokenizer {num_tokens:,}; {own}")
         check_segments(encoder.config, corpus.task, source)
         return encoder
     path = Path(corpus.config_file or encoders.config_file_of(corpus.model))
@@ -141,26 +128,13 @@ def check_segments(config: PreTrainedConfig, task: str, source: str) -> None:
     require(not config.causal, f"{source}: {blind}")
 
 
-def check_positions(corpus: CorpusArguments, positions: int) -> None:
-    """A row must fit the model."""
-    require(
-        corpus.max_seq_length <= positions,
-        f"--max_seq_length {corpus.max_seq_length}: the model has {positions} positions; choose at most that",
-    )
-
-
 def pause_settings(module: CausalLM, corpus: CorpusArguments, tokenizer: Any) -> dict[str, Any]:
     """What config.json of the exported model says about its pauses: those of this run, or of the one before it."""
     if not corpus.num_pauses:
         return getattr(module.lm.config, "pause", None) or {}
-    return {
-        "token": tokenizer.convert_ids_to_tokens(module.pause_id),
-        "token_id": module.pause_id,
-        "placement": corpus.pause_placement,
-        "fraction": corpus.pause_fraction,
-        "num_pauses": 0,
-        "num_inference_pauses": 0,
-    }
+    token = {"token": tokenizer.convert_ids_to_tokens(module.pause_id), "token_id": module.pause_id}
+    where = {"placement": corpus.pause_placement, "fraction": corpus.pause_fraction}
+    return token | where | {"num_pauses": 0, "num_inference_pauses": 0}
 
 
 def export(
@@ -180,10 +154,13 @@ def card(name: str, run: dict, state: RunState) -> str:
     arguments = run["arguments"]
     scores = state.best_scores
     kept = f"those of step {state.best_step:,}, the best evaluation" if scores else "the last"
+    corpus = arguments["corpus_path"] or "the sample corpus"
+    if arguments["corpus_hub"]:
+        corpus = f"{arguments['corpus_hub']}, split {arguments['hub_split']}, column {arguments['text_column']}"
     facts = [
         f"Start: {arguments['checkpoint'] or 'random weights'}",
         f"Tokenizer: {arguments['tokenizer_name_or_path'] or 'the sample tokenizer (4,096 tokens)'}",
-        f"Corpus: {corpus_of(arguments)}",
+        f"Corpus: {corpus}",
         f"Steps: {state.step:,}, {state.real_tokens:,} tokens; the weights are {kept}",
     ]
     if arguments["pause_fraction"]:
@@ -199,10 +176,3 @@ def card(name: str, run: dict, state: RunState) -> str:
         f"```\n{run['command']}\n```",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def corpus_of(arguments: dict) -> str:
-    """The text of a run, in words."""
-    if arguments["corpus_hub"]:
-        return f"{arguments['corpus_hub']}, split {arguments['hub_split']}, column {arguments['text_column']}"
-    return arguments["corpus_path"] or "the sample corpus"

@@ -42,11 +42,9 @@ class Tokens:
 
         Raises: UserError when there is no mask token, or nothing to frame a row with.
         """
-        require(
-            tokenizer.mask_token_id is not None,
-            f"--tokenizer_name_or_path {tokenizer.name_or_path}: no mask token, which an encoder's --task needs; give "
-            "another tokenizer (scripts/train_tokenizer.py makes one)",
-        )
+        named = f"--tokenizer_name_or_path {tokenizer.name_or_path}: no mask token, which an encoder's --task needs"
+        advice = "give another tokenizer (scripts/train_tokenizer.py makes one)"
+        require(tokenizer.mask_token_id is not None, f"{named}; {advice}")
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         special = np.array([name.startswith(("<unused", "[unused")) for name in names])
         special[[number for number, token in tokenizer.added_tokens_decoder.items() if token.special]] = True

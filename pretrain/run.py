@@ -44,18 +44,17 @@ NAMED = (
 
 
 def start(entry: str, description: str) -> None:
-    """Run an entry point: parse, start the ranks, train.
+    """Run an entry point: refuse wrong arguments before any process is started, start the ranks, train.
 
     Args: entry: the file's name without its ending; description: what --help says of it.
     """
-    run_main(partial(check_then_start, entry, description))
 
+    def check_then_start() -> None:
+        training, _, _ = arguments(entry, description)
+        check_nproc(training.nproc)
+        run_ranks(partial(main, entry), training.nproc)
 
-def check_then_start(entry: str, description: str) -> None:
-    """Refuse wrong arguments before any process is started."""
-    training, _, _ = arguments(entry, description)
-    check_nproc(training.nproc)
-    run_ranks(partial(main, entry), training.nproc)
+    run_main(check_then_start)
 
 
 def arguments(entry: str, description: str = "") -> tuple[PretrainingArguments, CorpusArguments, ShardingArguments]:
@@ -86,12 +85,9 @@ def main(entry: str) -> None:
 
 
 def pretrain(
-    training: PretrainingArguments,
-    corpus: CorpusArguments,
-    wanted: ShardingArguments,
-    sharding: Sharding | None,
+    training: PretrainingArguments, corpus: CorpusArguments, wanted: ShardingArguments, sharding: Sharding | None,
     output_dir: Path,
-) -> None:
+) -> None:  # fmt: skip
     """Tokenizer, corpus, model, engine, loop, export."""
     checkpoint = Checkpoints(output_dir, training.save_total_limit).to_resume(training.resume, training.max_steps)
     if checkpoint and not training.per_device_train_batch_size:
@@ -157,12 +153,11 @@ def micro_batch_of(checkpoint: Path, accumulation: int) -> int:
     """The micro batch with which a run goes on from a checkpoint: it does not look for another."""
     rows, ranks = saved_run(checkpoint).get(ROWS), distributed.world_size()
     require(isinstance(rows, int) and rows > 0, f"{checkpoint}: does not tell its batch; give --train_batch_size")
-    require(
-        rows % (accumulation * ranks) == 0,
-        f"{checkpoint}: saved with {rows} rows a step, which {ranks} ranks with --gradient_accumulation_steps "
-        f"{accumulation} cannot share; change one of the two",
-    )
-    return rows // (accumulation * ranks)
+    micro, rest = divmod(rows, accumulation * ranks)
+    sharers = f"{ranks} ranks with --gradient_accumulation_steps {accumulation}"
+    told = f"saved with {rows} rows a step, which {sharers} cannot share; change one of the two"
+    require(rest == 0, f"{checkpoint}: {told}")
+    return micro
 
 
 def check_engine(training: PretrainingArguments, sizes: BatchSizes, sharding: Sharding | None) -> EngineSettings:
@@ -176,12 +171,9 @@ def check_engine(training: PretrainingArguments, sizes: BatchSizes, sharding: Sh
 
 
 def find_batch(
-    module: nn.Module,
-    build: Callable[[], nn.Module],
-    rows: Rows,
-    training: PretrainingArguments,
+    module: nn.Module, build: Callable[[], nn.Module], rows: Rows, training: PretrainingArguments,
     settings: EngineSettings,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Put the largest micro batch that fits into `training`, by steps over `rows`, and return what `build` makes: the
     probes use `module` up. Random generators stand afterwards where they stood before. Collective."""
     once = BatchSizes(1, training.gradient_accumulation_steps, distributed.world_size())
@@ -202,13 +194,11 @@ def held_out_scores(
 ) -> dict[str, float]:
     """Losses in nats and shares of right answers on held-out rows, each counted once; none of an objective that no row
     has targets of. Collective."""
-    if rows is None:
-        return {}
-    num = min(limit or len(rows), len(rows))
+    num = min(limit or len(rows), len(rows)) if rows else 0
     num -= "ict" in objectives and num % sizes.global_batch == 1  # a passage alone is told apart from nothing
-    asked = {"score": True} if isinstance(engine.module, EncoderPretraining) else {}
     if num == 0:
         return {}
+    asked = {"score": True} if isinstance(engine.module, EncoderPretraining) else {}
     total = torch.zeros(3, len(objectives), dtype=torch.float64)
     with engine.evaluating() as module:
         for start in range(0, num, sizes.global_batch):
@@ -235,8 +225,5 @@ def router_statistics(module: nn.Module) -> dict[str, float]:
     if not found:
         return {}
     even = found["expert_load"] * found["expert_load"].shape[-1]  # 1: an even share
-    return {
-        "router/dropped_share": found["dropped"].mean().item(),
-        "router/largest_load": even.max().item(),
-        "router/smallest_load": even.min().item(),
-    }
+    loads = {"router/largest_load": even.max().item(), "router/smallest_load": even.min().item()}
+    return {"router/dropped_share": found["dropped"].mean().item()} | loads
