@@ -86,7 +86,8 @@ def main() -> None:
         arguments.output_file = arguments.output_file or f"sweep-{data_arguments.task}.json"
     if arguments.output_file:
         path = Path(arguments.output_file)
-        new_file("--output_file", path, *(beside(path) if arguments.sweep_pauses else files(path, data_arguments.task)))
+        others = beside(path) if arguments.sweep_pauses else files(path, data_arguments.task)
+        new_file("--output_file", path, *others, reads=(arguments, model_arguments, data_arguments))
     if data_arguments.task in TASKS:
         run = sweep_language_model if arguments.sweep_pauses else score_language_model
         run(arguments, model_arguments, data_arguments, pause_arguments)

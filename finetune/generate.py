@@ -27,6 +27,7 @@ from kozero.config import arg, at_least, parse_arguments
 from kozero.data.readers import decode_lines, numbered_lines
 from kozero.errors import UserError, require, run_main
 from kozero.folder import growing_file, incomplete, new_file, write_text
+from kozero.json_files import has_lone_surrogate
 from kozero.pause import InferencePauseArguments
 from kozero.text_metrics import variety
 
@@ -69,7 +70,8 @@ def main() -> None:
     distributed.setup()
     if arguments.output_file:
         path = Path(arguments.output_file)
-        new_file("--output_file", path, incomplete(path), *[path.with_suffix(METRICS)] * arguments.metrics)
+        others = [incomplete(path), *[path.with_suffix(METRICS)] * arguments.metrics]
+        new_file("--output_file", path, *others, reads=(arguments, model_arguments))
     prompts = prompts_of(arguments)
     model = load_model(model_arguments, pause_arguments, with_pauses=False, seed=decoding.seed)
     pauses = inference_pauses(model, pause_arguments)
@@ -112,6 +114,7 @@ class Writer:
 
     def check(self, prompt: str, where: str = "--prompt") -> None:
         """Refuse a prompt that is empty, or too long."""
+        require(not has_lone_surrogate(prompt), f"{where}: holds half a character (a lone surrogate)")
         num_tokens, limit = len(self.generator.ids(prompt)), self.longest
         require(num_tokens > 0, f"{where}: empty; give at least a word")
         require(num_tokens <= limit, f"{where}: {num_tokens} tokens; at most {limit} leave room for the answer")

@@ -4,6 +4,7 @@ The recipe of a team that wrote essays with ko-gpt-trinity: a piece is cut at it
 reads whole sentences alone."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,8 +74,11 @@ def last_sentences(generator: PausedGenerator, text: str, tail: int) -> str:
     """The last sentences of a text that fit into `tail` tokens; of a longer sentence the last whole characters, one of
     them also where it takes more tokens."""
     starts = [0, *(found.end() for found in SENTENCE_END.finditer(text))]
-    sentences = [part for start in starts if (part := text[start:].strip())]
+    sentences = [part for start in starts[-tail - 1 :] if (part := text[start:].strip())]  # each takes a token at least
+    first = bisect_left(sentences, -tail, key=lambda part: -len(generator.ids(part)))
+    if first < len(sentences):
+        return sentences[first]
     ids, offsets = generator.encode(sentences[-1])
     begins = np.unique(offsets[~generator.pauses.inside[ids], 0])[-tail:]
-    parts = [*sentences, *(part for start in begins if (part := sentences[-1][start:].strip()))]
+    parts = [part for start in begins if (part := sentences[-1][start:].strip())]
     return next((part for part in parts if len(generator.ids(part)) <= tail), parts[-1])

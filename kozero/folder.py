@@ -4,11 +4,11 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile, gettempdir
-from typing import TextIO
+from typing import Any, TextIO
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
@@ -95,11 +95,17 @@ def cache_folder(name: str) -> Path:
     return folder
 
 
-def new_file(flag: str, path: Path, *beside: Path) -> Path:
+def new_file(flag: str, path: Path, *beside: Path, reads: Iterable[Any] = ()) -> Path:
     """A file that could be written, as could those `beside` it; `flag` named it.
 
-    Raises: UserError, before anything long begins.
+    Args: reads: the arguments of the command.
+
+    Raises: UserError, before anything long begins, also for a file that the arguments name to be read, or one in the
+        folder of such a model: its content would be lost.
     """
+    told = {name: value for part in reads for name, value in vars(part).items() if name != "output_file"}
+    names = [value for name, value in told.items() if value and name.endswith(("_path", "_file", "_config"))]
+    inputs = [os.stat(name) for name in names if os.path.exists(name)]
     for file in (path, *beside):
         try:
             found = file.stat()
@@ -107,7 +113,9 @@ def new_file(flag: str, path: Path, *beside: Path) -> Path:
             found = None
         except OSError as error:
             raise UserError(f"{flag} {file}: cannot be written ({error.strerror})") from None
-        writable_folder(flag, file.resolve().parent)
+        above = writable_folder(flag, file.resolve().parent).stat()
+        lost = any(os.path.samestat(read, here) for read in inputs for here in (found, above) if here)
+        require(not lost, f"{flag} {file}: is read by this command, or lies in a model that is; name another file")
         require(not file.is_dir(), f"{flag} {file}: is a folder; name a file in it")
         usual = found is None or (file.is_file() and not any(os.path.samestat(found, os.fstat(n)) for n in (1, 2)))
         require(usual, f"{flag} {file}: is a device, a pipe or where this program prints; name a file of its own")

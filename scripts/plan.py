@@ -69,7 +69,7 @@ def main() -> None:
         *ARGUMENTS, prog="scripts/plan.py", description="Predict the memory of a fine-tuning run, propose a setting."
     )
     if machine.output_file:
-        new_file("--output_file", Path(machine.output_file))
+        new_file("--output_file", Path(machine.output_file), reads=(training, model, data))
     require(data.task in TASKS, f"--task {data.task}: plans are for GPT-2 models: {', '.join(TASKS)}")
     task, rows = TASKS[data.task], training.per_device_train_batch_size
     no_pauses(task, "--num_pauses", pauses.num_pauses)

@@ -21,6 +21,7 @@ from models.tokenizer import cut_within
 
 GPT = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>", *(f"<unused{n}>" for n in range(100))]
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[unused{n}]" for n in range(100))]
+MOST_TOKENS = 2**20  # the library sets memory aside for all of them before it reads a text
 LONGEST_WORD = 1000  # characters; training takes time with the square of a word's length
 LONG_WORD = re.compile(rf"[^ ]{{{LONGEST_WORD}}}(?=[^ ])")
 TEXT_COLUMNS = ("document", "text")
@@ -49,10 +50,11 @@ def main() -> None:
     (arguments,) = parse_arguments(TokenizerArguments, prog="scripts/train_tokenizer.py", description=__doc__)
     require(bool(arguments.files), "--files: name at least one text file")
     smallest = len(SPECIAL[arguments.kind])
-    require(arguments.vocab_size > smallest, f"--vocab_size {arguments.vocab_size}: must be above {smallest}")
+    right = smallest < arguments.vocab_size <= MOST_TOKENS
+    require(right, f"--vocab_size {arguments.vocab_size}: must be above {smallest} and at most {MOST_TOKENS:,}")
     files = [file for name in arguments.files for file in text_files("--files", Path(name))]
     for file in files:
-        rows = file.suffix in (".json", ".jsonl", ".csv")
+        rows = file.suffix.lower() in (".json", ".jsonl", ".csv")
         require(not rows, f"--files {file}: holds rows, not texts; write its texts into a .txt file, one a line")
     with new_folder("--output_dir", Path(arguments.output_dir)) as folder:
         tokenizer = KINDS[arguments.kind](lines(files, arguments.column), arguments.vocab_size)

@@ -157,6 +157,7 @@ def test_the_page_begins_with_what_the_command_line_says(paused_model):
         (" \n", {}, "--prompt: empty; give at least a word"),
         ("영화 " * 600, {}, "--prompt: .* tokens; at most 501 leave room for the answer"),  # of 512: 3 pauses, 8 new
         ("영화 " * 10**6, {}, "--prompt: more than 20,000 characters; shorten it"),
+        ("영화\ud83d", {}, "--prompt: holds half a character"),
         ("긍정", {"max_new_tokens": 0}, "--max_new_tokens 0: must be 1 or more"),
         ("긍정", {"max_new_tokens": 9999}, "--max_new_tokens 9999: the model has 512 positions"),
         ("긍정", {"num_inference_pauses": 10**9}, "--max_new_tokens 8: the model has 512 positions, 1000000000 for"),

@@ -111,6 +111,19 @@ def test_the_tail_is_whole_sentences_that_fit(paused_model):
     assert 1 <= len(generator.ids(last_sentences(generator, text, 2))) <= 2
 
 
+def test_the_tail_costs_as_much_after_a_long_text_as_after_a_short_one(paused_model):
+    generator, asked = PausedGenerator.from_pretrained(paused_model), []
+    counted = Scripted(generator, [])
+    counted.ids = lambda text: asked.append(len(text)) or generator.ids(text)
+    for num in (100, 2000):
+        text = " ".join(["눈이 왔다."] * num)
+        tail = last_sentences(counted, text, 64)
+        longer = len(generator.ids(f"눈이 왔다. {tail}"))
+        assert text.endswith(tail) and len(generator.ids(tail)) <= 64 < longer
+        assert sum(asked) < 10_000  # characters
+        asked.clear()
+
+
 class Scripted:
     """A generator that says what it is told to, and remembers what it was asked."""
 

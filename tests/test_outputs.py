@@ -6,6 +6,7 @@ import stat
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 
@@ -56,6 +57,41 @@ def test_a_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
         write_text(new_file("--output_file", link), text)
         assert link.is_symlink() and target.read_text() == text
     assert list(target.parent.iterdir()) == [target]
+
+
+@dataclass
+class Reading:
+    """As the arguments of a command are."""
+
+    validation_file: str | None = None
+    model_name_or_path: str | None = None
+    output_file: str | None = None
+
+
+def test_what_a_command_reads_is_no_place_for_its_results(tmp_path):
+    data, model = tmp_path / "data.json", tmp_path / "model"
+    model.mkdir()
+    for file in (data, model / "config.json"):
+        file.write_text("{}")
+    (tmp_path / "link.json").symlink_to(data)
+    told = Reading(str(data), str(model), str(tmp_path / "new.json"))
+    for file in (data, tmp_path / "link.json", model / "config.json", model / "new.json"):
+        with pytest.raises(UserError, match=rf"--output_file .*{file.name}: is read by this command"):
+            new_file("--output_file", file, reads=[told])
+    with pytest.raises(UserError, match=r"--output_file .*data.json: is read by this command"):
+        new_file("--output_file", tmp_path / "new.json", data, reads=[told])
+    assert new_file("--output_file", tmp_path / "new.json", reads=[told, Reading("hub/name")]).name == "new.json"
+
+
+@pytest.mark.parametrize("entry", [evaluate, generate])
+def test_a_file_of_the_users_outlives_a_command_that_would_write_over_it(monkeypatch, tmp_path, entry):
+    file = tmp_path / "file.jsonl"
+    file.write_text('{"text": "글"}\n', encoding="utf-8")
+    told = ["--validation_file", file, "--task", "essay"] if entry is evaluate else ["--prompts_file", file]
+    monkeypatch.setattr(sys, "argv", ["any.py", *map(str, told), "--output_file", str(file)])
+    with pytest.raises(UserError, match="is read by this command"):
+        entry.main()
+    assert file.read_text(encoding="utf-8") == '{"text": "글"}\n'
 
 
 def test_names_are_tried_in_bytes_and_the_longest_can_be_written(tmp_path):

@@ -36,6 +36,13 @@ def test_a_folder_is_searched_to_the_bottom_in_the_order_of_names(tmp_path):
     assert found_in(tmp_path) == ["a/b/c.txt", "a/z.dat", "b.txt"]
 
 
+def test_the_ending_of_a_name_may_be_in_capitals(tmp_path):
+    for name in ("a.TXT", "b.Dat", "c.JSONL"):
+        (tmp_path / name).write_text('{"text": "글이다"}\n', encoding="utf-8")
+    assert found_in(tmp_path) == ["a.TXT", "b.Dat"]
+    assert [row["text"] for _, row in documents(tmp_path / "c.JSONL", "document", Counter())] == ["글이다"]
+
+
 def test_a_single_file_may_have_any_name(tmp_path):
     (tmp_path / "corpus.md").touch()
     assert text_files("--files", tmp_path / "corpus.md") == [tmp_path / "corpus.md"]

@@ -367,3 +367,8 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_told(tmp_path, monkeypatch,
     (tmp_path / "one.txt").write_text("영화\n")
     run(monkeypatch, tmp_path / "one.txt", tmp_path, "--vocab_size", "300")
     assert "--vocab_size 300: the text gives no more than 112 tokens" in capsys.readouterr().out
+
+
+def test_a_size_that_would_fill_the_memory_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"--vocab_size 999999999999: must be .* at most 1,048,576"):
+        run(monkeypatch, tmp_path / "no.txt", tmp_path, "--vocab_size", "999999999999")

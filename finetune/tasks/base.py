@@ -131,4 +131,4 @@ def check_label(where: str, label: object, names: tuple[str, ...]) -> int:
 
 def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     """Refuse a file of a kind that the task does not read."""
-    require(regular(path).suffix in suffixes, f"{path}: this task reads {', '.join(suffixes)}")
+    require(regular(path).suffix.lower() in suffixes, f"{path}: this task reads {', '.join(suffixes)}")

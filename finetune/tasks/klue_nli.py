@@ -24,7 +24,7 @@ class KlueNli(Task):
     def read_file(self, path: Path) -> Iterator[Located | BadRow]:
         """KLUE's JSON list, or the same objects one a line."""
         check_suffix(path, (".json", ".jsonl"))
-        return read_json_list(path) if path.suffix == ".json" else read_jsonl(path)
+        return read_json_list(path) if path.suffix.lower() == ".json" else read_jsonl(path)
 
     def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
         """One pair. Files name the label `gold_label`, the hub `label`."""

@@ -21,10 +21,11 @@ def documents(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
 
     Args: unit: of texts: "document", up to an empty line, or "line".
     """
-    require(path.suffix in SUFFIXES, f"{path}: not one of {', '.join(SUFFIXES)}; convert it, or rename a plain text")
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    require(suffix in SUFFIXES, f"{path}: not one of {', '.join(SUFFIXES)}; convert it, or rename a plain text")
+    if suffix == ".jsonl":
         yield from rows_with_text(path, counts)
-    elif path.suffix == ".json":
+    elif suffix == ".json":
         yield from paragraphs(path, counts)
     elif is_nsmc(path):
         yield from reviews(path, counts)

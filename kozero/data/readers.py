@@ -89,7 +89,7 @@ def text_files(flag: str, path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES)
     require(path.exists(), f"{flag} {path}: no such file or folder")
     if not path.is_dir():
         return [regular(path)]
-    files = sorted(regular(file) for file in files_below(path) if file.suffix in suffixes)
+    files = sorted(regular(file) for file in files_below(path) if file.suffix.lower() in suffixes)
     require(bool(files), f"{flag} {path}: no {' or '.join(suffixes)} file in it")
     return files
 
