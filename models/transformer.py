@@ -67,9 +67,8 @@ class TransformerConfig(EncoderConfig):
         super().check()
         width, heads, pad = self.embedding_size, self.num_heads, self.pad_token_id
         self.require("embedding_size", width is None or is_whole(width, 1), f"{COUNT}, or null for none")
-        self.require(
-            "tie_word_embeddings", self.tie_word_embeddings is True, "must be true: heads are tied to the embedding"
-        )
+        tied = self.tie_word_embeddings is True
+        self.require("tie_word_embeddings", tied, "must be true: heads are tied to the embedding")
         self.require("num_heads", self.hidden_size % heads == 0, f"must be a divisor of hidden_size {self.hidden_size}")
         known = pad is None or (is_whole(pad) and pad < self.vocab_size)
         self.require("pad_token_id", known, f"must be a token below vocab_size {self.vocab_size}, or null for none")

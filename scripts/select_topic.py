@@ -155,10 +155,9 @@ def select(
     fraction = arguments.validation_fraction
     sides = Sides(fraction, fraction and [[pool[k][1] for k, _ in found] for found in chosen.values()])
     report = {"counts": dict(cleaner.counts), "documents": len(pool), "documents_per_second": rates}
-    report |= {"validation_fraction": fraction, "topics": {}}
+    report |= {"validation_fraction": fraction, "topics": {name: {"queries": wanted[name]} for name in chosen}}
     for name, found in chosen.items():
-        told = write_topic(folder / name, pool, found, sides, arguments.seed)
-        report["topics"][name] = {"queries": wanted[name]} | told
+        report["topics"][name] |= write_topic(folder / name, pool, found, sides, arguments.seed)
     return report | {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}  # KiB on Linux
 
 

@@ -363,10 +363,8 @@ def name_lines(figure) -> None:
 def plot_losses(figure, results: list[Result], pretraining: dict[str, list[Path]]) -> None:
     """Pre-training, then a panel a task: mean over seeds by arm."""
     arms = arms_of(results)
-    logged = {
-        name: [curve(read_points(path)) for path in paths if path.exists()] for name, paths in pretraining.items()
-    }
-    before = {name: curves for name, curves in logged.items() if curves}
+    logs = {name: [path for path in paths if path.exists()] for name, paths in pretraining.items()}
+    before = {name: [curve(read_points(path)) for path in paths] for name, paths in logs.items() if paths}
     lines = {PRETRAINING: before} if before else {}
     for arm, task, found in cells_of(results):
         lines.setdefault(task, {})[arm] = [r.losses for r in found]

@@ -363,8 +363,9 @@ def test_more_ranks_than_a_machine_can_run_are_refused(monkeypatch, gpus, starte
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(launch.distributed, "usable_cores", lambda: 2)
     if started:
-        monkeypatch.setenv("WORLD_SIZE", "4")
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(started))
+        given = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": str(started), "RANK": "0", "MASTER_ADDR": "localhost"}
+        for name, value in (given | {"MASTER_PORT": "29500"}).items():
+            monkeypatch.setenv(name, value)
     if message is None:
         return launch.check_nproc(nproc)
     with pytest.raises(UserError, match=re.escape(message)):
