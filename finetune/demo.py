@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from finetune.arguments import ModelArguments
 from finetune.comparison import Comparison, filled
 from finetune.decoding import DecodingArguments
+from finetune.generate import composed
 from finetune.guard import Guard
 from finetune.setup import load_model
 from kozero import distributed
@@ -168,7 +169,7 @@ def answers(
         require(len(prompt) <= PROMPT_CHARACTERS, f"--prompt: more than {PROMPT_CHARACTERS:,} characters; shorten it")
         pauses = filled(comparison.pause_arguments, {PAUSES: numbers[PAUSES]})
         decoding = filled(decoding, {key: value for key, value in numbers.items() if key != PAUSES})
-        for plain, paused in comparison.write(prompt.strip(), pauses, decoding):
+        for plain, paused in comparison.write(composed(prompt), pauses, decoding):
             yield plain, paused, WRITING
             require(time.monotonic() < end, f"--max_seconds {max_seconds:g}: the texts end here; ask for fewer tokens")
         yield plain, paused, DONE if plain or paused else NOTHING

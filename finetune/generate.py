@@ -237,19 +237,20 @@ def tell_metrics(
 def prompts_of(arguments: GenerationArguments) -> Iterable[Prompt]:
     """The prompts, those of standard input as they come."""
     if arguments.prompt is not None:
-        return [("--prompt", composed(arguments.prompt.strip()))]
+        return [("--prompt", composed(arguments.prompt))]
     if arguments.prompts_file:
         path = arguments.prompts_file
         lines = decode_lines(Path(path))
-        found = [(f"{path}:{number}", composed(line.strip())) for number, line in lines if line.strip()]
+        found = [(f"{path}:{number}", composed(line)) for number, line in lines if line.strip()]
         require(bool(found), f"--prompts_file {path}: no prompt in it")
         return found
     return lines_of(sys.stdin.buffer)
 
 
 def composed(prompt: str) -> str:
-    """A prompt in NFC, as people type and as models have learned; file names and copied text may be decomposed."""
-    return unicodedata.normalize("NFC", prompt)
+    """A prompt in NFC, as people type and as models have learned, without the space around it; file names and copied
+    text may be decomposed."""
+    return unicodedata.normalize("NFC", prompt).strip()
 
 
 def lines_of(file: BinaryIO) -> Iterator[Prompt]:
@@ -257,7 +258,7 @@ def lines_of(file: BinaryIO) -> Iterator[Prompt]:
     ask()
     for number, line in numbered_lines(file, "standard input, line "):
         if line.strip():
-            yield f"standard input, line {number}", composed(line.strip())
+            yield f"standard input, line {number}", composed(line)
         ask()
 
 

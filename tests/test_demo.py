@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import replace
 
 import httpx
@@ -173,6 +174,20 @@ def test_the_page_begins_with_what_the_command_line_says(paused_model):
 def test_a_mistake_is_one_line_on_the_page(comparison, prompt, numbers, message):
     ((plain, paused, told),) = demo.answers(comparison, SHORT, prompt, asked(SHORT, **numbers))
     assert re.match(f"⚠ {message}", told) and "\n" not in told and not plain + paused
+
+
+def test_a_prompt_is_read_as_generate_reads_it():
+    class Recorder:
+        pause_arguments = InferencePauseArguments()
+
+        def write(self, prompt, *_):
+            self.prompt = prompt
+            return iter([("글", "")])
+
+    recorder, copied = Recorder(), " " + unicodedata.normalize("NFD", "긍정의 글") + "\n"
+    list(demo.answers(recorder, SHORT, copied, asked(SHORT)))
+    ((_, typed),) = generate.prompts_of(generate.GenerationArguments(prompt=copied))
+    assert recorder.prompt == typed == "긍정의 글"
 
 
 def test_an_error_of_pytorch_is_one_line_on_the_page(comparison, monkeypatch):
