@@ -23,7 +23,7 @@ from kozero.config import TrainingArguments, arg, at_least, batch_sizes, parse_a
 from kozero.engines import build_engine, prepare_engine
 from kozero.engines.base import Engine
 from kozero.errors import require, run_main
-from kozero.folder import claim_output, write_text
+from kozero.folder import claim_output, new_file, write_text
 from kozero.pause import InferencePauseArguments, Pauses
 from kozero.text_metrics import variety
 from models.language_model import LanguageModel, load_config
@@ -68,6 +68,7 @@ def main() -> None:
     load_config(arguments.classifier, "--classifier")
     load_config(arguments.model_name_or_path, "--model_name_or_path")
     with claim_output(arguments.output_dir) as folder:
+        new_file("--output_dir", folder / "generated.txt", folder / "sentiment.json", reads=[arguments])
         judge = Judge.of(arguments.classifier, arguments.batch_size)
         real = judge.questions(source, data)
         written = write(arguments, decoding)

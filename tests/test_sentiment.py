@@ -40,6 +40,16 @@ def test_agreement_is_the_accuracy_of_the_classifier_on_what_was_written(monkeyp
     assert "agreement_with_generated" in capsys.readouterr().out
 
 
+def test_reviews_that_it_reads_are_not_written_over(monkeypatch, tmp_path, paused_model):
+    file, judge = tmp_path / "out/generated.txt", shutil.copytree(paused_model, tmp_path / "judge")
+    file.parent.mkdir()
+    file.write_text("id\tdocument\tlabel\n1\t좋다\t1\n", encoding="utf-8")
+    models = ("--model_name_or_path", paused_model, "--classifier", judge)
+    with pytest.raises(UserError, match=r"--output_dir .*generated.txt: is read by this command"):
+        call(monkeypatch, *models, "--num_samples", 1, "--validation_file", file, "--output_dir", file.parent)
+    assert "좋다" in file.read_text(encoding="utf-8")
+
+
 def test_what_is_judged_is_the_review_with_the_word_that_asked_for_it(monkeypatch, tmp_path, paused_model):
     """Of a writer that obeys every label is right, of one that does the reverse none."""
     judge = shutil.copytree(paused_model, tmp_path / "judge")
