@@ -6,7 +6,7 @@ from finetune.data import SAMPLE_TOKENIZER
 from finetune.tasks import Task
 from kozero import distributed
 from kozero.errors import require
-from kozero.pause import InferencePauseArguments, Pauses, begins_inside, filler_id
+from kozero.pause import PLACEMENTS, InferencePauseArguments, Pauses, begins_inside, filler_id
 from models import language_model
 from models.language_model import SPARE_ROWS, LanguageModel
 
@@ -64,7 +64,10 @@ def no_pauses(task: Task, flag: str, num: int) -> None:
 
 def inference_placement(settings: dict) -> str:
     """Where pauses go by what config.json says; a model that met them in pre-training alone has them appended."""
-    return "append" if "fraction" in settings else settings.get("placement", "append")
+    found = "append" if "fraction" in settings else settings.get("placement", "append")
+    told = f"config.json: 'placement' of 'pause' is {found!r}; must be one of {', '.join(PLACEMENTS)}"
+    require(found in PLACEMENTS, told)
+    return found
 
 
 def make_pauses(model: LanguageModel, num: int, placement: str, seed: int = 0) -> Pauses:

@@ -22,6 +22,7 @@ LIBRARIES = (
     "torch", "deepspeed", "fairscale", "transformers", "datasets", "tokenizers", "safetensors", "tensorboard",
     "bm25s", "kiwipiepy",
 )  # fmt: skip
+LARGE = 2**53  # whole numbers below it are exact in any computation
 
 
 def arg(default: Any, help: str, **metadata: Any) -> Any:
@@ -198,6 +199,8 @@ def tidy(arguments: Any) -> None:
     for f in dataclasses.fields(arguments):
         value = getattr(arguments, f.name)
         require(not isinstance(value, float) or math.isfinite(value), f"--{f.name} {value}: must be finite")
+        large = isinstance(value, int) and abs(value) >= LARGE
+        require(not large, f"--{f.name} {value}: must be less than {LARGE:,} in size")
         if isinstance(value, str):
             require("\0" not in value, f"--{f.name} {value}: holds a zero character")
             require(value != "", f"--{f.name}: is empty; give a value or leave it out")

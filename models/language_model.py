@@ -173,8 +173,11 @@ def load_config(name: str, flag: str = FLAG) -> GPT2Config:
 
 def load_weights(name: str, config: GPT2Config, flag: str = FLAG) -> GPT2LMHeadModel:
     """A pre-trained GPT-2 in 32 bit. Files of the hub hold buffers besides, which are no mistake."""
-    is_ours = re.compile(r"(transformer\.)?h\.\d+\.(ln|attn\.c|mlp)").match
+    is_ours = re.compile(r"(transformer\.)?h\.\d+\.(ln|attn\.c|mlp)|lm_head\.bias").match
     lm = load_checked(AutoModelForCausalLM, config, name, flag, is_ours)
+    tied = lm.lm_head.weight is lm.transformer.wte.weight  # transformers leaves two that differ apart
+    own = "its lm_head.weight differs from its embedding; give a model whose head is the embedding, as config.json says"
+    require(tied, f"{flag} {name}: {own}")
     lm.generation_config = GenerationConfig()  # what may be written is the model's business here, not a file's
     return lm
 
@@ -241,9 +244,9 @@ def pause_settings_of(config: GPT2Config, name: str | None) -> dict[str, Any]:
     right = isinstance(settings, dict)
     if right and settings:
         right = isinstance(settings.get("token"), str) or settings.get("placement") == "filler"
-        right = right and all(type(settings.get(k)) is int and settings[k] >= 0 for k in numbers)
-    told = f"'pause' in its config.json is {settings!r}; it needs token, {' and '.join(numbers)}"
-    require(right, f"{name}: {told}")
+        right = right and all(type(settings.get(k)) is int and 0 <= settings[k] <= config.n_positions for k in numbers)
+    needed = f"it needs token, {' and '.join(numbers)}, {config.n_positions} at most"
+    require(right, f"{name}: 'pause' in its config.json is {settings!r}; {needed}")
     return settings
 
 

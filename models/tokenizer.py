@@ -109,6 +109,8 @@ def keep_out_of_text(tokenizer: PreTrainedTokenizerFast, also: Iterable[int] = (
     backend.encode_special_tokens = tokenizer.split_special_tokens = True
     backend.no_padding()
     backend.no_truncation()
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # of merges, by chance: a text is encoded once here, and its scores are to last
     added = backend.get_added_tokens_decoder()
     kept = kept_out(tokenizer, added, also)
     plain = [token for number, token in added.items() if number in kept and not token.special]

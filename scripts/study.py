@@ -146,7 +146,8 @@ class Study:
     def row_length(self, before: str) -> int:
         """Rows with pauses are longer by them, so every arm sees the same text in every step."""
         length, share = self.text_and_pauses(before)
-        return next(n for n in count(length) if n - round(share * n) >= length)
+        least = max(length, int((length - 1) / (1 - share)))
+        return next(n for n in count(least) if n - round(share * n) >= length)
 
     def numbers(self, before: str, after: str, task: str) -> list[int]:
         """Pauses at inference with which an arm is scored: those of the sweep and of every arm. A model that never saw

@@ -226,6 +226,14 @@ def test_every_rank_makes_as_many_forward_passes_the_last_may_be_empty():
     assert ranks[-1][-1].num_targets == (0,)
 
 
+def test_evaluation_takes_no_more_rows_than_there_are():
+    """A batch is of `micro` rows on every rank, of which more than there are texts for would be padding alone."""
+    store = numbered_store(50)
+    (batch,) = evaluation(store, 10**15, 0, 1)
+    assert len(set(batch.texts.tolist())) == 50
+    assert batch.inputs["input_ids"].ne(0).any(dim=1).all()
+
+
 def test_evaluation_leaves_out_what_does_not_fit():
     store = MemoryStore([(range(40), [1], [2]), ([], [1], [2]), ([], range(40), [2])])
     assert {n for batch in evaluation(store, 1, 0, 1) for n in batch.texts.tolist()} == {0, 1}

@@ -268,6 +268,8 @@ def test_the_precision_has_one_name(flags, dtype):
         (["--train_file", ""], "--train_file: is empty"),
         (["--output_dir", ""], "--output_dir: is empty"),
         (["--train_file", "\udcff\udcfe"], "--train_file '\\udcff\\udcfe': is not UTF-8"),
+        (["--max_train_samples", str(10**30)], "--max_train_samples 1" + "0" * 30 + ": must be"),
+        (["--num_pauses", str(2**63)], "--num_pauses 9223372036854775808: must be"),
         (["--seed", str(2**32)], "--seed 4294967296: must be from 0"),
         (["--timeout_seconds", "1e30"], "--timeout_seconds 1e+30: must be"),
         (["--timeout_seconds", "nan"], "--timeout_seconds nan: must be"),

@@ -192,6 +192,7 @@ GROWING = {
     "beginnings": [{"type": "Prepend", "prepend": "a" * 200}, replace({"String": "a"}, "a" * 200)],
 }
 LONG = "a" * 40
+TEXT = "정말 재미있는 영화였습니다"
 
 
 def tokenizer_folder(to: Path, **parts: Any) -> str:
@@ -250,6 +251,13 @@ def test_a_tokenizer_that_cannot_encode_is_one_line(tmp_path):
         from kozero.data.store import encodings
 
         encodings(["나"], load_tokenizer(name))
+
+
+def test_a_text_has_the_same_tokens_every_time(tmp_path):
+    """With dropout of merges (Provilkov et al. 2020) each reading is another: no score could be had again."""
+    model = json.loads((SAMPLE_TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    tokenizer = load_tokenizer(tokenizer_folder(tmp_path / "t", model=model | {"dropout": 0.5}))
+    assert {tuple(tokenizer.encode(text)) for text in [TEXT] * 20} == {tuple(sample_tokenizer().encode(TEXT))}
 
 
 def test_ids_beyond_the_number_of_tokens_are_refused(tmp_path):

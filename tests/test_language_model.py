@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
@@ -467,6 +467,27 @@ def test_a_folder_whose_head_is_not_tied_is_refused(tmp_path, config_file):
     assert str(folder) in refused(str(folder))
 
 
+def with_weight(folder, name: str, weight: torch.Tensor) -> str:
+    """The folder, whose file of weights has one more."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {name: weight}, path, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("lm_head.weight", (4096, 16)), ("lm_head.bias", (4096,))])
+def test_a_head_of_its_own_is_refused_although_the_config_ties_it(tmp_path, config_file, name, shape):
+    """It would be scored in training and left out of the exported model."""
+    folder = exported(tmp_path / "model", loaded(config=config_file(n_embd=16, vocab_size=4096)))
+    assert "lm_head" in refused(with_weight(folder, name, torch.ones(shape)))
+
+
+def test_a_file_may_hold_the_tied_head_twice(tmp_path, config_file):
+    folder = exported(tmp_path / "model", loaded(config=config_file()))
+    table = load_file(folder / "model.safetensors")["transformer.wte.weight"]
+    lm = loaded(with_weight(folder, "lm_head.weight", table.clone())).module.lm
+    assert lm.lm_head.weight is lm.transformer.wte.weight
+
+
 def test_weights_that_lack_a_layer_are_refused(tmp_path, config_file):
     """transformers would draw it at random and only print a table."""
     folder = exported(tmp_path / "model", loaded(config=config_file()))
@@ -513,7 +534,13 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, config_file):
 
 
 @pytest.mark.parametrize(
-    "pause", ["yes", {"token": "<unused0>"}, {"token": "<unused0>", "num_pauses": "2", "num_inference_pauses": 2}]
+    "pause",
+    [
+        "yes",
+        {"token": "<unused0>"},
+        {"token": "<unused0>", "num_pauses": "2", "num_inference_pauses": 2},
+        {"token": "<unused0>", "num_pauses": 2, "num_inference_pauses": 10**30},
+    ],
 )
 def test_pause_settings_of_another_form_are_refused(tmp_path, config_file, pause):
     folder = exported(tmp_path / "model", loaded(config=config_file()))

@@ -1,5 +1,8 @@
 """PausedGenerator: pauses around transformers' generate, checked against generate by hand."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +63,16 @@ def test_a_pause_is_never_written(paused_model):
     ids = torch.from_numpy(generator.prompt(TEXTS[0])[None])
     out = generator.lm.generate(ids, max_new_tokens=40, do_sample=True, temperature=50.0)
     assert generator.pauses.token_id not in out[0, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("placement", ["middle", ["append"], None])
+def test_a_placement_of_a_config_that_there_is_not_is_told(tmp_path, paused_model, placement):
+    folder = shutil.copytree(paused_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["pause"]["placement"] = placement
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config.json: 'placement' of 'pause' is .*one of append"):
+        PausedGenerator.from_pretrained(folder)
 
 
 def test_a_mistake_is_told(paused_model):

@@ -165,7 +165,7 @@ def test_a_study_is_every_pair_on_every_task_with_every_seed_after_its_pre_train
     assert len({step.folder / step.leaves for step in todo}) == len(todo)
 
 
-@pytest.mark.parametrize("length, share", [(64, 0.1), (128, 0.1), (33, 0.25), (100, 0.5)])
+@pytest.mark.parametrize("length, share", [(64, 0.1), (128, 0.1), (33, 0.25), (100, 0.5), (1, 0.5), (9, 0.95)])
 def test_both_pre_training_arms_see_the_same_text_in_a_step(tmp_path, length, share):
     pretraining = {"StdPT": {}, "PausePT": {"pause_placement": "random", "pause_fraction": share}}
     pretrain = {"config_file": "models/tiny_config.json", "max_seq_length": length, "max_steps": 1}
@@ -174,6 +174,13 @@ def test_both_pre_training_arms_see_the_same_text_in_a_step(tmp_path, length, sh
     plain, paused = (int(words[words.index("--max_seq_length") + 1]) for words in rows.values())
     assert plain == length
     assert paused - round(share * paused) == length
+
+
+def test_rows_that_are_nearly_all_pauses_are_refused_at_once(tmp_path):
+    pretraining = {"PausePT": {"pause_placement": "random", "pause_fraction": 1 - 1e-12}}
+    pretrain = {"config_file": "models/tiny_config.json", "max_seq_length": 64, "max_steps": 1}
+    with refused("pretraining.PausePT: max_seq_length 64", "with pauses; models/tiny_config.json has 512 positions"):
+        Study.read(study_file(tmp_path, pretraining=pretraining, pretrain=pretrain, baseline="PausePT_StdFT"))
 
 
 def test_a_model_that_never_saw_a_pause_is_scored_without(tmp_path):

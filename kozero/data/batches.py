@@ -226,8 +226,10 @@ def evaluation_batches(
     prefixes: Prefixes, fitted: Fit, pauses: Pauses, capacity: int, micro: int, rank: int, world_size: int
 ) -> Iterator[PackedBatch]:
     """Packed batches over a whole store, each example that fits once, the same number of batches on every rank (a
-    sharded model needs all ranks in every forward pass); the last ones of a rank may be empty."""
+    sharded model needs all ranks in every forward pass), of `micro` rows or as many as there are; the last ones of a
+    rank may be empty."""
     rows = pack(fitted.length, fitted.used, capacity, seed=0)
+    micro = max(1, min(micro, len(rows)))
     for k in range(-(-len(rows) // (micro * world_size))):
         start = (k * world_size + rank) * micro
         texts = [[prefixes.text(int(n), pauses) for n in row] for row in rows[start : start + micro]]
