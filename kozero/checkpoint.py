@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from kozero import distributed
 from kozero.engines.base import Engine
 from kozero.errors import SaveFailed, UserError, first_line, require
-from kozero.files import on_host, sync_folder, tensor_bytes, write_file
-from kozero.folder import write_text
+from kozero.files import on_host, tensor_bytes, to_disk, write_file
+from kozero.folder import set_aside, write_text
 from kozero.seal import UNREADABLE, fingerprints, put_in_place, read_sealed, write_seal, wrong_content, wrong_size
 
 # What libraries raise when a file of theirs is not what it should be.
@@ -76,17 +76,6 @@ def check_steps(folder: Path, total_steps: int) -> None:
         step <= total_steps,
         f"--resume {folder}: has done {step:,} steps and this run has {total_steps:,}; give more with --max_steps or "
         "--num_train_epochs, or resume from an earlier checkpoint",
-    )
-
-
-def too_little_room(folder: Path, needed: int) -> str | None:
-    """What to say when the disk has less room than some bytes, None when there is enough."""
-    free = shutil.disk_usage(folder).free
-    if free >= needed:
-        return None
-    return (
-        f"{folder}: {free / 2**20:,.0f} MiB are free and a checkpoint takes {needed / 2**20:,.0f}; make room and go on "
-        "with --resume auto"
     )
 
 
@@ -179,7 +168,9 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             try:
                 staging.mkdir(parents=True)
-                message = too_little_room(self.folder, needed)
+                if (free := shutil.disk_usage(self.folder).free) < needed:
+                    sizes = f"{free / 2**20:,.0f} MiB are free and a checkpoint takes {needed / 2**20:,.0f}"
+                    message = f"{self.folder}: {sizes}; make room and go on with --resume auto"
             except OSError as error:
                 message = f"{staging}: cannot be made ({error.strerror})"
             if message:
@@ -219,7 +210,7 @@ class Checkpoints:
         shutil.rmtree(final.with_name(f"{final.name}.set-aside"), ignore_errors=True)
         remove(final)
         put_in_place(staging, final)
-        sync_folder(self.folder.parent)  # the first checkpoint's folder is new in it
+        to_disk(self.folder.parent)  # the first checkpoint's folder is new in it
         write_text(self.folder / "latest", final.name)
         if best:
             write_text(self.folder / "best", final.name)
@@ -319,9 +310,7 @@ class Checkpoints:
         if distributed.is_main():
             for path in self.all():
                 if step_of(path) > step:
-                    aside = path.with_name(f"{path.name}.set-aside")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    path.rename(aside)
+                    set_aside(path, ".set-aside")
         distributed.barrier()
 
     def to_resume(self, choice: str | None, max_steps: int = 0) -> Path | None:
@@ -366,11 +355,7 @@ class Checkpoints:
 
 def remove(folder: Path) -> None:
     """Take a checkpoint its name, then its files."""
-    if folder.exists():
-        gone = folder.with_name(f"{folder.name}{REMOVED}")
-        shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(set_aside(folder, REMOVED), ignore_errors=True)
 
 
 def step_of(folder: Path) -> int:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from argparse import ArgumentParser
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -70,9 +71,7 @@ class TrainingArguments:
     save_total_limit: int = arg(2, "checkpoints to keep; the best one is kept beside them")
     async_save: bool = arg(False, "write checkpoints while the run goes on, from a copy in the machine's memory")
     nonfinite: str = arg(
-        "skip",
-        "loss or gradient that is not finite: skip the update, or stop the run",
-        choices=["skip", "stop"],
+        "skip", "loss or gradient that is not finite: skip the update, or stop the run", choices=["skip", "stop"]
     )
     max_nonfinite: int = arg(50, "steps in a row that are not finite, after which the run stops")
     spike_sigmas: float = arg(
@@ -230,13 +229,9 @@ def describe_run(*arguments: Any) -> dict[str, Any]:
     """Everything that is needed to make a run again: arguments, command line, versions, git commit."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    merged: dict[str, Any] = {}
-    for part in arguments:
-        merged |= dataclasses.asdict(part)
+    merged = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
     merged.pop("local_rank", None)
     return {
         "arguments": merged,

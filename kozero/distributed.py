@@ -324,10 +324,8 @@ def together(work: Callable[[], T]) -> T:
 
 
 def machine_first(work: Callable[[], T]) -> T:
-    """Run `work` on the first rank of each machine while the others wait, then on the others; see together.
-
-    Made for work that leaves a file behind and is nothing to do the second time.
-    """
+    """Run `work` on the first rank of each machine while the others wait, then on the others; see together. Made for
+    work that leaves a file behind and is nothing to do the second time."""
     is_first = local_rank() == 0
     first = together(work if is_first else nothing)
     other = together(nothing if is_first else work)
@@ -343,16 +341,7 @@ def once_a_machine(work: Callable[[], T]) -> T:
 
     Raises: UserError on all ranks when a rank has raised one.
     """
-    result, message = None, None
-    if local_rank() == 0:
-        try:
-            result = work()
-        except UserError as error:
-            message = str(error)
-    found = gather((result, message), patient)
-    if messages := [m for _, m in found if m]:
-        raise UserError(messages[0])
-    return found[0][0]
+    return gather(together(work if local_rank() == 0 else nothing), patient)[0]
 
 
 def seed_everything(seed: int) -> None:

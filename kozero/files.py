@@ -80,25 +80,18 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where a system can tell."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def tensor_bytes(files: Mapping[str, Any]) -> int:
@@ -108,9 +101,7 @@ def tensor_bytes(files: Mapping[str, Any]) -> int:
 
 def on_host(files: Mapping[str, Any]) -> dict[str, Any]:
     """The files with their tensors copied to the memory of the machine, where a next step does not change them."""
-    return {name: copied(value) if name.endswith(TENSORS) else value for name, value in files.items()}
-
-
-def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each on the CPU."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    return {
+        name: {k: t.detach().to("cpu", copy=True) for k, t in value.items()} if name.endswith(TENSORS) else value
+        for name, value in files.items()
+    }

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -171,6 +172,15 @@ def is_ours(file: TextIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
+
+
+def set_aside(folder: Path, suffix: str) -> Path:
+    """Give a folder, if it is there, a longer name; what has that name goes. Returns the name."""
+    aside = folder.with_name(f"{folder.name}{suffix}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    return aside
 
 
 def save_run(output_dir: Path, run: dict) -> None:

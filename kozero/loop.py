@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,11 +213,8 @@ class Trainer:
         Raises: Stopped after a signal, when the step that it came in is saved; Diverged; SaveFailed.
         """
         log = RunLog(self.output_dir, self.total_steps, self.state.step, scored=not self.unscored())
-        try:
-            with Stop() as stop:
-                self.guarded(log, stop)
-        finally:
-            log.close()
+        with closing(log), Stop() as stop:
+            self.guarded(log, stop)
         return self.state
 
     def guarded(self, log: RunLog, stop: Stop) -> None:

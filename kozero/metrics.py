@@ -112,10 +112,8 @@ def bootstrap_interval(
         statistic: of (D, K) means, (D,); the mean itself where K is 1.
     """
     rng = np.random.default_rng(seed)
-    weights, columns = (
-        np.asarray(weights if len(weights) else np.ones(len(values))),
-        np.reshape(values, (len(values), -1)),
-    )
+    weights = np.asarray(weights if len(weights) else np.ones(len(values)))
+    columns = np.reshape(values, (len(values), -1))
     sizes = np.bincount(groups, weights=weights)  # (G,)
     sums = np.stack([np.bincount(groups, weights=weights * column) for column in columns.T], axis=1)  # (G, K)
     even, found = np.full(len(sizes), 1 / len(sizes)), []

@@ -13,10 +13,7 @@ from kozero.data.batch import Rows
 from kozero.engines.base import LEAST_SCALE, StepStats
 from kozero.errors import Diverged
 
-HISTORY, LEAST = (
-    128,
-    32,
-)  # losses that a new one is compared with, and how many there must be (128: OLMo-core)
+HISTORY, LEAST = 128, 32  # losses that a new one is compared with, and how many there must be (128: OLMo-core)
 SHOWN = 20  # numbers of examples in a message
 
 
@@ -45,12 +42,8 @@ class Watch:
             raise Diverged(self.tell(stats, "not finite (--nonfinite stop)"))
         if self.state.bad_in_a_row >= self.arguments.max_nonfinite:
             raise Diverged(self.tell(stats, f"{self.state.bad_in_a_row} steps in a row were not finite"))
-        return (
-            None
-            if overflow
-            else f"step {self.state.step + 1}: loss {stats.loss}, not finite: "
-            + ("no update" if not stats.applied else "its gradients were finite, updated")
-        )
+        then = "its gradients were finite, updated" if stats.applied else "no update"
+        return None if overflow else f"step {self.state.step + 1}: loss {stats.loss}, not finite: {then}"
 
     def tell(self, stats: StepStats, what: str) -> str:
         """Step, numbers, ranks and examples of a step that ends the run."""

@@ -1,7 +1,6 @@
 """Batches that are made while the step before them computes."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 import torch
 
@@ -21,14 +20,12 @@ class Ahead:
     def __enter__(self) -> "Ahead":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.thread.shutdown(cancel_futures=True)
 
     def step(self, consumed: int) -> tuple[list[Batch], int]:
         """The micro batches of the step that begins after `consumed` rows, and the tokens of all ranks in it."""
-        begin, made = self.next if self.next else (None, None)
+        begin, made = self.next or (None, None)
         if begin != consumed:
             made = self.thread.submit(self.make, consumed)
         found = made.result()

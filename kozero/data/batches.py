@@ -8,14 +8,12 @@ import numpy as np
 import torch
 
 from kozero.config import BatchSizes
-from kozero.data.batch import Batch, deal
+from kozero.data.batch import PAD_MULTIPLE, Batch, deal
 from kozero.data.hidden import HiddenStore
 from kozero.data.packing import Packing, packing_of
 from kozero.data.rows import Fit, epoch_order, fit, grouped_order, pack
 from kozero.data.store import TokenStore
 from kozero.pause import IGNORE, Pauses, Schedule
-
-PAD_MULTIPLE = 8  # rows of a batch are padded to their longest, rounded up to this
 
 
 @dataclass
@@ -59,11 +57,10 @@ def collate(rows: Sequence[Sequence[Text]], length: int = 0, most: int = 2**31) 
     longest = max((sum(len(text.ids) for text in row) for row in rows), default=0)
     length = length or min(most, max(PAD_MULTIPLE, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE))
     ids = np.zeros((len(rows), length), dtype=np.int64)
-    positions = np.zeros((len(rows), length), dtype=np.int64)
+    positions = np.tile(np.arange(length), (len(rows), 1))
     predicts = np.full((len(rows), length), IGNORE, dtype=np.int64)
     numbers = np.zeros((len(rows), length), dtype=np.int64)
     num_tokens = 0
-    positions[:] = np.arange(length)
     for r, row in enumerate(rows):
         if not row:
             continue

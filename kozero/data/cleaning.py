@@ -57,8 +57,7 @@ class Cleaner:
         for where, row in found:
             self.counts["documents read"] += 1
             text = self.cleaned(row["text"])
-            reason = self.reason_against(text)
-            if reason:
+            if reason := self.reason_against(text):
                 self.counts[f"left out: {reason}"] += 1
             else:
                 yield where, text

@@ -24,11 +24,11 @@ def documents(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
     suffix = path.suffix.lower()
     require(suffix in SUFFIXES, f"{path}: not one of {', '.join(SUFFIXES)}; convert it, or rename a plain text")
     if suffix == ".jsonl":
-        yield from rows_with_text(path, counts)
+        yield from rows_with_text(read_jsonl(path), "text", counts)
     elif suffix == ".json":
         yield from paragraphs(path, counts)
     elif is_nsmc(path):
-        yield from reviews(path, counts)
+        yield from rows_with_text(read_tsv(path, ("document",)), "document", counts)
     else:
         yield from texts(path, unit, counts)
 
@@ -38,15 +38,6 @@ def is_nsmc(path: Path) -> bool:
     with reading(path) as file:
         first = next(raw_lines(file), b"")
     return first.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8) == b"id\tdocument\tlabel"
-
-
-def reviews(path: Path, counts: Counter) -> Iterator[Located]:
-    """The texts of a table in NSMC's form, without ids and labels."""
-    for item in read_tsv(path, ("document",)):
-        if isinstance(item, BadRow):
-            counts["rows without a text"] += 1
-        else:
-            yield item[0], {"text": item[1]["document"]}
 
 
 def texts(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
@@ -96,14 +87,14 @@ def from_cp949(line: bytes, counts: Counter) -> str:
     return text
 
 
-def rows_with_text(path: Path, counts: Counter) -> Iterator[Located]:
-    """JSON lines with a field `text`."""
-    for item in read_jsonl(path):
+def rows_with_text(rows: Iterable[Located | BadRow], name: str, counts: Counter) -> Iterator[Located]:
+    """The texts of rows, which have them under `name`."""
+    for item in rows:
         try:
             if isinstance(item, BadRow):
                 raise item
             where, row = item
-            yield where, {"text": text_field(where, row, "text")}
+            yield where, {"text": text_field(where, row, name)}
         except BadRow:
             counts["rows without a text"] += 1
 

@@ -1,5 +1,6 @@
 """Where the texts of packed rows lie: each attends to itself alone, without a mask of (B, T, T)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,16 +23,15 @@ class Packing:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Packing":
         """On a device."""
-        if not self.shapes:
-            return self
-        moved = (part.to(device, non_blocking=non_blocking) for part in (self.places, self.back, self.blanks))
-        return Packing(self.shapes, *moved)
+        return self.moved(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Packing":
         """In memory that a GPU copies from by itself."""
-        if not self.shapes:
-            return self
-        return Packing(self.shapes, *(part.pin_memory() for part in (self.places, self.back, self.blanks)))
+        return self.moved(torch.Tensor.pin_memory)
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Packing":
+        """Each tensor elsewhere."""
+        return Packing(self.shapes, *map(move, (self.places, self.back, self.blanks))) if self.shapes else self
 
 
 def packing_of(positions: np.ndarray) -> Packing:
