@@ -59,8 +59,7 @@ class DataArguments:
     max_train_samples: int = arg(0, "train on this many examples at most; 0: all")
     max_eval_samples: int = arg(0, "evaluate on this many examples at most, evenly spaced; 0: all")
     max_seq_length: int = arg(
-        0,
-        "tokens of a row; 0: the task's default (256, korquad and essay 512, mrc and ict 384); at most the positions",
+        0, "tokens of a row; 0: the task's default (256, korquad and essay 512, mrc and ict 384); at most the positions"
     )
     batching: str = arg(
         "packed",
@@ -72,14 +71,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         self.task = self.task or "nsmc"
         at_least(0, self, "max_train_samples", "max_eval_samples", "max_seq_length")
-        require(
-            0 < self.validation_fraction < 1,
-            f"--validation_fraction {self.validation_fraction}: must be above 0 and below 1",
-        )
-        require(
-            not (self.from_hub and (self.train_file or self.validation_file)),
-            "--from_hub and files: choose one of the two",
-        )
+        message = f"--validation_fraction {self.validation_fraction}: must be above 0 and below 1"
+        require(0 < self.validation_fraction < 1, message)
+        message = "--from_hub and files: choose one of the two"
+        require(not (self.from_hub and (self.train_file or self.validation_file)), message)
 
 
 @dataclass
@@ -96,10 +91,8 @@ class TrainingDataArguments(DataArguments):
         encoder = self.train_mode == "encoder"
         self.task = self.task or ("ict" if encoder else None)
         super().__post_init__()
-        require(
-            not encoder or self.task == "ict",
-            f"--train_mode encoder and --task {self.task}: vectors are those of --task ict; leave --task out",
-        )
+        message = f"--train_mode encoder and --task {self.task}: vectors are those of --task ict; leave --task out"
+        require(not encoder or self.task == "ict", message)
 
 
 @dataclass

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from kozero import distributed
-from kozero.data.batches import PackedBatch, Prefixes, Text, collate
+from kozero.data.batches import Prefixes, Text, collate
 from kozero.data.rows import Fit, pack
 from kozero.engines.base import Engine
 from kozero.pause import IGNORE
@@ -21,21 +21,14 @@ def least_confident(engine: Engine, prefixes: Prefixes, fitted: Fit, num: int, c
     rows = pack(fitted.length, fitted.used, capacity, seed=0)
     rank, world_size = distributed.rank(), distributed.world_size()
     with engine.evaluating() as model:
-        for k in range(-(-len(rows) // world_size)):
-            mine = rows[k * world_size + rank] if k * world_size + rank < len(rows) else []
-            batch = reading_batch(prefixes, [int(n) for n in mine], capacity)
+        for first in range(0, len(rows), world_size):
+            mine = [int(n) for row in rows[first + rank : first + rank + 1] for n in row]
+            read = [(n, prefixes.parts(n)[0]) for n in mine]
+            # Each token but the first of each prefix is to be predicted.
+            batch = collate([[Text(ids, np.append(ids[1:], IGNORE), n) for n, ids in read]], capacity)
             losses = model(**batch.to(distributed.device()), reduction="none").float().cpu().numpy()
             texts = batch.texts.numpy()
             for number in np.unique(texts):
                 places = np.argsort(-losses[texts == number], kind="stable")[:num]
                 ranked[number, : len(places)] = places + 2  # the first token is expected by nothing
     return distributed.all_reduce(torch.from_numpy(ranked).to(distributed.device())).cpu().numpy() - 1
-
-
-def reading_batch(prefixes: Prefixes, numbers: list[int], capacity: int) -> PackedBatch:
-    """Some prefixes side by side in one row, each token but the first of each to be predicted."""
-    texts = []
-    for number in numbers:
-        ids, _ = prefixes.parts(number)
-        texts.append(Text(ids, np.append(ids[1:], IGNORE), number))
-    return collate([texts], capacity)

@@ -59,9 +59,8 @@ def named_sources(arguments: DataArguments, task: Task) -> tuple[Source, Source]
     skip = arguments.bad_rows == "skip"
     if arguments.from_hub:
         name, config, train, validation = task.hub
-        return Source(hub=(name, config, train), skip_bad_rows=skip), Source(
-            hub=(name, config, validation), skip_bad_rows=skip
-        )
+        train, validation = (Source(hub=(name, config, split), skip_bad_rows=skip) for split in (train, validation))
+        return train, validation
     if not (arguments.train_file or arguments.validation_file):
         train, validation = (SAMPLE_DATA / name for name in task.sample_files)
         distributed.say(f"no --train_file and no --from_hub: using the sample data in {SAMPLE_DATA.name}/")
@@ -125,13 +124,11 @@ def unknown_notes(store: TokenStore, tokenizer: Any) -> list[str]:
 
 def identity(source: Source, limit: int) -> tuple:
     """What the name of a store says of its source: another content or choice of rows is another store. Collective."""
-    content = file_hash(source.path) if source.path else distributed.once_a_machine(lambda: hub_version(source))
+    if source.path:
+        content = file_hash(source.path)
+    else:
+        content = distributed.once_a_machine(lambda: [*source.hub, hub_rows(*source.hub)._fingerprint])
     return limit, content, source.side, source.validation_fraction, source.skip_bad_rows
-
-
-def hub_version(source: Source) -> list:
-    """A hub data set by its names and its files' versions."""
-    return [*source.hub, hub_rows(*source.hub)._fingerprint]
 
 
 def read(source: Source, task: Task, left_out: LeftOut, limit: int = 0) -> Iterator[Example]:

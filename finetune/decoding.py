@@ -41,10 +41,8 @@ class DecodingArguments:
         require(0 < self.top_p <= 1, f"--top_p {self.top_p}: must be above 0 and at most 1")
         penalty = self.repetition_penalty
         require(0.01 <= penalty <= 100, f"--repetition_penalty {penalty}: must be from 0.01 to 100")
-        require(
-            self.num_beams == 1 or self.temperature == 0,
-            f"--num_beams {self.num_beams}: beams look for the most likely text; give --temperature 0 too",
-        )
+        message = f"--num_beams {self.num_beams}: beams look for the most likely text; give --temperature 0 too"
+        require(self.num_beams == 1 or self.temperature == 0, message)
 
     def settings(self) -> dict[str, Any]:
         """The arguments of transformers' generate."""

@@ -5,19 +5,20 @@ python finetune/evaluate.py --model_name_or_path runs/run/model --task nsmc --va
 
 import json
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.arguments import DataArguments, ModelArguments, ReadingArguments
-from finetune.data import evaluation_set, sources
-from finetune.encoder import load
-from finetune.questions import question_set
+from finetune.data import EvaluationSet, evaluation_set, sources
+from finetune.encoder import Found, load
+from finetune.questions import QuestionSet, question_set
 from finetune.scoring import Scores, score
 from finetune.setup import inference_pauses, load_model, make_pauses, no_pauses, row_capacity
 from finetune.sweep import beside, save_sweep, settings_of, sweep, warnings
-from finetune.tasks import ENCODER_TASKS, TASKS, Example
+from finetune.tasks import ENCODER_TASKS, TASKS, Example, Task
 from finetune.train_encoder import ENCODER_TRAINING, encoder_capacity
 from kozero import distributed
 from kozero.config import TrainingArguments, arg, at_least, batch_sizes, check_timeout, parse_arguments
@@ -26,6 +27,8 @@ from kozero.engines import EngineSettings, build_engine, prepare_engine
 from kozero.errors import require, run_main
 from kozero.folder import new_file, write_text
 from kozero.pause import InferencePauseArguments
+
+Result = TypeVar("Result", Scores, Found)
 
 
 @dataclass
@@ -92,10 +95,8 @@ def main() -> None:
         run = sweep_language_model if arguments.sweep_pauses else score_language_model
         run(arguments, model_arguments, data_arguments, pause_arguments)
     else:
-        require(
-            not arguments.sweep_pauses,
-            f"--sweep_pauses {arguments.sweep_pauses}: --task {data_arguments.task} has no pauses",
-        )
+        message = f"--sweep_pauses {arguments.sweep_pauses}: --task {data_arguments.task} has no pauses"
+        require(not arguments.sweep_pauses, message)
         score_encoder(arguments, model_arguments, data_arguments, reading_arguments)
     distributed.shutdown()
 
@@ -113,12 +114,9 @@ def score_language_model(
     capacity = row_capacity(data.max_seq_length, task.max_seq_length, model.config.n_positions)
     questions = evaluation_set(source, task, data, model.tokenizer, pauses.placement)
     engine = build_engine(model.module, arguments.as_training(), settings)
-    started = time.perf_counter()
-    result = score(engine, questions, pauses, capacity, arguments.per_device_eval_batch_size, model.tokenizer)
-    seconds = time.perf_counter() - started
-    for note in result.notes:
-        distributed.say(note)
-    tell(f"{task.name}: {len(questions.examples):,} examples of {source}, {pauses.num} pauses", seconds, result.values)
+    micro, what = arguments.per_device_eval_batch_size, f"examples of {source}, {pauses.num} pauses"
+    work = partial(score, engine, questions, pauses, capacity, micro, model.tokenizer)
+    result = told_score(task, questions, what, work)
     if arguments.output_file:
         told = {"data": str(source), "num_pauses": pauses.num, "scores": result.values}
         save(Path(arguments.output_file), task.name, told, [predictions(result, questions.examples)])
@@ -146,17 +144,16 @@ def sweep_language_model(
     for placement, number in cells:
         make_pauses(model, number, placement)  # refused before the first of them is scored
     engine = build_engine(model.module, arguments.as_training(), settings)
-    found, groups = sweep(engine, model, task, source, data, cells, capacity, arguments.per_device_eval_batch_size)
+
+    def questions(placement: str, **fewer: int) -> EvaluationSet:
+        return evaluation_set(source, task, replace(data, **fewer), model.tokenizer, placement)
+
+    found, groups = sweep(engine, model, questions, cells, capacity, arguments.per_device_eval_batch_size)
     for warning in warnings(found):
         distributed.say(warning)
     if distributed.is_main():
-        told = {
-            "title": f"{task.name}, {name}",
-            "data": str(source),
-            "trained_with": model.pause_settings,
-            "groups": groups,
-        }
-        for written in save_sweep(path, found, told):
+        told = {"title": f"{task.name}, {name}", "data": str(source), "trained_with": model.pause_settings}
+        for written in save_sweep(path, found, told | {"groups": groups}):
             print(written)
     engine.close()
 
@@ -176,12 +173,8 @@ def score_encoder(
     learner = kind(reading, Framing.of(model.tokenizer), encoder_capacity(model, data, task))
     questions = question_set(source, task, data.max_eval_samples, model.tokenizer, data.cache_dir)
     engine = build_engine(model.module, arguments.as_training(), settings)
-    started = time.perf_counter()
-    found = learner.score(engine, questions, arguments.per_device_eval_batch_size)
-    seconds = time.perf_counter() - started
-    for note in found.notes:
-        distributed.say(note)
-    tell(f"{task.name}: {len(questions.examples):,} questions of {source}", seconds, found.values)
+    micro = arguments.per_device_eval_batch_size
+    found = told_score(task, questions, f"questions of {source}", partial(learner.score, engine, questions, micro))
     if arguments.output_file:
         told = {"data": str(source), "scores": found.values}
         texts = (json.dumps(found.files[name], indent=2, ensure_ascii=False) for name in kind.files)
@@ -189,11 +182,17 @@ def score_encoder(
     engine.close()
 
 
-def tell(what: str, seconds: float, values: dict[str, float]) -> None:
-    """The scores, one a line."""
-    distributed.say(f"{what}, {seconds:.1f} s")
-    for name, value in values.items():
+def told_score(task: Task, questions: EvaluationSet | QuestionSet, what: str, work: Callable[[], Result]) -> Result:
+    """The result of `work`, printed: notes, then time and the scores, one a line."""
+    started = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - started
+    for note in result.notes:
+        distributed.say(note)
+    distributed.say(f"{task.name}: {len(questions.examples):,} {what}, {seconds:.1f} s")
+    for name, value in result.values.items():
         distributed.say(f"{name:>24} {value:.4f}")
+    return result
 
 
 def files(path: Path, task: str) -> list[Path]:

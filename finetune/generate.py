@@ -8,10 +8,10 @@ import math
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -86,14 +86,10 @@ def main() -> None:
 
 def check_together(arguments: GenerationArguments, decoding: DecodingArguments) -> None:
     """What two groups of flags say together."""
-    require(
-        not (arguments.stream and (decoding.num_beams > 1 or arguments.num_samples > 1)),
-        "--stream: shows one text as it is written; leave out --num_beams and --num_samples",
-    )
-    require(
-        arguments.num_samples == 1 or decoding.temperature > 0,
-        f"--num_samples {arguments.num_samples}: without chance (--temperature 0) all are the same; leave it out",
-    )
+    message = "--stream: shows one text as it is written; leave out --num_beams and --num_samples"
+    require(not (arguments.stream and (decoding.num_beams > 1 or arguments.num_samples > 1)), message)
+    message = f"--num_samples {arguments.num_samples}: without chance (--temperature 0) all are the same; leave it out"
+    require(arguments.num_samples == 1 or decoding.temperature > 0, message)
 
 
 @dataclass
@@ -143,7 +139,8 @@ def write_all(writer: Writer, prompts: Iterable[Prompt], settings: dict[str, Any
     groups = [[prompt for _, prompt in known]] if known else one_by_one(writer, prompts)
     texts: list[str] = []
     losses: list[torch.Tensor] = []
-    with file_or_none(arguments.output_file) as file:
+    path = Path(arguments.output_file) if arguments.output_file and distributed.is_main() else None
+    with growing_file(path) if path else nullcontext() as file:
         for group in groups:
             asked = [prompt for prompt in group for _ in range(arguments.num_samples)]
             for found in writer.write(asked, **shown(writer, group)):
@@ -158,11 +155,6 @@ def write_all(writer: Writer, prompts: Iterable[Prompt], settings: dict[str, Any
                     file.flush()
     if arguments.metrics:
         tell_metrics(arguments.output_file, texts, losses, settings)
-
-
-def file_or_none(path: str | None) -> AbstractContextManager[TextIO | None]:
-    """A new text file on rank 0."""
-    return growing_file(Path(path)) if path and distributed.is_main() else nullcontext()
 
 
 def one_by_one(writer: Writer, prompts: Iterable[Prompt]) -> Iterator[list[str]]:

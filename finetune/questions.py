@@ -45,10 +45,9 @@ class QuestionStore:
         self.folder = folder
         meta = read_sealed(folder / META)
         self.notes, self.spelled = meta["notes"], meta["spelled"]
-        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
-        self.passage_tokens, self.offsets, self.passage_ends, self.question_tokens, self.question_ends, self.answers = (
-            arrays
-        )
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
+        self.passage_tokens, self.offsets, self.passage_ends = arrays[:3]
+        self.question_tokens, self.question_ends, self.answers = arrays[3:]
 
     @property
     def num_passages(self) -> int:

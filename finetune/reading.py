@@ -14,6 +14,7 @@ from finetune.questions import QuestionSet, QuestionStore, text_of
 from finetune.windows import SPECIAL, WindowRows, Windows, WindowSize
 from kozero import distributed
 from kozero.config import BatchSizes
+from kozero.data.batch import shares
 from kozero.data.framing import Framing
 from kozero.data.order import Order
 from kozero.engines.base import Engine
@@ -150,14 +151,10 @@ class Reading(EncoderTask):
         """(W, N, 3) score, first token and last token in the passage, of the best spans of each window. Collective: all
         ranks make the same number of forward passes."""
         num = SPARE * self.arguments.n_best_size
-        order = np.argsort(-windows.lengths, kind="stable")
-        world, device = distributed.world_size(), distributed.device()
+        device = distributed.device()
         total = torch.zeros(len(windows), num, 3, dtype=torch.float64)
         with engine.evaluating() as module:
-            for start in range(0, len(order), micro * world):
-                first = start + distributed.rank() * micro
-                mine = order[first : first + micro]
-                numbers = mine if len(mine) else order[:1]
+            for mine, numbers in shares(windows.lengths, micro):
                 inputs = windows.inputs(numbers, self.framing)
                 logits = module(**{name: tensor.to(device) for name, tensor in inputs.items()})
                 found = torch.stack(best_spans(logits, num, self.arguments.max_answer_length), dim=-1).double().cpu()

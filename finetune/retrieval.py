@@ -19,7 +19,7 @@ from finetune.questions import QuestionSet, QuestionStore
 from kozero import distributed
 from kozero.config import BatchSizes
 from kozero.contrast import check_negatives, in_batch_logits
-from kozero.data.batch import Batch, padded
+from kozero.data.batch import Batch, padded, shares
 from kozero.data.framing import Framing
 from kozero.data.order import Order, OrderedRows
 from kozero.engines.base import Engine
@@ -62,7 +62,9 @@ class Retriever(nn.Module):
         if passage_ids is None:
             return queries
         passages, passage_routing = self.encode(passage_ids, passage_mask)
-        loss = in_batch_loss(queries, passages, passage)
+        # Another row with the same passage is no negative: several questions share one.
+        logits, own = in_batch_logits(queries, passages, passage)
+        loss = F.cross_entropy(logits, own, reduction="sum")
         routing = [sum(parts) for parts in zip(query_routing, passage_routing, strict=True)]
         return torch.stack([loss, *routing])
 
@@ -70,16 +72,6 @@ class Retriever(nn.Module):
         """(B, T) texts to (B, H) vectors, and the router losses."""
         out = self.encoder(input_ids=ids, attention_mask=mask, token_type_ids=torch.zeros_like(ids))
         return self.pool(out.last_hidden_state, mask), router_sums(out, mask)
-
-
-def in_batch_loss(queries: torch.Tensor, passages: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Sum over the (B, H) queries of the cross entropy of their own passage among those of all ranks. Another row with
-    the same passage is no negative: several questions share one.
-
-    Args: passages: (B, H); numbers: (B,) of the passages.
-    """
-    logits, own = in_batch_logits(queries, passages, numbers)
-    return F.cross_entropy(logits, own, reduction="sum")
 
 
 @dataclass
@@ -194,13 +186,9 @@ class Retrieval(EncoderTask):
     def encode(self, engine: Engine, texts: Sequence[np.ndarray], micro: int, out: np.ndarray) -> None:
         """Vectors of texts: each rank fills its rows of `out`, (N, H). Texts of about the same length share a batch,
         and all ranks make the same number of forward passes. Collective."""
-        order = np.argsort([-len(text) for text in texts], kind="stable")
         device = distributed.device()
         with engine.evaluating() as module:
-            for start in range(0, len(order), micro * distributed.world_size()):
-                first = start + distributed.rank() * micro
-                mine = order[first : first + micro]
-                numbers = mine if len(mine) else order[:1]
+            for mine, numbers in shares([len(text) for text in texts], micro):
                 ids, mask = framed([texts[k] for k in numbers], self.framing, self.capacity)
                 vectors = module(ids=ids.to(device), mask=mask.to(device))
                 out[mine] = vectors[: len(mine)].float().cpu().numpy()

@@ -44,10 +44,8 @@ class Setting:
 
         Args: base: the model that the run starts from.
         """
-        require(
-            base is None or Path(base).resolve() != (output_dir / "model").resolve(),
-            f"--model_name_or_path {base}: --output_dir would write over it; choose another --output_dir",
-        )
+        message = f"--model_name_or_path {base}: --output_dir would write over it; choose another --output_dir"
+        require(base is None or Path(base).resolve() != (output_dir / "model").resolve(), message)
         if training.max_steps and training.num_train_epochs:
             distributed.say(f"--max_steps {training.max_steps} decides, not --num_train_epochs")
         training.num_train_epochs = training.num_train_epochs or task.num_train_epochs

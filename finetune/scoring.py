@@ -13,6 +13,7 @@ from finetune.confidence import least_confident
 from finetune.data import EvaluationSet
 from finetune.decoding import ignoring_pauses
 from kozero import distributed
+from kozero.data.batch import shares
 from kozero.data.batches import Prefixes, evaluation_batches
 from kozero.data.rows import Fit, fit, pieces
 from kozero.engines.base import Engine
@@ -79,9 +80,8 @@ def likelihoods(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(N,) log-likelihood of the target of each row, and (N,) the tokens that it is of: all but unknown ones, none of a
     row that does not fit. Collective."""
-    batches = evaluation_batches(
-        prefixes, fitted, pauses, capacity, micro, distributed.rank(), distributed.world_size()
-    )
+    rank, world_size = distributed.rank(), distributed.world_size()
+    batches = evaluation_batches(prefixes, fitted, pauses, capacity, micro, rank, world_size)
     # Column 0 adds up log-likelihoods, column 1 counts: a row that does not fit is on no rank and keeps a count of 0.
     total = torch.zeros(len(prefixes.store), 2, dtype=torch.float64)
     with engine.evaluating() as model:
@@ -121,9 +121,8 @@ def score_answers(
         predictions[k] = answer.strip()
     targets = [example.targets for example in data.examples]
     values = question_answering(predictions, targets)
-    each = [
-        question_answering([p], [golds])[data.task.best_score] for p, golds in zip(predictions, targets, strict=True)
-    ]
+    pairs = zip(predictions, targets, strict=True)
+    each = [question_answering([text], [golds])[data.task.best_score] for text, golds in pairs]
     num_tokens = read_tokens(fitted, pauses)
     written = sum(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]) if answers else 0
     return Scores(values, predictions, each, fitted.num_cut, fitted.num_left_out, num_tokens + written)
@@ -160,17 +159,13 @@ def write(
     Prompts of about the same length share a batch, padded on the left. All ranks make the same number of calls, and
     under a sharded engine all go on until the last one has finished.
     """
-    order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
-    world = distributed.world_size()
     mine: dict[int, str] = {}
-    lm, generation = engine.module.lm, generation | {"synced_gpus": engine.lockstep and world > 1}
+    lm, device = engine.module.lm, distributed.device()
+    generation |= {"synced_gpus": engine.lockstep and distributed.world_size() > 1}
     with engine.evaluating():
-        for start in range(0, len(order), micro * world):
-            first = start + distributed.rank() * micro
-            numbers = order[first : first + micro].tolist()
-            batch = [prompts[n] for n in numbers or order[:1]]
-            found = write_batch(lm, tokenizer, batch, pauses, distributed.device(), generation)
-            mine |= {n: spelled(tokenizer, ids) for n, ids in zip(numbers, found, strict=False)}
+        for numbers, computed in shares([len(prompt) for prompt in prompts], micro):
+            found = write_batch(lm, tokenizer, [prompts[n] for n in computed], pauses, device, generation)
+            mine |= {n: spelled(tokenizer, ids) for n, ids in zip(numbers.tolist(), found, strict=False)}
     written: dict[int, str] = {}
     for part in distributed.gather(mine):
         written |= part

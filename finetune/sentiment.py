@@ -58,10 +58,8 @@ ARGUMENTS = (SentimentArguments, DecodingArguments)
 def main() -> None:
     """Write, judge, tell."""
     arguments, decoding = parse_arguments(*ARGUMENTS, prog="finetune/sentiment.py", description=__doc__)
-    require(
-        arguments.num_samples == 1 or decoding.temperature > 0,
-        f"--temperature 0: writes the same review {arguments.num_samples} times; give a temperature above 0",
-    )
+    message = f"--temperature 0: writes the same review {arguments.num_samples} times; give a temperature above 0"
+    require(arguments.num_samples == 1 or decoding.temperature > 0, message)
     distributed.setup()
     data = DataArguments("nsmc", validation_file=arguments.validation_file, max_eval_samples=arguments.max_eval_samples)
     source = sources(data, TASK)[1]

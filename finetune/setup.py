@@ -39,10 +39,8 @@ def load_model(
 
 def row_capacity(max_seq_length: int, default: int, positions: int) -> int:
     """Tokens of a row: what was asked for, or the task's default, never more than the model has positions."""
-    require(
-        max_seq_length <= positions,
-        f"--max_seq_length {max_seq_length}: the model has {positions} positions; choose at most that",
-    )
+    message = f"--max_seq_length {max_seq_length}: the model has {positions} positions; choose at most that"
+    require(max_seq_length <= positions, message)
     return max_seq_length or min(default, positions)
 
 
@@ -76,8 +74,6 @@ def make_pauses(model: LanguageModel, num: int, placement: str, seed: int = 0) -
     Raises: UserError when its vocabulary has no such token.
     """
     token_id = filler_id(model.tokenizer) if placement == "filler" else model.pause_id
-    require(
-        num == 0 or token_id is not None,
-        f"{num} pauses: the model's vocabulary has no pause token; use 0, or train it with pauses",
-    )
+    message = f"{num} pauses: the model's vocabulary has no pause token; use 0, or train it with pauses"
+    require(num == 0 or token_id is not None, message)
     return Pauses(token_id or 0, num, placement, begins_inside(model.tokenizer), seed)

@@ -4,15 +4,15 @@ import csv
 import io
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.arguments import DataArguments
-from finetune.data import EvaluationSet, evaluation_set
+from finetune.data import EvaluationSet
 from finetune.scoring import score
 from finetune.setup import make_pauses
-from finetune.tasks import LOWER_IS_BETTER, Source, Task
+from finetune.tasks import LOWER_IS_BETTER
 from kozero import distributed
 from kozero.data.rows import fit
 from kozero.engines.base import Engine
@@ -24,6 +24,7 @@ from models.language_model import LanguageModel
 
 COLLAPSE = 0.5  # of the best score: what is below it has collapsed; where lower is better, the best of what has
 NO_PAUSES = "none"
+Questions = Callable[..., EvaluationSet]  # those for a placement; `max_eval_samples` of them at most
 MARKS = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.")  # lines that lie on each other are told apart by them
 
 
@@ -66,14 +67,7 @@ def settings_of(numbers: str, placements: str) -> list[tuple[str, int]]:
 
 
 def sweep(
-    engine: Engine,
-    model: LanguageModel,
-    task: Task,
-    source: Source,
-    data: DataArguments,
-    cells: list[tuple[str, int]],
-    capacity: int,
-    micro: int,
+    engine: Engine, model: LanguageModel, questions: Questions, cells: list[tuple[str, int]], capacity: int, micro: int
 ) -> tuple[list[Cell], list[int]]:
     """Score every setting and tell each score as it is known. Collective.
 
@@ -81,23 +75,23 @@ def sweep(
 
     Raises: UserError for a number of pauses beside which some row does not fit: its scores would be of other examples.
     """
-    questions = evaluation_set(source, task, data, model.tokenizer)
-    require_room(questions, cells, capacity)
-    few = replace(data, max_eval_samples=8)  # the first pass of a process is slower: not on the first cell's account
-    measure(engine, model, task, source, few, make_pauses(model, 0, "append"), capacity, micro)
+    every = questions("append")
+    require_room(every, cells, capacity)
+    few = questions("append", max_eval_samples=8)  # a process's first pass is slower: not on the first cell's account
+    measure(engine, model, few, make_pauses(model, 0, "append"), capacity, micro)
     found = []
     for placement, number in cells:
         pauses = make_pauses(model, number, "append" if placement == NO_PAUSES else placement)
-        found.append(measure(engine, model, task, source, data, pauses, capacity, micro))
-        cell = found[-1] if number else Cell(**asdict(found[-1]) | {"placement": NO_PAUSES})
-        found[-1] = cell
+        cell = measure(engine, model, questions(pauses.placement), pauses, capacity, micro)
+        cell = cell if number else replace(cell, placement=NO_PAUSES)
+        found.append(cell)
         distributed.say(
             f"{cell.placement:>16} {cell.num_pauses:>4} pauses: {cell.score} {cell.value:.4f}, "
             f"{cell.seconds_per_example * 1e3:.1f} ms and {cell.tokens_per_example:.1f} tokens an example"
             + (f", {cell.num_cut:,} contexts cut" if cell.num_cut else "")
         )
     numbers: dict[str, int] = {}
-    return found, [numbers.setdefault(example.group, len(numbers)) for example in questions.examples]
+    return found, [numbers.setdefault(example.group, len(numbers)) for example in every.examples]
 
 
 def require_room(questions: EvaluationSet, cells: list[tuple[str, int]], capacity: int) -> None:
@@ -109,22 +103,14 @@ def require_room(questions: EvaluationSet, cells: list[tuple[str, int]], capacit
 
 
 def measure(
-    engine: Engine,
-    model: LanguageModel,
-    task: Task,
-    source: Source,
-    data: DataArguments,
-    pauses: Pauses,
-    capacity: int,
-    micro: int,
+    engine: Engine, model: LanguageModel, questions: EvaluationSet, pauses: Pauses, capacity: int, micro: int
 ) -> Cell:
     """One cell."""
-    questions = evaluation_set(source, task, data, model.tokenizer, pauses.placement)
     started = time.perf_counter()
     result = score(engine, questions, pauses, capacity, micro, model.tokenizer)
-    seconds, num = time.perf_counter() - started, len(questions.examples)
+    seconds, num, name = time.perf_counter() - started, len(questions.examples), questions.task.best_score
     return Cell(
-        pauses.placement, pauses.num, task.best_score, result.values[task.best_score], seconds / num,
+        pauses.placement, pauses.num, name, result.values[name], seconds / num,
         result.num_tokens / num, result.num_cut, result.num_left_out, result.values, result.each, result.weights,
     )  # fmt: skip
 

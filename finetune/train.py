@@ -64,10 +64,8 @@ class FreezeArguments:
     )
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.freeze) or not self.cache_frozen,
-            "--cache_frozen: nothing is frozen; say what with --freeze, e.g. --freeze wte,wpe,h.0-5",
-        )
+        message = "--cache_frozen: nothing is frozen; say what with --freeze, e.g. --freeze wte,wpe,h.0-5"
+        require(bool(self.freeze) or not self.cache_frozen, message)
 
 
 ARGUMENTS = (
@@ -242,11 +240,7 @@ def sample_text(engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: i
     numbers = sorted(found.values())[:NUM_SAMPLES]
     prefixes = [texts.parts(k)[0] for k in numbers]
     prompts = [texts.prompt(k, pauses) for k in numbers]
-    answers = (
-        write(engine, model.tokenizer, prompts, pauses, 1, max_new_tokens=new_tokens, do_sample=False)
-        if prompts
-        else []
-    )
+    answers = write(engine, model.tokenizer, prompts, pauses, 1, max_new_tokens=new_tokens, do_sample=False)
     heads = [spelled(model.tokenizer, prefix.tolist())[-60:] for prefix in prefixes]
     return " | ".join(f"{head} → {answer.strip()}" for head, answer in zip(heads, answers, strict=True))
 

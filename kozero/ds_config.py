@@ -43,9 +43,8 @@ def resolve(arguments: TrainingArguments, sizes: BatchSizes, trains: bool = True
     for name in () if trains else (*BATCH_KEYS, "gradient_clipping", "optimizer"):
         config.pop(name, None)
     for name in ("zero_optimization", "optimizer", "fp16", "bf16"):
-        require(
-            isinstance(config.get(name, {}), dict), f"{path}: {name!r} must be an object, found {config.get(name)!r}"
-        )
+        message = f"{path}: {name!r} must be an object, found {config.get(name)!r}"
+        require(isinstance(config.get(name, {}), dict), message)
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
     require(type(stage) is int and 0 <= stage <= 3, f"{path}: zero_optimization.stage {stage!r}: must be 0, 1, 2 or 3")
@@ -54,7 +53,7 @@ def resolve(arguments: TrainingArguments, sizes: BatchSizes, trains: bool = True
     ]
     mismatches += optimizer_mismatches(config.pop("optimizer", {}), arguments, path)
     require(not mismatches, f'{path} and the command line disagree: {"; ".join(mismatches)}. Use "auto" in the JSON')
-    drop_auto(zero)
+    config["zero_optimization"] = {name: value for name, value in zero.items() if value != AUTO}  # DeepSpeed's defaults
     refuse_auto(config, path)
     return config
 
@@ -108,12 +107,6 @@ def optimizer_mismatches(optimizer: dict[str, Any], arguments: TrainingArguments
         for name, said in params.items()
         if said not in (AUTO, wanted[name][1])
     ]
-
-
-def drop_auto(zero: dict[str, Any]) -> None:
-    """Sizes that say "auto" get DeepSpeed's own defaults."""
-    for name in [name for name, value in zero.items() if value == AUTO]:
-        del zero[name]
 
 
 def refuse_auto(value: Any, path: str, place: str = "") -> None:

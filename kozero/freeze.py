@@ -74,9 +74,8 @@ def expand(text: str, parts: set[str], num_layers: int, has_pause: bool) -> set[
             names.add(item)
         else:
             known = sorted(parts | {"lm_head", "h.0-1"})
-            raise UserError(
-                f"--freeze {item}: no such part{nearest(item, known)}; the parts are {describe_parts(num_layers)}"
-            )
+            message = f"--freeze {item}: no such part{nearest(item, known)}; the parts are {describe_parts(num_layers)}"
+            raise UserError(message)
     return names
 
 

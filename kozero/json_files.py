@@ -69,9 +69,8 @@ def read_json(path: str | Path) -> Any:
 
     with reading(path) as file:
         mib = -(-path.stat().st_size // 2**20)
-        require(
-            mib <= JSON_MIB, f"{path}: {mib:,} MiB of JSON, which is read as a whole; at most {JSON_MIB:,}, split it"
-        )
+        message = f"{path}: {mib:,} MiB of JSON, which is read as a whole; at most {JSON_MIB:,}, split it"
+        require(mib <= JSON_MIB, message)
         content = file.read().replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # errors count lines
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=no_duplicates)

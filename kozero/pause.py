@@ -64,10 +64,8 @@ class PauseArguments(InferencePauseArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, self, "num_pauses")
-        require(
-            self.pause_schedule == "fixed" or self.num_pauses > 0,
-            f"--pause_schedule {self.pause_schedule}: nothing to vary; set --num_pauses",
-        )
+        message = f"--pause_schedule {self.pause_schedule}: nothing to vary; set --num_pauses"
+        require(self.pause_schedule == "fixed" or self.num_pauses > 0, message)
 
     @property
     def at_inference(self) -> int:

@@ -160,9 +160,8 @@ def attempt(output_dir: Path, export: Callable[[Path, None], None]) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever a library does not like in a tokenizer or a config
-        raise UserError(
-            f"--output_dir {output_dir}: the model could not be exported there ({first_line(error)})"
-        ) from None
+        message = f"--output_dir {output_dir}: the model could not be exported there ({first_line(error)})"
+        raise UserError(message) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -22,11 +22,8 @@ def distinct(texts: Sequence[str], n: int) -> float:
 def repetition(texts: Sequence[str], n: int = REPEATED) -> float:
     """The mean over texts of the share of n-grams that the text has had before (seq-rep-n of Welleck et al., ICLR
     2020). A text without an n-gram repeats none."""
-    shares = []
-    for text in texts:
-        found = ngrams(text.split(), n)
-        shares.append(1 - len(set(found)) / len(found) if found else 0.0)
-    return sum(shares) / max(1, len(shares))
+    grams = [ngrams(text.split(), n) for text in texts]
+    return sum(1 - len(set(found)) / len(found) for found in grams if found) / max(1, len(grams))
 
 
 def self_bleu(texts: Sequence[str]) -> float:

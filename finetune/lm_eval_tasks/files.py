@@ -2,7 +2,7 @@
 named by `--metadata '{"nsmc": "ratings_test.txt", "klue_nli": "dev.json", "korquad": "KorQuAD_v1.0_dev.json"}'`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +24,34 @@ def path_of(task: str, told: dict[str, Any]) -> Path:
     return path
 
 
-def examples(task: str, told: dict[str, Any], form: Task) -> Iterator[Example]:
-    """Examples of a task's file as training reads them: without the few that have no text."""
-    return read(Source(path_of(task, told)), form, LeftOut())
+def rows(task: str, told: dict[str, Any], form: Task, row: Callable[[Example], dict]) -> dict[str, Dataset]:
+    """A row of each example of a task's file as training reads them: without the few that have no text."""
+    found = read(Source(path_of(task, told)), form, LeftOut())
+    return {"test": Dataset.from_list([row(example) for example in found])}
 
 
 def nsmc(**told: Any) -> dict[str, Dataset]:
     """Rows of document, label."""
-    rows = [{"document": e.targets[0], "label": e.label} for e in examples("nsmc", told, TASKS["nsmc"])]
-    return {"test": Dataset.from_list(rows)}
+    return rows("nsmc", told, TASKS["nsmc"], lambda e: {"document": e.targets[0], "label": e.label})
 
 
 def klue_nli(**told: Any) -> dict[str, Dataset]:
     """Rows of premise, hypothesis, label (its number)."""
-    rows = [
-        {
-            "premise": e.context.removeprefix("전제: "),
-            "hypothesis": e.prompt.removeprefix("가설: ").removesuffix(" 관계:"),
-            "label": e.label,
-        }
-        for e in examples("klue_nli", told, TASKS["klue_nli"])
-    ]
-    return {"test": Dataset.from_list(rows)}
+
+    def row(e: Example) -> dict:
+        hypothesis = e.prompt.removeprefix("가설: ").removesuffix(" 관계:")
+        return {"premise": e.context.removeprefix("전제: "), "hypothesis": hypothesis, "label": e.label}
+
+    return rows("klue_nli", told, TASKS["klue_nli"], row)
 
 
 def korquad(**told: Any) -> dict[str, Dataset]:
     """Rows of context, question, answers."""
-    rows = [
-        {"context": e.context, "question": e.prompt, "answers": [{"text": text} for text in e.targets]}
-        for e in examples("korquad", told, ENCODER_TASKS["mrc"])
-    ]
-    return {"test": Dataset.from_list(rows)}
+
+    def row(e: Example) -> dict:
+        return {"context": e.context, "question": e.prompt, "answers": [{"text": text} for text in e.targets]}
+
+    return rows("korquad", told, ENCODER_TASKS["mrc"], row)
 
 
 def korquad_scores(row: dict[str, Any], results: list[str]) -> dict[str, float]:

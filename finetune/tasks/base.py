@@ -3,7 +3,7 @@
 import hashlib
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Task(ABC):
     name: str
     hub: tuple[str, str | None, str, str]  # data set, config, train split, validation split
     sample_files: tuple[str, str]  # below sample_data/: train, validation
+    readers: dict[str, Callable[[Path], Iterator[Located | BadRow]]]  # of the rows of published files, by suffix
     max_seq_length: int  # default row length, tokens
     num_train_epochs: float = 3.0
     max_new_tokens: int = 64  # generated at most when text is asked for
@@ -44,10 +45,6 @@ class Task(ABC):
     whole_texts: bool = False  # texts without a prompt, of any length, scored by their likelihood
     best_score: str  # the score that decides which checkpoint is the best
     lower_is_better: bool = False
-
-    @abstractmethod
-    def read_file(self, path: Path) -> Iterator[Located | BadRow]:
-        """Rows of a published file."""
 
     @abstractmethod
     def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
@@ -64,8 +61,10 @@ class Task(ABC):
     def examples(self, source: "Source", left_out: LeftOut) -> Iterator[Example]:
         """Examples of a source, in its order. Rows without text, and bad rows when they may be skipped, are counted
         in `left_out`; otherwise a bad row ends the run."""
-        rows = read_hub(*source.hub) if source.hub else self.read_file(source.path)
-        for item in rows:
+        if source.path:
+            suffix = regular(source.path).suffix.lower()
+            require(suffix in self.readers, f"{source.path}: this task reads {', '.join(self.readers)}")
+        for item in self.readers[suffix](source.path) if source.path else read_hub(*source.hub):
             try:
                 if isinstance(item, BadRow):
                     raise item
@@ -127,8 +126,3 @@ def check_label(where: str, label: object, names: tuple[str, ...]) -> int:
         known = ", ".join(f"{k} ({name})" for k, name in enumerate(names))
         raise BadRow(f"{where}: label {label!r:.60} is out of range; known: {known}")
     return int(text)
-
-
-def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Refuse a file of a kind that the task does not read."""
-    require(regular(path).suffix.lower() in suffixes, f"{path}: this task reads {', '.join(suffixes)}")

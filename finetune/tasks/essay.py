@@ -1,10 +1,10 @@
 """Texts as they are: the model learns to write more of their kind."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import ClassVar
 
-from finetune.tasks.base import Example, Task, check_suffix, filled
-from kozero.data.readers import BadRow, Located, read_jsonl, text_field
+from finetune.tasks.base import Example, Task, filled
+from kozero.data.readers import read_jsonl, text_field
 from kozero.errors import UserError
 
 
@@ -13,6 +13,7 @@ class Essay(Task):
 
     name = "essay"
     sample_files = ("essay/train.jsonl", "essay/validation.jsonl")
+    readers: ClassVar = {".jsonl": read_jsonl}  # a field `text`, as scripts/select_topic.py writes it
     max_seq_length = 512
     whole_texts = True
     best_score = "perplexity"
@@ -22,11 +23,6 @@ class Essay(Task):
     def hub(self) -> tuple[str, str | None, str, str]:
         """There is none."""
         raise UserError("--from_hub: --task essay has no data set on the hub; take scripts/select_topic.py")
-
-    def read_file(self, path: Path) -> Iterator[Located | BadRow]:
-        """One JSON object a line with a field `text`, as scripts/select_topic.py writes them."""
-        check_suffix(path, (".jsonl",))
-        return read_jsonl(path)
 
     def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
         """One text, its lines joined by spaces: KoGPT2's vocabulary has no line feed."""

@@ -1,10 +1,10 @@
 """KLUE-NLI: does the premise entail the hypothesis, contradict it, or neither."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import ClassVar
 
-from finetune.tasks.base import Example, Task, check_label, check_suffix, filled
-from kozero.data.readers import BadRow, Located, read_json_list, read_jsonl, text_field
+from finetune.tasks.base import Example, Task, check_label, filled
+from kozero.data.readers import BadRow, read_json_list, read_jsonl, text_field
 
 CLASSES = ("entailment", "neutral", "contradiction")  # by label number, as on the hub
 WORDS = ("함의", "중립", "모순")
@@ -16,15 +16,11 @@ class KlueNli(Task):
     name = "klue_nli"
     hub = ("klue", "nli", "train", "validation")
     sample_files = ("klue_nli/klue-nli-v1.1_train.json", "klue_nli/klue-nli-v1.1_dev.json")
+    readers: ClassVar = {".json": read_json_list, ".jsonl": read_jsonl}  # KLUE's list, or the same objects one a line
     max_seq_length = 256
     max_new_tokens = 4
     labels = WORDS
     best_score = "accuracy"
-
-    def read_file(self, path: Path) -> Iterator[Located | BadRow]:
-        """KLUE's JSON list, or the same objects one a line."""
-        check_suffix(path, (".json", ".jsonl"))
-        return read_json_list(path) if path.suffix.lower() == ".json" else read_jsonl(path)
 
     def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
         """One pair. Files name the label `gold_label`, the hub `label`."""

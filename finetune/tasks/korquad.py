@@ -3,13 +3,22 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
-from finetune.tasks.base import Example, Task, check_suffix, filled
+from finetune.tasks.base import Example, Task, filled
 from kozero.data.readers import BadRow, Located, text_field
 from kozero.errors import require
 from kozero.json_files import read_json_object
 
 CONTEXT_MARK = "문맥: "
+
+
+def read_korquad(path: Path) -> Iterator[Located | BadRow]:
+    """The published nested JSON, one row a question, in the flat form of the hub."""
+    whole = read_json_object(path)
+    require(isinstance(whole.get("data"), list), f"{path}: no list 'data'; is this a KorQuAD 1.0 file?")
+    for article in members(str(path), whole, "data", "article"):
+        yield from [article] if isinstance(article, BadRow) else questions_of(path, *article)
 
 
 class Korquad(Task):
@@ -18,17 +27,10 @@ class Korquad(Task):
     name = "korquad"
     hub = ("KorQuAD/squad_kor_v1", None, "train", "validation")
     sample_files = ("korquad/KorQuAD_v1.0_train.json", "korquad/KorQuAD_v1.0_dev.json")
+    readers: ClassVar = {".json": read_korquad}
     max_seq_length = 512
     max_new_tokens = 32
     best_score = "f1"
-
-    def read_file(self, path: Path) -> Iterator[Located | BadRow]:
-        """The published nested JSON, one row a question, in the flat form of the hub."""
-        check_suffix(path, (".json",))
-        whole = read_json_object(path)
-        require(isinstance(whole.get("data"), list), f"{path}: no list 'data'; is this a KorQuAD 1.0 file?")
-        for article in members(str(path), whole, "data", "article"):
-            yield from [article] if isinstance(article, BadRow) else questions_of(path, *article)
 
     def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
         """One question with its answers; the first is the one that is trained on."""

@@ -2,10 +2,10 @@
 polarity makes the review more likely) and writes reviews of a polarity."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 
-from finetune.tasks.base import Example, Task, check_label, check_suffix, filled
-from kozero.data.readers import BadRow, Located, read_tsv, text_field
+from finetune.tasks.base import Example, Task, check_label, filled
+from kozero.data.readers import read_tsv, text_field
 
 POLARITIES = ("부정", "긍정")  # by label: 0, 1
 
@@ -16,14 +16,10 @@ class Nsmc(Task):
     name = "nsmc"
     hub = ("e9t/nsmc", None, "train", "test")
     sample_files = ("nsmc/ratings_train.txt", "nsmc/ratings_test.txt")
+    readers = dict.fromkeys((".txt", ".tsv"), partial(read_tsv, columns=("id", "document", "label")))
     max_seq_length = 256
     labels = POLARITIES
     best_score = "accuracy"
-
-    def read_file(self, path: Path) -> Iterator[Located | BadRow]:
-        """TSV with the columns id, document, label."""
-        check_suffix(path, (".txt", ".tsv"))
-        return read_tsv(path, ("id", "document", "label"))
 
     def examples_of_row(self, where: str, row: dict) -> Iterator[Example]:
         """One review."""

@@ -1,12 +1,13 @@
 """What a rank computes in one forward pass, and the stream of rows that it is cut from, whatever the objective."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from kozero import distributed
 from kozero.config import BatchSizes
 
 PAD_MULTIPLE = 8  # rows are padded to the longest of their batch, rounded up to this
@@ -54,6 +55,16 @@ def deal(consumed: int, sizes: BatchSizes, rank: int) -> list[list[int]]:
     """Places of a rank's micro batches: the global batch is dealt out to rank 0, 1, ..., then again."""
     starts = range(rank * sizes.micro, sizes.global_batch, sizes.micro * sizes.world_size)
     return [list(range(consumed + start, consumed + start + sizes.micro)) for start in starts]
+
+
+def shares(lengths: Sequence[int] | np.ndarray, micro: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of this rank's rows, `micro` at once, the longest first, and of those that it computes: the longest row
+    where none are left, as all ranks make the same number of forward passes."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    for start in range(0, len(order), micro * distributed.world_size()):
+        first = start + distributed.rank() * micro
+        mine = order[first : first + micro]
+        yield mine, mine if len(mine) else order[:1]
 
 
 def padded(rows: Sequence[np.ndarray], most: int, value: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -46,6 +46,9 @@ class TextRow:
     span: tuple[int, int] | None = None
 
 
+Build, Notes = Callable[[], Iterable[TextRow]], Callable[[], list[str]]  # what makes rows, and notes about them
+
+
 class TokenStore:
     """Rows of token ids.
 
@@ -103,12 +106,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def open_or_build(
-    cache: Path,
-    key: str,
-    build: Callable[[], Iterable[TextRow]],
-    tokenizer: Any,
-    notes: Callable[[], list[str]] = list,
-    marker: Marker | None = None,
+    cache: Path, key: str, build: Build, tokenizer: Any, notes: Notes = list, marker: Marker | None = None
 ) -> TokenStore:
     """The store `key` below `cache`, built first when it is not there or not whole. Safe with many processes.
 
@@ -148,13 +146,7 @@ def seal(folder: Path, **meta: Any) -> None:
     write_seal(folder / META, meta | {"files": fingerprints(folder)})
 
 
-def write_store(
-    folder: Path,
-    rows: Callable[[], Iterable[TextRow]],
-    tokenizer: Any,
-    notes: Callable[[], list[str]] = list,
-    marker: Marker | None = None,
-) -> None:
+def write_store(folder: Path, rows: Build, tokenizer: Any, notes: Notes, marker: Marker | None) -> None:
     """Tokenise `rows()` into `folder`, one batch in memory at a time; every target ends in the tokenizer's eos."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     index, all_marks, position = [np.zeros((0, len(COLUMNS)), np.int64)], array("i"), 0

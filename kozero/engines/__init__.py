@@ -10,6 +10,7 @@ from kozero.config import BatchSizes, TrainingArguments
 from kozero.ds_config import resolve
 from kozero.engines.base import Engine
 from kozero.errors import require
+from kozero.freeze import count_parameters
 from kozero.memory import rank_limit
 from kozero.plan import state_bytes
 
@@ -88,10 +89,8 @@ def prepare_sharding(arguments: TrainingArguments, sharding: Sharding) -> Engine
         f"--deepspeed_config {arguments.deepspeed_config}: this entry shards without DeepSpeed; leave it out, or "
         "use pretrain/train.py for the stage of the JSON",
     )
-    require(
-        sharding.engine != "fairscale_fsdp" or torch.cuda.is_available(),
-        "fairscale's FullyShardedDataParallel needs a GPU and none is visible; --sharding torch runs on a CPU",
-    )
+    message = "fairscale's FullyShardedDataParallel needs a GPU and none is visible; --sharding torch runs on a CPU"
+    require(sharding.engine != "fairscale_fsdp" or torch.cuda.is_available(), message)
     return EngineSettings(sharding.engine, sharding.stage, sharding.auto_wrap)
 
 
@@ -125,9 +124,8 @@ def build_engine(module: nn.Module, arguments: TrainingArguments, settings: Engi
 
 def needless_stage(module: nn.Module, arguments: TrainingArguments, stage: int) -> str | None:
     """What to tell of a stage that only costs time, because a rank has twice the room that all states take."""
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    whole, limit = state_bytes(total, trainable, 0, 1, arguments.dtype), rank_limit()
+    counts = count_parameters(module)
+    whole, limit = state_bytes(counts["total"], counts["trainable"], 0, 1, arguments.dtype), rank_limit()
     if stage == 0 or limit is None or 2 * whole > limit:
         return None
     return (

@@ -117,8 +117,3 @@ def count_targets(micro_batches: Sequence[Batch]) -> torch.Tensor:
 def known_losses(losses: Sequence[float], num_targets: Sequence[float]) -> tuple[float | None, ...]:
     """Mean losses of the objectives of a step; None for one that had no targets."""
     return tuple(loss if num else None for loss, num in zip(losses, num_targets, strict=True))
-
-
-def cpu_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict on the CPU, floating-point tensors in 32 bit."""
-    return {name: (t.float() if t.is_floating_point() else t).detach().cpu() for name, t in state.items()}

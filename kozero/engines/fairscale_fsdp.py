@@ -120,26 +120,16 @@ class FairscaleFSDPEngine(TorchEngine):
         """Shards: vectors, padded at the end to the same size on all ranks."""
         return self.parameters_by_name
 
-    def pieces(self) -> list[Piece]:
-        """Shards, without what pads them."""
-        return [self.piece(name, weight) for name, weight in self.trained().items()]
-
     def piece(self, name: str, weight: nn.Parameter) -> Piece:
-        """Equal parts of the vector, the last ones padded."""
+        """Shards are equal parts of the vector, the last ones padded; without what pads them."""
         size, first = self.sizes[name].numel(), distributed.rank() * weight.numel()
         return Piece(name, size, weight, first, max(0, min(weight.numel(), size - first)))
 
-    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """Gathered one parameter at a time."""
-        state = {}
-        for name, shard in self.weights().items():
-            parts = [torch.empty_like(shard) for _ in range(distributed.world_size())]
-            dist.all_gather(parts, shard.detach())
-            if distributed.is_main():
-                size = self.sizes[name]
-                whole = torch.cat([part.flatten() for part in parts])[: size.numel()]
-                state[name] = whole.view(size).to("cpu", torch.float32, copy=True)
-        return state if distributed.is_main() else None
+    def whole(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Of shards."""
+        parts = [torch.empty_like(weight) for _ in range(distributed.world_size())]
+        dist.all_gather(parts, weight)
+        return torch.cat([part.flatten() for part in parts])[: self.sizes[name].numel()].view(self.sizes[name])
 
 
 def pass_on(module: nn.Module, args: tuple, output: Any) -> Any:

@@ -75,21 +75,12 @@ class FSDPEngine(TorchEngine):
         for unit in units:
             unit.reshard()
 
-    def pieces(self) -> list[Piece]:
-        """Shards: rows of each parameter."""
-        return [self.piece(name, weight) for name, weight in self.trained().items()]
-
     def piece(self, name: str, weight: nn.Parameter) -> Piece:
-        """The rows that torch.chunk gives to this rank."""
+        """A shard: the rows that torch.chunk gives to this rank."""
         rows, numbers = weight.shape[0], weight.numel()
         first = min(distributed.rank() * -(-rows // distributed.world_size()), rows)
         return Piece(name, numbers, weight, first * numbers // rows, weight.to_local().numel())
 
-    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """Gathered one parameter at a time."""
-        state = {}
-        for name, weight in self.weights().items():
-            tensor = weight.detach().full_tensor()
-            if distributed.is_main():
-                state[name] = tensor.to("cpu", torch.float32, copy=True)
-        return state if distributed.is_main() else None
+    def whole(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Of shards."""
+        return weight.full_tensor()

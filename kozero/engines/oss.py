@@ -54,13 +54,10 @@ class OSSEngine(PlainEngine):
         """Through the wrapper, whose buckets must keep their gradients."""
         self.wrapped.zero_grad()
 
-    def pieces(self) -> list[Piece]:
+    def piece(self, name: str, weight: torch.nn.Parameter) -> Piece:
         """Every rank holds all weights and writes those that it updates."""
-        mine = set(self.trainable())
-        return [
-            Piece(name, weight.numel(), weight, 0, weight.numel(), writes=weight in mine, updates=weight in mine)
-            for name, weight in self.trained().items()
-        ]
+        is_mine = weight in set(self.trainable())
+        return Piece(name, weight.numel(), weight, 0, weight.numel(), writes=is_mine, updates=is_mine)
 
     def optimizer_states(self) -> States:
         """Of this rank's share."""

@@ -9,7 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kozero import distributed
 from kozero.config import TrainingArguments
-from kozero.engines.base import cpu_copy
 from kozero.engines.pieces import Piece
 from kozero.engines.torch_engine import TorchEngine
 from kozero.optim import build_optimizer, parameter_groups
@@ -45,13 +44,6 @@ class PlainEngine(TorchEngine):
         with eager, super().evaluating() as module:
             yield module
 
-    def pieces(self) -> list[Piece]:
+    def piece(self, name: str, weight: nn.Parameter) -> Piece:
         """Every rank holds everything, rank 0 writes it."""
-        return [
-            Piece(name, weight.numel(), weight, 0, weight.numel(), writes=distributed.is_main())
-            for name, weight in self.trained().items()
-        ]
-
-    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """All weights on rank 0."""
-        return cpu_copy(self.weights()) if distributed.is_main() else None
+        return Piece(name, weight.numel(), weight, 0, weight.numel(), writes=distributed.is_main())

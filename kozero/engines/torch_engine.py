@@ -1,5 +1,6 @@
 """The training step of the engines that run PyTorch's own backward pass and optimizer."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -10,7 +11,7 @@ from kozero import distributed
 from kozero.config import TrainingArguments
 from kozero.data.batch import Batch
 from kozero.engines.base import LEAST_SCALE, Engine, StepStats, count_targets, known_losses
-from kozero.engines.pieces import States
+from kozero.engines.pieces import Piece, States
 from kozero.optim import divide_gradients
 
 ROW = 1024
@@ -147,9 +148,26 @@ class TorchEngine(Engine):
         """What this rank holds of the parameters, by name, tied ones once."""
         return dict(self.module.named_parameters())
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Those of them that train."""
-        return {name: parameter for name, parameter in self.weights().items() if parameter.requires_grad}
+    def pieces(self) -> list[Piece]:
+        """Those of the weights that train."""
+        return [self.piece(name, weight) for name, weight in self.weights().items() if weight.requires_grad]
+
+    @abstractmethod
+    def piece(self, name: str, weight: nn.Parameter) -> Piece:
+        """What this rank holds of a parameter."""
+
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """Gathered one parameter at a time."""
+        state = {}
+        for name, weight in self.weights().items():
+            whole = self.whole(name, weight.detach())
+            if distributed.is_main():
+                state[name] = whole.to("cpu", torch.float32)
+        return state if distributed.is_main() else None
+
+    def whole(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A parameter of which this rank holds `weight`. Collective."""
+        return weight
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
