@@ -46,10 +46,7 @@ class Stream(BaseStreamer, StoppingCriteria):
 
 @dataclass
 class Comparison:
-    """A model that writes for one reader at a time, with no pauses and with some.
-
-    Args: pause_arguments: how many by default, and where.
-    """
+    """A model that writes for one reader at a time, with no pauses and with some: `pause_arguments` by default."""
 
     model: LanguageModel
     pause_arguments: InferencePauseArguments

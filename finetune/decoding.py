@@ -46,15 +46,9 @@ class DecodingArguments:
 
     def settings(self) -> dict[str, Any]:
         """The arguments of transformers' generate."""
-        shared = {
-            "max_new_tokens": self.max_new_tokens,
-            "repetition_penalty": self.repetition_penalty,
-            "no_repeat_ngram_size": self.no_repeat_ngram_size,
-            "num_beams": self.num_beams,
-        }
-        if self.temperature == 0:
-            return shared | {"do_sample": False}
-        return shared | {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        names = ["max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "num_beams"]
+        names += ["temperature", "top_k", "top_p"] if self.temperature > 0 else []
+        return {name: getattr(self, name) for name in names} | {"do_sample": self.temperature > 0}
 
 
 # Of each setting: the value that turns it off, and the processor of transformers for a value and a (1, P) prompt. They

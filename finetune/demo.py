@@ -159,10 +159,7 @@ def answers(
     numbers: Mapping[str, float | None],
     max_seconds: float = 300.0,
 ) -> Iterator[tuple[str, str, str]]:
-    """The two texts so far, and what is going on or wrong.
-
-    Args: numbers: those of the page by the names of their arguments.
-    """
+    """The two texts so far, and what is going on or wrong; `numbers` are those of the page by argument."""
     plain = paused = ""
     end = time.monotonic() + max_seconds
     try:

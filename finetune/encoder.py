@@ -47,10 +47,7 @@ class EncoderModel:
         return hasattr(self.encoder.config, "capacity_factor")
 
     def export(self, folder: Path, state: dict[str, torch.Tensor], card: str) -> None:
-        """Write the folder that `load` reads.
-
-        Args: state: all weights by the names of `module`.
-        """
+        """Write the folder that `load` reads; `state` has all weights by the names of `module`."""
         encoders.export_encoder(folder, self.module, state, self.tokenizer, card)
 
 

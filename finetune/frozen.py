@@ -70,10 +70,8 @@ class FrozenLayers:
 
 
 def check_cacheable(freeze: str, plan: FreezePlan, num_layers: int, pauses: PauseArguments, stage: int) -> None:
-    """Refuse --cache_frozen where layers cannot be computed apart, or give something else in another epoch.
-
-    Args: freeze: the plan as it was told; stage: of ZeRO.
-    """
+    """Refuse --cache_frozen where layers cannot be computed apart, or give something else in another epoch. `freeze` is
+    the text of the plan, `stage` that of ZeRO."""
     require(
         skipped_layers(plan, num_layers) > 0,
         f"--cache_frozen: --freeze {freeze} leaves no layer below all that trains ({', '.join(trained_below(plan))}); "

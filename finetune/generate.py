@@ -66,7 +66,11 @@ def main() -> None:
     arguments, decoding, model_arguments, pause_arguments = parse_arguments(
         *ARGUMENTS, prog="finetune/generate.py", description="Write text with a model."
     )
-    check_together(arguments, decoding)
+    alone = arguments.num_samples == 1
+    message = "--stream: shows one text as it is written; leave out --num_beams and --num_samples"
+    require(not arguments.stream or (alone and decoding.num_beams == 1), message)
+    message = f"--num_samples {arguments.num_samples}: without chance (--temperature 0) all are the same; leave it out"
+    require(alone or decoding.temperature > 0, message)
     distributed.setup()
     if arguments.output_file:
         path = Path(arguments.output_file)
@@ -82,14 +86,6 @@ def main() -> None:
     told |= asdict(decoding) | {name: getattr(arguments, name) for name in REPEATING}
     write_all(writer, prompts, told)
     distributed.shutdown()
-
-
-def check_together(arguments: GenerationArguments, decoding: DecodingArguments) -> None:
-    """What two groups of flags say together."""
-    message = "--stream: shows one text as it is written; leave out --num_beams and --num_samples"
-    require(not (arguments.stream and (decoding.num_beams > 1 or arguments.num_samples > 1)), message)
-    message = f"--num_samples {arguments.num_samples}: without chance (--temperature 0) all are the same; leave it out"
-    require(arguments.num_samples == 1 or decoding.temperature > 0, message)
 
 
 @dataclass
@@ -125,9 +121,8 @@ class Writer:
                 yield from write_long(self.generator, part, arguments.length, arguments.tail, len(part), **settings)
             else:
                 pieces = self.generator.continue_texts(part, len(part), **settings)
-                yield from (
-                    Written(prompt, piece.text.strip(), [piece]) for prompt, piece in zip(part, pieces, strict=True)
-                )
+                for prompt, piece in zip(part, pieces, strict=True):
+                    yield Written(prompt, piece.text.strip(), [piece])
 
 
 def write_all(writer: Writer, prompts: Iterable[Prompt], settings: dict[str, Any]) -> None:
@@ -212,10 +207,8 @@ class Shown(BaseStreamer):
 def tell_metrics(
     output_file: str | None, texts: Sequence[str], losses: Sequence[torch.Tensor], settings: dict[str, Any]
 ) -> None:
-    """How varied the texts are and how likely the model finds what it wrote, the end of a text too.
-
-    Args: losses: (T,) nats of the tokens of each piece.
-    """
+    """How varied the texts are and how likely the model finds what it wrote, the end of a text too; `losses` are (T,)
+    nats of the tokens of each piece."""
     found: dict[str, float] = variety(texts)
     found["perplexity"] = math.exp(min(torch.cat(list(losses)).double().mean().item(), 700.0))
     found["empty"] = sum(not text for text in texts)

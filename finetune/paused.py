@@ -118,13 +118,10 @@ class PausedGenerator:
         told = f"a prompt has {longest} tokens with its pauses; at most {room} leave room for max_new_tokens"
         require(longest <= room, told)
         require(all(len(prompt) for prompt in prompts), "a prompt is empty; give at least a word")
-        written = [
-            ids
-            for start in range(0, len(prompts), batch_size)
-            for ids in write_batch(
-                self.lm, self.tokenizer, prompts[start : start + batch_size], self.pauses, self.lm.device, generation
-            )
-        ]
+        written: list[list[int]] = []
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            written += write_batch(self.lm, self.tokenizer, part, self.pauses, self.lm.device, generation)
         return [self.continuation(*found) for found in zip(texts, prompts, written, strict=True)]
 
     def continuation(self, text: str, prompt: np.ndarray, ids: list[int]) -> "Continuation":

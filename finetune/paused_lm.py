@@ -65,9 +65,8 @@ class PausedLM(HFLM):
                 until = handle_stop_sequences(generation.pop("until", None), eos=None)
                 generation["max_new_tokens"] = generation.pop("max_gen_toks")
                 contexts = [requests[k].args[0] for k in batch]
-                for k, text in zip(
-                    batch, self.paused.generate(contexts, len(batch), cut=True, **generation), strict=True
-                ):
+                texts = self.paused.generate(contexts, len(batch), cut=True, **generation)
+                for k, text in zip(batch, texts, strict=True):
                     written[k] = postprocess_generated_text(text, until, None)
                     self.cache_hook.add_partial("generate_until", requests[k].args, written[k])
                 bar.update(len(batch))

@@ -102,14 +102,9 @@ class PlannedModel:
         if zero and not self.on_gpu:
             zero = replace(zero, pinned=False)
         setting = Setting(
-            **self.counts,
-            stage=stage,
-            world_size=world_size,
-            dtype=self.dtype,
-            accumulation=accumulation,
-            zero=zero,
+            **self.counts, stage=stage, world_size=world_size, dtype=self.dtype, accumulation=accumulation, zero=zero,
             moments=self.moments,
-        )
+        )  # fmt: skip
         return footprint(setting, self.traced(micro, stage > 0, setting.gradient_share, checkpointing))
 
 

@@ -134,16 +134,13 @@ class Reading(EncoderTask):
         nbest = self.nbest(windows, spans, questions)
         predictions = [answers[0]["text"] if answers else "" for answers in nbest]
         examples = questions.examples
-        names = [example.id for example in examples]
+        names, kinds = [example.id for example in examples], zip(self.files, (predictions, nbest), strict=True)
         values = question_answering(predictions, [example.targets for example in examples])
         shown = zip(examples[:NUM_SAMPLES], predictions, strict=False)
         return Found(
             values,
             notes=[f"whole tokens match {questions.store.spelled:.1%} of the answers exactly; more cannot be reached"],
-            files={
-                "predictions": dict(zip(names, predictions, strict=True)),
-                "nbest": dict(zip(names, nbest, strict=True)),
-            },
+            files={kind: dict(zip(names, found, strict=True)) for kind, found in kinds},
             sample=" | ".join(f"{example.prompt} → {prediction}" for example, prediction in shown),
         )
 

@@ -51,9 +51,8 @@ class Retriever(nn.Module):
     ) -> torch.Tensor:
         """Losses of questions, or vectors of texts where no passages are given.
 
-        Args:
-            ids, mask: (B, T).
-            passage_ids, passage_mask: (B, S), the passage of each question; passage: (B,) its number.
+        Args: ids, mask: (B, T); passage_ids, passage_mask: (B, S), the passage of each question; passage: (B,) its
+            number.
 
         Returns: (K,) sum over the questions of the loss in nats, against the passages of all ranks, and sums over
         tokens of the router losses where there are any; or (B, H).

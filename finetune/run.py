@@ -24,7 +24,6 @@ from kozero.seal import whole_folder
 # What a changed value of a resume key comes from.
 DATA, LENGTH = "data (files, --max_train_samples, --bad_rows, tokenizer)", "row length (--max_seq_length)"
 
-
 Export = Callable[[Path, dict[str, torch.Tensor] | None, RunState], None]  # fills a folder; None: without weights
 
 
@@ -40,10 +39,8 @@ class Setting:
 
     @classmethod
     def of(cls, training: TrainingArguments, task: Task, base: str | None, output_dir: Path) -> "Setting":
-        """Refuse what cannot run before anything long begins. Epochs that were not said are the task's.
-
-        Args: base: the model that the run starts from.
-        """
+        """Refuse what cannot run before anything long begins. Epochs that were not said are the task's; `base` is the
+        model that the run starts from."""
         message = f"--model_name_or_path {base}: --output_dir would write over it; choose another --output_dir"
         require(base is None or Path(base).resolve() != (output_dir / "model").resolve(), message)
         if training.max_steps and training.num_train_epochs:
@@ -67,10 +64,8 @@ class Setting:
 
 
 def run_to_end(setting: Setting, trainer: Trainer, run: dict[str, Any], rows: str, validation: str) -> RunState:
-    """Train from where the run stands to its end, and put the best weights back.
-
-    Args: run: what is kept in run.json; rows, validation: what it trains and validates on, in words.
-    """
+    """Train from where the run stands to its end, and put the best weights back. `run` is kept in run.json, `rows` and
+    `validation` are what it trains and validates on, in words."""
     trainer.begin(setting.checkpoint, run | {"deepspeed": setting.engine.resolved})
     distributed.say(f"{rows}, {setting}, {trainer.total_steps:,} steps; {validation}")
     state = trainer.fit()

@@ -131,10 +131,8 @@ def score_answers(
 def fitted_prefixes(
     engine: Engine, data: EvaluationSet, pauses: Pauses, capacity: int, most: int = 0
 ) -> tuple[Prefixes, Fit]:
-    """What the model reads of each example, cut to `capacity` tokens with its pauses. Collective.
-
-    Args: most: of the first ones that fit, so many; 0: all.
-    """
+    """What the model reads of each example, cut to `capacity` tokens with its pauses; of the first `most` ones that fit
+    (0: of all). Collective."""
     fitted = fit(data.store, capacity, pauses.num, pauses.inside)
     if most:
         fitted.length[fitted.used[most:]] = 0

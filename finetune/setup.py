@@ -21,15 +21,10 @@ def load_model(
         distributed.say("no --tokenizer_name_or_path: using the sample tokenizer (4,096 tokens)")
     model = distributed.machine_first(
         lambda: language_model.load(
-            arguments.model_name_or_path,
-            arguments.config_file,
-            tokenizer,
-            pause_token=pauses.pause_token,
-            with_pauses=with_pauses,
-            seed=seed,
-            dropout=arguments.dropout,
+            arguments.model_name_or_path, arguments.config_file, tokenizer, pause_token=pauses.pause_token,
+            with_pauses=with_pauses, seed=seed, dropout=arguments.dropout,
         )
-    )
+    )  # fmt: skip
     num_tokens, num_rows = len(model.tokenizer), model.config.vocab_size
     if num_rows - num_tokens >= SPARE_ROWS:
         unused = f"{num_rows - num_tokens:,} of {num_rows:,} rows are never used; vocab_size sets them in a config file"

@@ -139,7 +139,8 @@ def save_sweep(path: Path, cells: list[Cell], told: dict) -> list[Path]:
     rows, (table, figure) = [asdict(cell) for cell in cells], beside(path)
     write_text(table, as_csv(cells))
     write_text(path, json.dumps(told | {"cells": rows, "warnings": warnings(cells)}, indent=2, ensure_ascii=False))
-    return [path, table] + [figure] * plot(figure, cells, str(told.get("title", "")))
+    title = str(told.get("title", ""))
+    return [path, table] + [figure] * save_figure(figure, lambda drawn: draw(drawn, cells, title), (7, 6))
 
 
 def beside(path: Path) -> tuple[Path, Path]:
@@ -160,13 +161,8 @@ def as_csv(cells: list[Cell]) -> str:
     return text.getvalue()
 
 
-def plot(path: Path, cells: list[Cell], title: str) -> bool:
-    """The score over the number of pauses, a line a placement, and what an example costs below it. See save_figure."""
-    return save_figure(path, lambda figure: draw(figure, cells, title), (7, 6))
-
-
 def draw(figure: Any, cells: list[Cell], title: str) -> None:
-    """Both panels."""
+    """The score over the number of pauses, a line a placement, and what an example costs below it."""
     scores, cost = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     none = [cell for cell in cells if cell.num_pauses == 0]
     for k, name in enumerate(dict.fromkeys(cell.placement for cell in cells if cell.num_pauses)):

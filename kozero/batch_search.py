@@ -61,9 +61,8 @@ class Room:
 class Prober:
     """Measures steps on an engine that is thrown away. Every rank does the same and gets the same answers.
 
-    Args:
-        build: a new engine with fresh weights.
-        batches: the micro batches of one step of this rank, of so many of the largest rows each.
+    Args: build: a new engine with fresh weights; batches: the micro batches of one step of this rank, of so many of the
+        largest rows each.
     """
 
     def __init__(self, build: Callable[[], Engine], batches: Callable[[int], Sequence[Batch]], memory: Memory) -> None:

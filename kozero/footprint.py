@@ -86,10 +86,8 @@ class Footprint:
 
 
 def footprint(setting: Setting, step: Traced) -> Footprint:
-    """The peak of a step: in backward, or in the update that follows when the activations are gone.
-
-    Args: step: of one micro batch, traced with the setting's gradient_share.
-    """
+    """The peak of a step: in backward, or in the update that follows when the activations are gone. `step` is traced of
+    one micro batch with the setting's gradient_share."""
     zero = setting.zero
     weights = setting.width * setting.total / (setting.world_size if setting.stage == 3 else 1)
     # DeepSpeed keeps 32-bit weights of its own, in fp32 too.

@@ -162,10 +162,8 @@ class Trainer:
         self.history = [{"step": 0, "settings": self.settings}]
 
     def begin(self, checkpoint: Path | None, run: dict) -> None:
-        """Go on from a checkpoint if there is one, and keep in run.json what the run was told, now and before.
-
-        Args: run: that of describe_run, with the resolved DeepSpeed JSON as `deepspeed`.
-        """
+        """Go on from a checkpoint if there is one, and keep in run.json what the run was told, now and before: `run` is
+        that of describe_run, with the resolved DeepSpeed JSON as `deepspeed`."""
         told = run["arguments"] | run["versions"] | {f"deepspeed {name}": v for name, v in run["deepspeed"].items()}
         self.settings |= {name: value for name, value in told.items() if name != "resume"}
         if checkpoint:
@@ -188,9 +186,7 @@ class Trainer:
 
     def go_on_from(self, history: list[dict]) -> None:
         """Tell each setting that is not that of the checkpoint as `name: old -> new`, and what this does to the rate.
-
-        Args: history: the settings that the run has had, each with the step that it began at.
-        """
+        `history` has the settings of the run so far, each with the step that it began at."""
         now, step = self.settings, self.state.step
         if not history:  # of a checkpoint of an earlier version
             self.history = [{"step": step, "settings": now}]
@@ -342,10 +338,9 @@ def compile_long(module: nn.Module, total_steps: int) -> None:
     """Compile where the run is long enough, whatever is left of it: a resumed run computes as it began."""
     if total_steps >= LEAST_COMPILED:
         compile_layers(module)
-    else:
-        distributed.say(
-            f"--torch_compile is left out: it does not pay below {LEAST_COMPILED:,} updates, here {total_steps:,}"
-        )
+        return
+    why = f"it does not pay below {LEAST_COMPILED:,} updates, here {total_steps:,}"
+    distributed.say(f"--torch_compile is left out: {why}")
 
 
 def idle_settings(trainer: Trainer) -> Iterator[str]:

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import math
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -17,37 +16,28 @@ V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
 
 
-class Memory(Protocol):
-    """Memory of this rank in bytes."""
+class DeviceMemory:
+    """What torch's allocator has taken of the GPU of this rank, fragments included. In bytes."""
 
     def reset(self) -> int:
         """Give back what is not in use, begin a new peak, and return what is held."""
-
-    def peak(self) -> int:
-        """Most that was held since `reset`."""
-
-    def limit(self) -> int:
-        """What this rank could hold by now: what it holds and its share of what is free."""
-
-
-class DeviceMemory:
-    """What torch's allocator has taken of the GPU of this rank, fragments included."""
-
-    def reset(self) -> int:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_reserved()
 
     def peak(self) -> int:
+        """Most that was held since `reset`."""
         return torch.cuda.max_memory_reserved()
 
     def limit(self) -> int:
+        """What this rank could hold by now: what it holds and its share of what is free."""
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
 class ProcessMemory:
-    """What this process holds of the machine, without pages of files: those are dropped when room is needed."""
+    """The same of what this process holds of the machine, without pages of files: those are dropped when room is
+    needed."""
 
     def reset(self) -> int:
         gc.collect()
@@ -67,6 +57,9 @@ class ProcessMemory:
         """A size of this process without its pages of files."""
         sizes = kilobytes(PROC / "self/status")
         return (sizes[name] - sizes["RssFile"]) * 1024
+
+
+Memory = DeviceMemory | ProcessMemory
 
 
 def rank_memory() -> Memory:

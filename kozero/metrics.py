@@ -66,10 +66,7 @@ def classification(predictions: Sequence[int], labels: Sequence[int], names: Seq
 
 def perplexity(losses: Sequence[float], num_tokens: Sequence[float], num_characters: Sequence[int]) -> dict[str, float]:
     """Of all texts together: mean loss of a token (nats), its exponential, and nats a character, which may be compared
-    between tokenizers that lack none of the characters.
-
-    Args: of each text, summed over its tokens.
-    """
+    between tokenizers that lack none of the characters. Given are the sums of each text over its tokens."""
     if not sum(num_tokens):
         return {}
     loss = sum(losses) / sum(num_tokens)

@@ -13,9 +13,10 @@ import codecs
 import re
 import unicodedata
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -156,18 +157,12 @@ class Pauses:
         return insert(ids, predicts, gaps, self.token_id, IGNORE if len(prefix) else int(target[0]))
 
 
-class Schedule(Protocol):
-    """How many pauses the texts of a step have."""
-
-    def __call__(self, consumed: int) -> int:
-        """Of the step that begins after `consumed` rows."""
+Schedule = Callable[[int], int]  # rows consumed before a step to the number of pauses of its texts
 
 
 def schedule(name: str, num: int, seed: int, total_rows: int) -> Schedule:
-    """One of SCHEDULES; a pure function of the rows consumed, so that a resumed run goes on with the same numbers.
-
-    Args: total_rows: rows of the whole run.
-    """
+    """One of SCHEDULES; a pure function of the rows consumed, so that a resumed run goes on with the same numbers. The
+    whole run has `total_rows`."""
     if name == "sampled":
         return lambda consumed: int(np.random.default_rng([seed, 7, consumed]).integers(0, num + 1))
     if name == "curriculum":

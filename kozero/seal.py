@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,23 +146,22 @@ def rehearse(output_dir: Path, export: Callable[[Path, None], None]) -> None:
 
     Raises: UserError with what fails, on all ranks.
     """
-    distributed.together(partial(attempt, output_dir, export) if distributed.is_main() else distributed.nothing)
 
+    def attempt() -> None:
+        folder = output_dir / ".rehearsal"
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            export(folder, None)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a library does not like in a tokenizer or a config
+            message = f"--output_dir {output_dir}: the model could not be exported there ({first_line(error)})"
+            raise UserError(message) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
-def attempt(output_dir: Path, export: Callable[[Path, None], None]) -> None:
-    """What `rehearse` tries."""
-    folder = output_dir / ".rehearsal"
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        export(folder, None)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a library does not like in a tokenizer or a config
-        message = f"--output_dir {output_dir}: the model could not be exported there ({first_line(error)})"
-        raise UserError(message) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    distributed.together(attempt if distributed.is_main() else distributed.nothing)
 
 
 def write_seal(path: Path, value: dict[str, Any]) -> None:

@@ -86,11 +86,9 @@ def answers_of_row(where: str, row: dict) -> Iterator[tuple[str, int]]:
     answers = row.get("answers")
     try:
         if isinstance(answers, dict):
-            answers = [
-                {"text": text, "answer_start": start}
-                for text, start in zip(answers["text"], answers["answer_start"], strict=True)
-            ]
-        pairs = [(answer["text"], answer["answer_start"]) for answer in answers]
+            pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
+        else:
+            pairs = [(answer["text"], answer["answer_start"]) for answer in answers]
     except (TypeError, KeyError, ValueError):
         raise BadRow(f"{where}: 'answers' must be a list of objects with text and answer_start") from None
     if not pairs:

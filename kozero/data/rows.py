@@ -30,10 +30,8 @@ class Fit:
 
 def fit(store: TokenStore, capacity: int, num_pauses: int, inside: np.ndarray | None = None) -> Fit:
     """Cut each example to `capacity` tokens: from the context alone, its head is kept, unless a span must survive:
-    then the kept part is moved just far enough to hold it, with the span in its middle.
-
-    Args: inside: (V,) True for tokens that begin within a character; what is kept of a context is whole characters.
-    """
+    then the kept part is moved just far enough to hold it, with the span in its middle. It is whole characters where
+    `inside` is given, (V,) True for tokens that begin within a character."""
     context, prompt, target = store.lengths.T
     room = capacity - prompt - target - num_pauses
     kept = np.clip(room, 0, context)
@@ -87,10 +85,8 @@ def pieces(places: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack(length: np.ndarray, examples: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
-    """Rows of examples whose lengths add up to `capacity` at most: best fit, longest first, in shuffled windows.
-
-    Args: length (N,) tokens of every example; examples: the numbers to pack, each lands in exactly one row.
-    """
+    """Rows of examples whose lengths add up to `capacity` at most: best fit, longest first, in shuffled windows. Each
+    of the numbers `examples` lands in exactly one row; `length` (N,) has the tokens of every example."""
     shuffled = np.random.default_rng([seed, 1]).permutation(examples)
     rows: list[np.ndarray] = []
     for start in range(0, len(shuffled), WINDOW):

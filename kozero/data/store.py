@@ -110,9 +110,8 @@ def open_or_build(
 ) -> TokenStore:
     """The store `key` below `cache`, built first when it is not there or not whole. Safe with many processes.
 
-    Args:
-        notes: asked after the last row, kept in the store's meta: what a reader has to know about its rows.
-        marker: finds the marks of a context or prompt; None: there are none.
+    Args: notes: asked after the last row, kept in the store's meta: what a reader has to know about its rows; marker:
+        finds the marks of a context or prompt; None: there are none.
     """
     write = partial(write_store, rows=build, tokenizer=tokenizer, notes=notes, marker=marker)
     return TokenStore(build_once(cache, key, write))

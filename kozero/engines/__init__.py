@@ -45,9 +45,8 @@ def prepare_engine(
 ) -> EngineSettings:
     """Check everything about the engine that can be known before a model exists.
 
-    Args:
-        sharding: what an entry that knows no DeepSpeed asks for; else --deepspeed_config decides.
-        trains: see `resolve`.
+    Args: sharding: what an entry that knows no DeepSpeed asks for; else --deepspeed_config decides; trains: see
+        `resolve`.
     """
     settings = settings_of(arguments, sizes, sharding, trains)
     require(

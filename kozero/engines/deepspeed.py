@@ -14,7 +14,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -148,7 +148,8 @@ class DeepSpeedEngine(Engine):
         saved = super().load(folder)
         for name, weight in self.module.named_parameters():
             if weight.requires_grad:
-                with gathered(weight) if self.stage == 3 else nullcontext():
+                # What is written into a gathered weight is kept.
+                with deepspeed.zero.GatheredParameters([weight], 0) if self.stage == 3 else nullcontext():
                     value = torch.empty(weight.numel(), dtype=torch.float32)
                     saved.fill(Piece(name, value.numel(), value, 0, value.numel()), WEIGHT, value)
                     weight.data.copy_(value.view(weight.shape))
@@ -175,11 +176,6 @@ class DeepSpeedEngine(Engine):
             with deepspeed.zero.GatheredParameters([parameter]):
                 return parameter.data.clone()
         return parameter.data
-
-
-def gathered(parameter: nn.Parameter) -> AbstractContextManager:
-    """A parameter of stage 3 whole; what is written into it inside is kept."""
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def prepare() -> None:

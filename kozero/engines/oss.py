@@ -14,14 +14,12 @@ Traps of fairscale 0.4.13 on torch 2, found in its source:
   ranks whose optimizer holds none.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from fairscale.nn.data_parallel import ShardedDataParallel
 from fairscale.optim import OSS
 
 from kozero.config import TrainingArguments
-from kozero.engines.pieces import Piece, States
+from kozero.engines.pieces import Piece
 from kozero.engines.plain import PlainEngine
 from kozero.optim import build_optimizer
 
@@ -38,16 +36,9 @@ class OSSEngine(PlainEngine):
         # Buffers are constants here, and no other engine sends them round.
         self.wrapped = ShardedDataParallel(self.module, self.optimizer, broadcast_buffers=False)
 
-    def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Gradients travel once, with the last micro batch."""
-        return nullcontext() if last else self.wrapped.no_sync()
-
-    def trainable(self) -> list[torch.nn.Parameter]:
-        """Parameters that this rank updates; gradients of the others are left over from the reduction."""
-        return [p for group in self.optimizer.optim.param_groups for p in group["params"]]
-
     def own_optimizer(self) -> torch.optim.Optimizer:
-        """Inside the one that sends what it has updated."""
+        """Inside the one that sends what it has updated. Gradients of other parameters are left over from the
+        reduction."""
         return self.optimizer.optim
 
     def zero_grad(self) -> None:
@@ -58,7 +49,3 @@ class OSSEngine(PlainEngine):
         """Every rank holds all weights and writes those that it updates."""
         is_mine = weight in set(self.trainable())
         return Piece(name, weight.numel(), weight, 0, weight.numel(), writes=is_mine, updates=is_mine)
-
-    def optimizer_states(self) -> States:
-        """Of this rank's share."""
-        return self.optimizer.optim.state

@@ -100,7 +100,7 @@ class TorchEngine(Engine):
 
     def optimizer_states(self) -> States:
         """By parameter."""
-        return self.optimizer.state
+        return self.own_optimizer().state
 
     def loss_scale_state(self) -> dict[str, float]:
         """Of fp16."""
@@ -111,8 +111,8 @@ class TorchEngine(Engine):
         self.loss_scale.value, self.loss_scale.applied = state["scale"], int(state["applied"])
 
     def trainable(self) -> list[nn.Parameter]:
-        """Parameters that the optimizer has."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        """Parameters that this rank updates."""
+        return [p for group in self.own_optimizer().param_groups for p in group["params"]]
 
     def gradients(self) -> list[torch.Tensor]:
         """Gradients that this rank holds."""
