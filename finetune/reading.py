@@ -134,7 +134,8 @@ class Reading(EncoderTask):
         nbest = self.nbest(windows, spans, questions)
         predictions = [answers[0]["text"] if answers else "" for answers in nbest]
         examples = questions.examples
-        names, kinds = [example.id for example in examples], zip(self.files, (predictions, nbest), strict=True)
+        names = [example.id for example in examples]
+        kinds = zip(self.files, (predictions, nbest), strict=True)
         values = question_answering(predictions, [example.targets for example in examples])
         shown = zip(examples[:NUM_SAMPLES], predictions, strict=False)
         return Found(

@@ -149,7 +149,7 @@ class DeepSpeedEngine(Engine):
         for name, weight in self.module.named_parameters():
             if weight.requires_grad:
                 # What is written into a gathered weight is kept.
-                with deepspeed.zero.GatheredParameters([weight], 0) if self.stage == 3 else nullcontext():
+                with deepspeed.zero.GatheredParameters([weight], modifier_rank=0) if self.stage == 3 else nullcontext():
                     value = torch.empty(weight.numel(), dtype=torch.float32)
                     saved.fill(Piece(name, value.numel(), value, 0, value.numel()), WEIGHT, value)
                     weight.data.copy_(value.view(weight.shape))
