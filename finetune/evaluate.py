@@ -53,10 +53,8 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         at_least(1, self, "per_device_eval_batch_size")
         check_timeout(self.timeout_seconds)
-        require(
-            self.sweep_placement is None or self.sweep_pauses is not None,
-            f"--sweep_placement {self.sweep_placement}: of what? give --sweep_pauses too, e.g. --sweep_pauses 0,5,10",
-        )
+        message = f"{self.sweep_placement}: of what? give --sweep_pauses too, e.g. --sweep_pauses 0,5,10"
+        require(self.sweep_placement is None or self.sweep_pauses is not None, f"--sweep_placement {message}")
         self.sweep_placement = self.sweep_placement or "append"
         if self.sweep_pauses:
             settings_of(self.sweep_pauses, self.sweep_placement)

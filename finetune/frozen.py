@@ -77,15 +77,11 @@ def check_cacheable(freeze: str, plan: FreezePlan, num_layers: int, pauses: Paus
         f"--cache_frozen: --freeze {freeze} leaves no layer below all that trains ({', '.join(trained_below(plan))}); "
         f"freeze wte,wpe,h.0{',pause' * (PAUSE in plan.trainable)} at least",
     )
-    require(
-        not (pauses.num_pauses and pauses.pause_placement == "random"),
-        "--cache_frozen and --pause_placement random, which draws other places in each epoch: choose one of the two",
-    )
-    require(
-        pauses.pause_schedule == "fixed",
-        f"--cache_frozen and --pause_schedule {pauses.pause_schedule}, which changes the number of pauses: choose one "
-        "of the two",
-    )
+    message = "--pause_placement random, which draws other places in each epoch: choose one of the two"
+    is_random = pauses.num_pauses > 0 and pauses.pause_placement == "random"
+    require(not is_random, f"--cache_frozen and {message}")
+    message = f"--pause_schedule {pauses.pause_schedule}, which changes the number of pauses: choose one of the two"
+    require(pauses.pause_schedule == "fixed", f"--cache_frozen and {message}")
     require(stage < 3, f"--cache_frozen: under ZeRO-{stage} no rank has a whole layer; choose a stage from 0 to 2")
 
 
@@ -103,11 +99,8 @@ def check_room(store: HiddenStore, missing: list[int]) -> None:
     """Refuse to make some shards where the disk is too small."""
     cache = store.folder.parent
     needed, free = store.num_bytes(missing), shutil.disk_usage(cache).free
-    require(
-        needed <= free,
-        f"--cache_frozen: needs {needed / GIB:.3g} GiB in --cache_dir {cache}, where {free / GIB:.3g} GiB are free; "
-        "make room, choose another folder, or leave it out",
-    )
+    found = f"needs {needed / GIB:.3g} GiB in --cache_dir {cache}, where {free / GIB:.3g} GiB are free"
+    require(needed <= free, f"--cache_frozen: {found}; make room, choose another folder, or leave it out")
 
 
 def make(store: HiddenStore, mine: list[int], engine: Engine, rows: TrainingRows, micro: int) -> None:

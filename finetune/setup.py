@@ -48,11 +48,9 @@ def inference_pauses(model: LanguageModel, arguments: InferencePauseArguments) -
 
 def no_pauses(task: Task, flag: str, num: int) -> None:
     """Refuse pauses where there is no prompt to put them in."""
-    require(
-        num <= 0 or not task.whole_texts,
-        f"{flag} {num}: --task {task.name} has no prompts to put them in; pauses in whole texts are those of "
-        "pretrain/train.py --pause_fraction",
-    )
+    message = f"{flag} {num}: --task {task.name} has no prompts to put them in"
+    advice = "pauses in whole texts are those of pretrain/train.py --pause_fraction"
+    require(num <= 0 or not task.whole_texts, f"{message}; {advice}")
 
 
 def inference_placement(settings: dict) -> str:

@@ -72,11 +72,9 @@ def saved_run(folder: Path) -> dict:
 def check_steps(folder: Path, total_steps: int) -> None:
     """Refuse a whole checkpoint that has done more steps than a run has."""
     step = read_sealed(folder / STATE)["state"]["step"]
-    require(
-        step <= total_steps,
-        f"--resume {folder}: has done {step:,} steps and this run has {total_steps:,}; give more with --max_steps or "
-        "--num_train_epochs, or resume from an earlier checkpoint",
-    )
+    advice = "give more with --max_steps or --num_train_epochs, or resume from an earlier checkpoint"
+    message = f"--resume {folder}: has done {step:,} steps and this run has {total_steps:,}; {advice}"
+    require(step <= total_steps, message)
 
 
 def damage(folder: Path) -> str | None:

@@ -133,11 +133,9 @@ def batch_sizes(arguments: TrainingArguments, world_size: int) -> BatchSizes:
 def check_schedule(arguments: TrainingArguments, total_steps: int) -> None:
     """A run of so many steps must not go on after its rate is 0."""
     end, idle = arguments.scheduler_num_steps, total_steps - arguments.scheduler_num_steps
-    require(
-        end == 0 or idle <= 0 or arguments.lr_scheduler_type == "constant",
-        f"--scheduler_num_steps {end}: must be the run's {total_steps} steps or more; the rate would be 0 in {idle} of "
-        "them",
-    )
+    message = f"must be the run's {total_steps} steps or more; the rate would be 0 in {idle} of them"
+    fits = end == 0 or idle <= 0 or arguments.lr_scheduler_type == "constant"
+    require(fits, f"--scheduler_num_steps {end}: {message}")
 
 
 def check_seed(seed: int) -> None:

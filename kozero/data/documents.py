@@ -47,11 +47,9 @@ def texts(path: Path, unit: str, counts: Counter) -> Iterator[Located]:
     for number, line in enumerate(lenient_lines(path, counts), start=1):
         if line.strip() and unit == "document":
             first, size = (first, size + len(line)) if lines else (number, len(line))
-            require(
-                size <= LINE_BYTES,
-                f"{path}:{first}: a document of over {LINE_BYTES:,} characters; put blank lines between documents, or "
-                "read each line as one (--unit line)",
-            )
+            advice = "put blank lines between documents, or read each line as one (--unit line)"
+            message = f"{path}:{first}: a document of over {LINE_BYTES:,} characters; {advice}"
+            require(size <= LINE_BYTES, message)
             lines.append(line)
         elif line.strip():
             yield f"{path}:{number}", {"text": line}

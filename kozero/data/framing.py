@@ -23,11 +23,10 @@ class Framing:
         """
         first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
         last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-        require(
-            first is not None and last is not None,
-            f"--tokenizer_name_or_path {tokenizer.name_or_path}: neither [CLS] and [SEP] nor <s> and </s>, which frame "
-            "a row; give another tokenizer (scripts/train_tokenizer.py makes one)",
-        )
+        lacks = "neither [CLS] and [SEP] nor <s> and </s>, which frame a row"
+        advice = "give another tokenizer (scripts/train_tokenizer.py makes one)"
+        message = f"--tokenizer_name_or_path {tokenizer.name_or_path}: {lacks}; {advice}"
+        require(first is not None and last is not None, message)
         return cls(first, last)
 
     def __call__(self, *segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
