@@ -198,6 +198,7 @@ def held_out_scores(
     num -= "ict" in objectives and num % sizes.global_batch == 1  # a passage alone is told apart from nothing
     if num == 0:
         return {}
+    sizes = replace(sizes, micro=min(sizes.micro, num))
     asked = {"score": True} if isinstance(engine.module, EncoderPretraining) else {}
     total = torch.zeros(3, len(objectives), dtype=torch.float64)
     with engine.evaluating() as module:

@@ -71,9 +71,10 @@ def main() -> None:
     if machine.output_file:
         new_file("--output_file", Path(machine.output_file), reads=(training, model, data))
     require(data.task in TASKS, f"--task {data.task}: plans are for GPT-2 models: {', '.join(TASKS)}")
-    task, rows = TASKS[data.task], training.per_device_train_batch_size
+    task, rows = TASKS[data.task], batch_sizes(training, 1).global_batch
     no_pauses(task, "--num_pauses", pauses.num_pauses)
-    require(rows <= MOST, f"--per_device_train_batch_size {rows}: must be {MOST:,} at most")
+    told = f"--per_device_train_batch_size x --gradient_accumulation_steps, {rows}"
+    require(rows <= MOST, f"{told}: must be {MOST:,} at most")
     config = shape(model)
     length = row_capacity(data.max_seq_length, task.max_seq_length, config.n_positions)
     planned = PlannedModel(

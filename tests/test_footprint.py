@@ -254,6 +254,7 @@ def test_the_published_models_need_no_download():
         (("--task", "essay", "--num_pauses", "3"), "--num_pauses 3: --task essay has no prompts"),
         (("--model_name_or_path", "skt/kogpt2-base-v2"), "give either"),
         (("--per_device_train_batch_size", 10**9), "must be 1,048,576 at most"),
+        (("--gradient_accumulation_steps", 10**15), "must be 1,048,576 at most"),
         (("--ranks", "1" * 999), "--ranks 1111"),
         (("--output_file", str(ROOT)), "is a folder"),
         (("--max_seq_length", "4096"), "--max_seq_length 4096"),

@@ -507,9 +507,10 @@ class Fixed(torch.nn.Module):
 
 
 def held_out(
-    monkeypatch, module: Fixed, num: int, objectives: tuple[str, ...], targets: tuple[int, ...], limit: int = 0
-):
-    """Scores of some rows, four a pass, and the places of each pass."""
+    monkeypatch, module: Fixed, num: int, objectives: tuple[str, ...], targets: tuple[int, ...], limit: int = 0,
+    micro: int = 4,
+):  # fmt: skip
+    """Scores of some rows, `micro` a pass, and the places of each pass."""
     asked = []
 
     class Rows(list):
@@ -519,7 +520,7 @@ def held_out(
 
     monkeypatch.setattr(pretraining, "EncoderPretraining", Fixed if len(module.found) > 1 else str)
     engine = SimpleNamespace(module=module, evaluating=lambda: nullcontext(module))
-    return pretraining.held_out_scores(engine, Rows(range(num)), limit, BatchSizes(4, 1, 1), objectives), asked
+    return pretraining.held_out_scores(engine, Rows(range(num)), limit, BatchSizes(micro, 1, 1), objectives), asked
 
 
 def test_held_out_scores_by_hand(monkeypatch):
@@ -532,6 +533,12 @@ def test_held_out_scores_by_hand(monkeypatch):
     found, asked = held_out(monkeypatch, module, 10, names, (4, 0, 2), limit=5)
     assert set(found) == set(wanted) - {"sop_loss", "sop_accuracy"} | {"loss"} and found["loss"] == 2.0
     assert asked == [[0, 1, 2, 3], [4, ABSENT, ABSENT, ABSENT]]
+
+
+def test_a_pass_is_no_larger_than_the_rows_there_are(monkeypatch):
+    module = Fixed([6.0, 2.0], [3.0, 1.0])
+    _, asked = held_out(monkeypatch, module, 3, ("mlm", "ict"), (4, 3), micro=10**15)
+    assert asked == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(("loss", "perplexity"), [(2.0, math.exp(2.0)), (79.0, math.exp(79.0)), (99.0, math.exp(80.0))])

@@ -139,6 +139,10 @@ def test_prompt_pauses_and_target_are_never_cut_the_example_is_left_out_and_coun
     assert (fitted.num_cut, fitted.num_left_out) == (0, 2)
 
 
+def test_beside_any_number_of_pauses_larger_than_a_row_nothing_fits():
+    assert [len(fit(one_row(50, 3, 2), 12, num).used) for num in (7, 8, 13, 2**63, 10**30)] == [1, 0, 0, 0, 0]
+
+
 def test_each_example_is_judged_by_itself():
     store = MemoryStore([(range(2), range(1), range(1)), (range(90), range(1), range(1)), ([], [], range(20))])
     fitted = fit(store, capacity=10, num_pauses=0)

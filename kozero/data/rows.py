@@ -33,6 +33,7 @@ def fit(store: TokenStore, capacity: int, num_pauses: int, inside: np.ndarray | 
     then the kept part is moved just far enough to hold it, with the span in its middle. It is whole characters where
     `inside` is given, (V,) True for tokens that begin within a character."""
     context, prompt, target = store.lengths.T
+    num_pauses = min(num_pauses, capacity + 1)
     room = capacity - prompt - target - num_pauses
     kept = np.clip(room, 0, context)
     span_start, span_end = np.asarray(store.rows[:, 4]), np.asarray(store.rows[:, 5])
