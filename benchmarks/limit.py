@@ -18,7 +18,8 @@ from kozero.plan import ModelShape
 
 NAME = "large matrix products"
 SPECIFIED = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # operations a second, 16 bit, by NVIDIA's data sheets
-SIZES = {"cuda": (8192, 20), "cpu": (2048, 8)}  # rows and columns; products of a measurement
+SIZES = {"cuda": (8192, 20), "cpu": (2048, 8)}  # rows and columns at most; products of a measurement
+LONG_ENOUGH = 0.02  # seconds of a product beside which a call's own cost does not count
 
 
 def wait() -> None:
@@ -28,20 +29,24 @@ def wait() -> None:
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a product of two large matrices of random numbers, the median of five measurements."""
-    device = distributed.device()
-    size, products = SIZES[device.type]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    """Operations a second of a product of two large matrices of random numbers, the median of five measurements. They
+    are no larger than a product of LONG_ENOUGH needs: a CPU without 16-bit arithmetic takes 12 s for the largest."""
+    size, (largest, products) = 128, SIZES[distributed.device().type]
+    while size < largest and seconds(size, 1, dtype) < LONG_ENOUGH:
+        size *= 2
+    return 2 * size**3 / median([seconds(size, products, dtype) for _ in range(5)])
 
-    def seconds() -> float:
-        begin = time.perf_counter()
-        for _ in range(products):
-            left @ right
-        wait()
-        return (time.perf_counter() - begin) / products
 
-    seconds()  # it warms up
-    return 2 * size**3 / median([seconds() for _ in range(5)])
+def seconds(size: int, products: int, dtype: torch.dtype) -> float:
+    """Of one product, the mean of some."""
+    left, right = (torch.randn(size, size, device=distributed.device()).to(dtype) for _ in range(2))
+    left @ right  # it warms up
+    wait()
+    begin = time.perf_counter()
+    for _ in range(products):
+        left @ right
+    wait()
+    return (time.perf_counter() - begin) / products
 
 
 def specified(dtype: torch.dtype) -> float | None:
