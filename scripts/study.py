@@ -122,8 +122,8 @@ class Study:
         length, share = self.text_and_pauses(before)
         right = type(length) is int and length > 0
         require(right, f"{told}: max_seq_length {length!r}: must be a whole number above 0")
-        right = isinstance(share, int | float) and 0 <= share < 1
-        require(right, f"{told}: pause_fraction {share!r}: must be a number from 0 to below 1")
+        right = isinstance(share, int | float) and 0 <= share <= 0.999  # beyond, rows are a thousand times their text
+        require(right, f"{told}: pause_fraction {share!r}: must be a number from 0 to 0.999")
         config = (self.pretrain | self.pretraining[before]).get("config_file")
         if self.trains(before) and config and type(most := read_json_object(config).get("n_positions")) is int:
             row = self.row_length(before)
@@ -146,7 +146,7 @@ class Study:
     def row_length(self, before: str) -> int:
         """Rows with pauses are longer by them, so every arm sees the same text in every step."""
         length, share = self.text_and_pauses(before)
-        least = max(length, int((length - 1) / (1 - share)))
+        least = max(length, int((length - 0.5) / (1 - share)) - 1)
         return next(n for n in count(least) if n - round(share * n) >= length)
 
     def numbers(self, before: str, after: str, task: str) -> list[int]:

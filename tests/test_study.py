@@ -176,10 +176,17 @@ def test_both_pre_training_arms_see_the_same_text_in_a_step(tmp_path, length, sh
     assert paused - round(share * paused) == length
 
 
-def test_rows_that_are_nearly_all_pauses_are_refused_at_once(tmp_path):
-    pretraining = {"PausePT": {"pause_placement": "random", "pause_fraction": 1 - 1e-12}}
+@pytest.mark.parametrize(
+    "share, told",
+    [
+        (0.999, ("pretraining.PausePT: max_seq_length 64", "with pauses; models/tiny_config.json has 512 positions")),
+        (1 - 1e-12, ("pretraining.PausePT: pause_fraction 0.999999999999", "from 0 to 0.999")),
+    ],
+)
+def test_rows_that_are_nearly_all_pauses_are_refused_at_once(tmp_path, share, told):
+    pretraining = {"PausePT": {"pause_placement": "random", "pause_fraction": share}}
     pretrain = {"config_file": "models/tiny_config.json", "max_seq_length": 64, "max_steps": 1}
-    with refused("pretraining.PausePT: max_seq_length 64", "with pauses; models/tiny_config.json has 512 positions"):
+    with refused(*told):
         Study.read(study_file(tmp_path, pretraining=pretraining, pretrain=pretrain, baseline="PausePT_StdFT"))
 
 
