@@ -73,7 +73,7 @@ def test_paths_keep_two_parts(contest, value, told):
 
 def test_where_a_report_cannot_be_written_nothing_is_measured(contest, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--output_file .*file: cannot be written"):
+    with pytest.raises(UserError, match=r"--output_file .*file/found.json: cannot be written"):
         parsed(contest, monkeypatch, "--output_file", tmp_path / "file/found.json")
     assert parsed(contest, monkeypatch).output_file is None
 

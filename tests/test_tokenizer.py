@@ -148,7 +148,7 @@ def test_the_token_for_unknown_characters_is_no_text_where_its_letters_are_known
 
 def test_a_tokenizer_without_such_words_stays_as_it_is():
     backend = Tokenizer.from_file(str(SAMPLE_TOKENIZER / "tokenizer.json"))
-    assert sample_tokenizer().backend_tokenizer.to_str() == backend.to_str()
+    assert load_tokenizer(str(SAMPLE_TOKENIZER)).backend_tokenizer.to_str() == backend.to_str()
 
 
 @pytest.mark.parametrize("roles", [{"eos_token": "<unk>"}, {"eos_token": "a"}, {"pad_token": "영"}])
