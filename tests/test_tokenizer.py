@@ -24,7 +24,7 @@ from kozero.data.store import encodings
 from kozero.errors import UserError
 from models.language_model import load, load_tokenizer
 from scripts import train_tokenizer
-from tests.helpers import ROOT, SAMPLE_TOKENIZER, sample_tokenizer
+from tests.helpers import ROOT, SAMPLE_TOKENIZER
 
 DATA = Path(os.environ.get("KOZERO_DATA", ROOT.parent / "shared" / "data"))
 NAMES = ["<unk>", "<s>", "</s>", "<pad>", "<unused0>"]
