@@ -114,10 +114,10 @@ def new_file(flag: str, path: Path, *beside: Path, reads: Iterable[Any] = ()) ->
             found = None
         except OSError as error:
             raise UserError(f"{flag} {file}: cannot be written ({error.strerror})") from None
+        require(not file.is_dir(), f"{flag} {file}: is a folder; name a file in it")
         above = writable_folder(flag, file.resolve().parent).stat()
         lost = any(os.path.samestat(read, here) for read in inputs for here in (found, above) if here)
         require(not lost, f"{flag} {file}: is read by this command, or lies in a model that is; name another file")
-        require(not file.is_dir(), f"{flag} {file}: is a folder; name a file in it")
         usual = found is None or (file.is_file() and not any(os.path.samestat(found, os.fstat(n)) for n in (1, 2)))
         require(usual, f"{flag} {file}: is a device, a pipe or where this program prints; name a file of its own")
     return path

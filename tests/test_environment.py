@@ -201,6 +201,7 @@ WHOLE = distributed.described(1, 2, 29500)
 def test_half_a_description_of_ranks_is_refused_by_the_name_of_the_variable(monkeypatch, changed, message):
     for name, value in (WHOLE | changed).items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    distributed.shutdown()  # of what a test before has left
     with pytest.raises(UserError, match=f"^{message}.*(torchrun or deepspeed)"):
         distributed.setup()
 
@@ -253,6 +254,7 @@ def test_ranks_without_a_local_rank_are_counted_on_each_machine():
 def test_ranks_that_do_not_meet_are_told_in_a_line(monkeypatch):
     for name, value in (WHOLE | {"LOCAL_RANK": "0", "MASTER_PORT": str(distributed.free_port())}).items():
         monkeypatch.setenv(name, value)
+    distributed.shutdown()  # of what a test before has left
     with pytest.raises(UserError, match=r"MASTER_ADDR 127.0.0.1, MASTER_PORT .*: the ranks did not meet there"):
         distributed.setup(1)
 

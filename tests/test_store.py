@@ -38,7 +38,8 @@ from kozero.data.store import (
 from kozero.errors import UserError
 from kozero.files import file_hash
 from kozero.seal import damage
-from tests.helpers import SAMPLE_DATA, refused, sample_tokenizer, word_tokenizer
+from models.language_model import load_tokenizer
+from tests.helpers import SAMPLE_DATA, SAMPLE_TOKENIZER, refused, sample_tokenizer, word_tokenizer
 
 REVIEW = TextRow("", "부정", "아 더빙.. 진짜 짜증나네요 목소리")
 QUESTION = TextRow("문맥: 솔마루시는 내륙 도시이다.", "질문: 어떤 도시인가? 정답:", "내륙 도시", span=(10, 15))
@@ -122,7 +123,7 @@ def test_a_tokenizers_own_truncation_and_padding_change_nothing(tmp_path):
 def test_ids_and_characters_are_what_transformers_says(kind):
     """With the shipped tokenizer, one that takes letters apart, one that frames a text: special tokens, a text twice,
     an empty one, several bytes a character."""
-    tokenizer = sample_tokenizer()
+    tokenizer = load_tokenizer(str(SAMPLE_TOKENIZER))  # changed below
     if kind == "byte-level":
         backend = Tokenizer(BPE())
         backend.pre_tokenizer, backend.normalizer = ByteLevel(), NFKD()
