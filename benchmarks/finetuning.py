@@ -38,6 +38,7 @@ from kozero.config import BatchSizes, TrainingArguments, arg, at_least, parse_ar
 from kozero.data.ahead import Ahead
 from kozero.data.batches import Prefixes, TrainingRows
 from kozero.data.rows import fit
+from kozero.data.store import TokenStore
 from kozero.engines import EngineSettings, build_engine
 from kozero.engines.units import compile_layers
 from kozero.errors import require, run_main
@@ -205,7 +206,7 @@ def prepare(arguments: BenchmarkArguments, folder: Path) -> Work:
     )  # fmt: skip
 
 
-class LearnedTexts:
+class LearnedTexts(TokenStore):
     """Texts as `TrainingRows` reads a token store."""
 
     def __init__(self, pairs: Pairs) -> None:
@@ -215,11 +216,6 @@ class LearnedTexts:
         starts = ends - [len(ids) for ids, _ in pairs]
         nothing, marks = np.full_like(starts, -1), np.zeros_like(starts)
         self.rows = np.stack([starts, starts, starts + prompts, ends, nothing, nothing, marks, marks], axis=1)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(N, 3) tokens of context, prompt and target."""
-        return np.diff(self.rows[:, :4], axis=1)
 
     def marks(self, number: int) -> np.ndarray:
         """No places for pauses."""
