@@ -125,7 +125,7 @@ def ours(arguments: BenchmarkArguments) -> Block:
     training = TrainingArguments(learning_rate=RATE, weight_decay=DECAY, max_grad_norm=MOST)
     engine = build_engine(module, training, EngineSettings())
     loss = torch.zeros(1, device=distributed.device())
-    return blocks_of(arguments, engine.optimizer, lambda: engine.update(loss, RATE))
+    return blocks_of(arguments, engine.optimizer, lambda: engine.update(loss, loss + 1, RATE))
 
 
 def clipped(arguments: BenchmarkArguments, kind: Callable, **told: Any) -> Block:
