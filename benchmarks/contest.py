@@ -23,7 +23,7 @@ import torch
 
 from kozero import distributed
 from kozero.config import arg, describe_run
-from kozero.errors import UserError, require
+from kozero.errors import UserError
 from kozero.folder import new_file
 
 # Sides are forked from a process that has imported what takes longest. Not with a GPU, for what a process has asked of
@@ -86,10 +86,11 @@ class Running:
         """One of each rank."""
         found = []
         for process, pipe in zip(self.processes, self.pipes, strict=True):
-            while not pipe.poll(0.2):  # a process that has ended may have told why since
-                there = process.is_alive() or pipe.poll()
-                require(there, f"{self.contender.name} ended with exit code {process.exitcode}")
-            found.append(pipe.recv())
+            try:
+                found.append(pipe.recv())
+            except EOFError:
+                process.join()
+                raise UserError(f"{self.contender.name} ended with exit code {process.exitcode}") from None
         for answer in found:
             if isinstance(answer, UserError):
                 raise answer

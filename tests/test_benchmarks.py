@@ -1,6 +1,8 @@
 """What the benchmarks share. That each runs, and that its sides do the same work, is in test_commands.py."""
 
 import json
+import os
+import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -207,6 +209,16 @@ def test_a_mistake_that_a_side_finds_is_told_as_one(contest):
 def mistaken():
     """A side that cannot be built."""
     raise UserError("--flag: of no use")
+
+
+def test_a_side_that_ends_without_a_word_is_named_with_its_exit_code(contest):
+    with pytest.raises(UserError, match=r"^side ended with exit code -9$"):
+        contest.compete([contest.Contender("side", killed, ())], rounds=1)
+
+
+def killed():
+    """A side that the system kills, as one without memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
