@@ -70,15 +70,18 @@ class Running:
 
         Raises: a UserError of a rank, or RuntimeError with the traceback of one that failed.
         """
-        for pipe in self.pipes:
-            pipe.send(word)
+        self.send(word)
         return self.answers()[0]
+
+    def send(self, word: str) -> None:
+        """To all ranks; one that has ended hears nothing, and `answers` says so."""
+        for pipe in self.pipes:
+            with suppress(OSError):
+                pipe.send(word)
 
     def end(self) -> None:
         """Ask all ranks to, and give them a moment to tidy up."""
-        for pipe in self.pipes:
-            with suppress(OSError):  # one that has ended already
-                pipe.send("end")
+        self.send("end")
         for process in self.processes:
             process.join(timeout=10)
 
@@ -88,7 +91,7 @@ class Running:
         for process, pipe in zip(self.processes, self.pipes, strict=True):
             try:
                 found.append(pipe.recv())
-            except EOFError:
+            except (EOFError, ConnectionError):
                 process.join()
                 raise UserError(f"{self.contender.name} ended with exit code {process.exitcode}") from None
         for answer in found:

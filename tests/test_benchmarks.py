@@ -211,14 +211,17 @@ def mistaken():
     raise UserError("--flag: of no use")
 
 
-def test_a_side_that_ends_without_a_word_is_named_with_its_exit_code(contest):
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_side_that_ends_without_a_word_is_named_with_its_exit_code(contest, loads):
     with pytest.raises(UserError, match=r"^side ended with exit code -9$"):
-        contest.compete([contest.Contender("side", killed, ())], rounds=1)
+        contest.compete([contest.Contender("side", killed, (loads,))], rounds=1)
 
 
-def killed():
-    """A side that the system kills, as one without memory."""
-    os.kill(os.getpid(), signal.SIGKILL)
+def killed(loads):
+    """A side that the system kills, as one without memory: in its first block or before."""
+    if not loads:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
