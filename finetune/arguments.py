@@ -101,8 +101,9 @@ class ReadingArguments:
 
     doc_stride: int = arg(128, "mrc: tokens from the beginning of a window on the passage to that of the next")
     max_query_length: int = arg(64, "tokens of a question; a longer one is cut")
-    n_best_size: int = arg(5, "mrc: answers kept for each question")
+    n_best_size: int = arg(5, "mrc: answers kept for each question, 1,000 at most")
     max_answer_length: int = arg(20, "mrc: tokens of an answer at most")
 
     def __post_init__(self) -> None:
-        at_least(1, self, "doc_stride", "max_query_length", "n_best_size", "max_answer_length")
+        at_least(1, self, "doc_stride", "max_query_length", "max_answer_length")
+        at_least(1, self, "n_best_size", most=1000)

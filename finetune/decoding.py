@@ -27,11 +27,12 @@ class DecodingArguments:
     top_p: float = arg(0.95, "choose among the most likely tokens that make up this probability")
     repetition_penalty: float = arg(1.0, "above 1 makes tokens that are already there less likely")
     no_repeat_ngram_size: int = arg(0, "no sequence of so many tokens comes twice; 0: may")
-    num_beams: int = arg(1, "texts that are followed at once, the likeliest of which is taken; with --temperature 0")
+    num_beams: int = arg(1, "texts followed at once, 64 at most, the likeliest of which is taken; with --temperature 0")
     seed: int = arg(42, "seed of the choices")
 
     def __post_init__(self) -> None:
-        at_least(1, self, "max_new_tokens", "num_beams")
+        at_least(1, self, "max_new_tokens")
+        at_least(1, self, "num_beams", most=64)
         at_least(0, self, "top_k", "no_repeat_ngram_size")
         check_seed(self.seed)
         require(

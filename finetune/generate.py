@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,10 +39,10 @@ class GenerationArguments:
 
     prompt: str | None = arg(None, "text to go on from; without it and --prompts_file: standard input, one a line")
     prompts_file: str | None = arg(None, "text file of prompts, one a line")
-    num_samples: int = arg(1, "texts for each prompt")
-    length: int = arg(0, "tokens of a long text, written in pieces of --max_new_tokens; 0: one piece")
+    num_samples: int = arg(1, "texts for each prompt, 100,000 at most")
+    length: int = arg(0, "tokens of a long text, 100,000 at most, in pieces of --max_new_tokens; 0: one piece")
     tail: int = arg(128, "tokens of the text so far that the next piece of a long one reads at most, whole sentences")
-    batch_size: int = arg(8, "texts that are written at once")
+    batch_size: int = arg(8, "texts that are written at once, 1,024 at most")
     stream: bool = arg(False, "show words as they are written; one text at a time")
     output_file: str | None = arg(
         None, "JSON lines of prompt, text and settings; NAME.incomplete has each as soon as it is written"
@@ -49,8 +50,10 @@ class GenerationArguments:
     metrics: bool = arg(False, "tell how varied the texts are, and their perplexity under the model")
 
     def __post_init__(self) -> None:
-        at_least(1, self, "num_samples", "tail", "batch_size")
-        at_least(0, self, "length")
+        at_least(1, self, "num_samples", most=100_000)
+        at_least(1, self, "batch_size", most=1024)
+        at_least(1, self, "tail")
+        at_least(0, self, "length", most=100_000)
         require(not (self.prompt and self.prompts_file), "--prompt and --prompts_file: choose one of the two")
         require(not (self.stream and self.length), "--stream and --length: choose one of the two")
 
@@ -111,12 +114,11 @@ class Writer:
         require(num_tokens > 0, f"{where}: empty; give at least a word")
         require(num_tokens <= limit, f"{where}: {num_tokens} tokens; at most {limit} leave room for the answer")
 
-    def write(self, prompts: Sequence[str], **more: Any) -> Iterator[Written]:
+    def write(self, prompts: Iterable[str], **more: Any) -> Iterator[Written]:
         """A text after each prompt, --batch_size of them at once. `more`: arguments of transformers' generate that are
         no settings, e.g. streamer."""
-        arguments, settings = self.arguments, self.decoding.settings() | more
-        for start in range(0, len(prompts), arguments.batch_size):
-            part = prompts[start : start + arguments.batch_size]
+        arguments, settings, prompts = self.arguments, self.decoding.settings() | more, iter(prompts)
+        while part := list(islice(prompts, arguments.batch_size)):
             if arguments.length:
                 yield from write_long(self.generator, part, arguments.length, arguments.tail, len(part), **settings)
             else:
@@ -137,7 +139,7 @@ def write_all(writer: Writer, prompts: Iterable[Prompt], settings: dict[str, Any
     path = Path(arguments.output_file) if arguments.output_file and distributed.is_main() else None
     with growing_file(path) if path else nullcontext() as file:
         for group in groups:
-            asked = [prompt for prompt in group for _ in range(arguments.num_samples)]
+            asked = (prompt for prompt in group for _ in range(arguments.num_samples))
             for found in writer.write(asked, **shown(writer, group)):
                 if arguments.metrics:
                     texts.append(found.text)

@@ -37,10 +37,10 @@ class SentimentArguments:
 
     model_name_or_path: str | None = arg(None, "folder of the model that writes, trained with --task nsmc")
     classifier: str | None = arg(None, "folder of the model that judges, trained apart with --task nsmc")
-    num_samples: int = arg(100, "reviews of each polarity")
+    num_samples: int = arg(100, "reviews of each polarity, 100,000 at most")
     validation_file: str | None = arg(None, "real reviews in NSMC's form; default: the sample data")
     max_eval_samples: int = arg(0, "real reviews to judge at most, evenly spaced; 0: all")
-    batch_size: int = arg(16, "reviews that are written or judged at once")
+    batch_size: int = arg(16, "reviews that are written or judged at once, 1,024 at most")
     output_dir: str = arg("runs/sentiment", "folder for generated.txt in NSMC's form and sentiment.json")
 
     def __post_init__(self) -> None:
@@ -48,7 +48,8 @@ class SentimentArguments:
         require(bool(writer and judge), "--model_name_or_path and --classifier: give both")
         same = Path(writer).exists() and Path(judge).exists() and Path(writer).samefile(judge)
         require(not same, f"--classifier {judge}: is the model that writes; name one that was trained apart")
-        at_least(1, self, "num_samples", "batch_size")
+        at_least(1, self, "num_samples", most=100_000)
+        at_least(1, self, "batch_size", most=1024)
         at_least(0, self, "max_eval_samples")
 
 

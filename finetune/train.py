@@ -80,7 +80,7 @@ def main() -> None:
     )
     distributed.setup(training.timeout_seconds)
     prepare_engine(training, batch_sizes(training, distributed.world_size()))  # a wrong JSON leaves no folder behind
-    with claim_output(training.output_dir) as output_dir:
+    with claim_output(training.output_dir, (training, model_arguments, data)) as output_dir:
         if data.task in TASKS:
             train(training, model_arguments, data, pauses, freezing, output_dir)
             return

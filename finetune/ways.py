@@ -1,6 +1,7 @@
 """The ways to spread a fine-tuning run over a machine: which fit, and which of those is the fastest."""
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,8 +91,10 @@ class Planner:
     def largest(self, way: Way) -> Choice | None:
         """The largest micro batch that fits, of those that an update can fill; one that divides its rows."""
         share = max(1, self.global_batch // way.ranks)
-        choices = (self.choice(way, micro) for micro in range(share, 0, -1) if share % micro == 0)
-        return next(filter(self.fits, choices), None)
+        micros = [micro for micro in range(share, 0, -1) if share % micro == 0]
+        found = [micros[0], *micros[1:][bisect_left(micros[1:], True, key=lambda m: self.fits(self.choice(way, m))) :]]
+        # The first sums no gradients, so it alone may take less than a smaller one.
+        return next(filter(self.fits, (self.choice(way, micro) for micro in found)), None)
 
     def seconds(self, choice: Choice) -> float:
         """What ranks the ways: an update by orders of magnitude."""

@@ -148,11 +148,12 @@ def check_timeout(seconds: float) -> None:
     require(0 < seconds <= 1e7, f"--timeout_seconds {seconds}: must be above 0 and at most 1e7")
 
 
-def at_least(minimum: int, arguments: Any, *names: str) -> None:
-    """Refuse the first of the named arguments that is below `minimum`."""
+def at_least(minimum: int, arguments: Any, *names: str, most: float = math.inf) -> None:
+    """Refuse the first of the named arguments that is below `minimum`, or above `most`."""
+    limits = f"{minimum} or more" if most == math.inf else f"from {minimum} to {most:,}"
     for name in names:
         value = getattr(arguments, name)
-        require(value >= minimum, f"--{name} {value}: must be {minimum} or more")
+        require(minimum <= value <= most, f"--{name} {value}: must be {limits}")
 
 
 class Parser(HfArgumentParser):
@@ -164,13 +165,13 @@ class Parser(HfArgumentParser):
 
 def parse_arguments(*classes: type, prog: str, description: str, argv: list[str] | None = None) -> tuple[Any, ...]:
     """Fill dataclasses from the command line. A bare argument that ends in .json is a file of the same arguments;
-    flags win over the file.
+    flags win over the file. Each part has the file's name as `arguments_file`, see kozero.folder.new_file.
 
     Raises: UserError for unknown flags and keys, wrong types and contradictions.
     """
     usage = f"{prog} [arguments.json] [--flag value ...]"
     parser = Parser(classes, prog=prog, description=description, usage=usage, allow_abbrev=False)
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, file = list(sys.argv[1:] if argv is None else argv), None
     for k, word in enumerate(argv):  # the deepspeed launcher puts --local_rank=0 before it
         bare = k == 0 or not argv[k - 1].startswith("--") or "=" in argv[k - 1]
         if bare and word.endswith(".json") and not word.startswith("-"):
@@ -179,7 +180,7 @@ def parse_arguments(*classes: type, prog: str, description: str, argv: list[str]
                 parser.parse_args(flags)
             except UserError as error:
                 raise UserError(f"{word}: {error}") from None
-            argv = flags + argv[:k] + argv[k + 1 :]
+            argv, file = flags + argv[:k] + argv[k + 1 :], word
             break
     *filled, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     flags = [option for action in parser._actions for option in action.option_strings]
@@ -188,6 +189,7 @@ def parse_arguments(*classes: type, prog: str, description: str, argv: list[str]
         raise UserError(f"unknown argument {unknown[0]!r}{nearest(name, flags)}; --help lists all arguments")
     for part in filled:
         tidy(part)
+        part.arguments_file = file
     return tuple(filled)
 
 

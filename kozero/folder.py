@@ -20,18 +20,25 @@ from kozero.streams import outlive_readers
 
 LOCK = ".lock"
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # processes that srun, Open MPI, MPICH started
+RESULTS = (  # files of training, each written by some task
+    "run.json", "metrics.jsonl", "scores.json", "predictions.json", "nbest.json", "passages.jsonl", "retrieval.json",
+)  # fmt: skip
 LONGEST = 130  # bytes of the longest file name that a run makes in its folder: TensorBoard's, with the host's name
 
 
 @contextmanager
-def claim_output(name: str) -> Iterator[Path]:
+def claim_output(name: str, reads: Iterable[Any] = ()) -> Iterator[Path]:
     """The output folder, made if need be and kept from other runs until this one ends. One that was made for a run that
     leaves nothing goes again.
 
-    Raises: UserError when it cannot be written or another run holds it, before anything long begins.
+    Args: reads: see new_file.
+
+    Raises: UserError when it cannot be written, holds in the place of a result what is read, or another run holds it,
+        before anything long begins.
     """
     made = not Path(name).exists()
     folder = writable_folder("--output_dir", Path(name))
+    new_file("--output_dir", *(folder / file for file in RESULTS), reads=reads)
     lock = FileLock(folder / LOCK)
     message = None
     if distributed.is_main():

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from kozero.errors import UserError, first_line, nearest, no_panic, require
 from kozero.json_files import check_keys, read_json
+from models import loading
 from models.causal_lm import CausalLM, build, reset_row, resize_vocabulary
 from models.loading import build_or_refuse, cannot_load, load_any_config, load_checked, quiet, require_folder
 from models.tokenizer import keep_out_of_text, read_tokenizer
@@ -130,9 +131,9 @@ def check_gpt2(config: GPT2Config, where: str) -> None:
         require(right, f"{where}: {key} {getattr(config, key)!r}: must be {what}")
 
     for key in SIZES:
-        value = getattr(config, key)
-        whole = (type(value) is int and value >= 1) or (value is None and key == "n_inner")
-        check(whole, key, "a whole number of 1 or more")
+        value, most = getattr(config, key), loading.MOST_LAYERS if key == "n_layer" else 2**24
+        whole = (type(value) is int and 1 <= value <= most) or (value is None and key == "n_inner")
+        check(whole, key, f"a whole number from 1 to {most:,}")
     check(config.n_embd % config.n_head == 0, "n_head", f"a divisor of n_embd {config.n_embd}")
     for key, least, most in RANGES:
         value = getattr(config, key)

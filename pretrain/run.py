@@ -80,7 +80,7 @@ def main(entry: str) -> None:
     training, corpus, wanted = arguments(entry)
     distributed.setup(training.timeout_seconds)
     training.output_dir = str(Path(training.output_dir) / training.model_name)
-    with claim_output(training.output_dir) as output_dir:
+    with claim_output(training.output_dir, (training, corpus)) as output_dir:
         pretrain(training, corpus, wanted, sharding_of(entry, wanted), output_dir)
 
 

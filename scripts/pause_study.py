@@ -15,7 +15,8 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from itertools import product
+from functools import cache
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ from finetune.arguments import DataArguments
 from finetune.data import sources
 from finetune.tasks import TASKS
 from kozero.config import arg, parse_arguments
+from kozero.data.readers import files_below
+from kozero.data.store import key_of
 from kozero.errors import EXIT_DIVERGED, GRACE_SECONDS, Diverged, UserError, require, run_main
-from kozero.files import fingerprint
+from kozero.files import file_hash, fingerprint
 from kozero.folder import LOCK, writable_folder, write_text
 from kozero.seal import damage, write_seal
 from pretrain.arguments import CorpusArguments, PretrainingArguments
 from pretrain.data import find_pieces
-from scripts.study import Study, name_of
+from scripts.study import FILES, MODELS, Study, name_of
 from scripts.study_report import Result, write_report
 
 ROOT = Path(__file__).parent.parent
@@ -71,8 +74,13 @@ class Step:
 
     @property
     def identity(self) -> str:
-        """Its command after those of all that it goes on from: what its result comes from."""
-        return f"{self.needs.identity}\n{self.command}" if self.needs else self.command
+        """Its command and the content of the files that it names, but of a model that the study makes, after those of
+        all that it goes on from: what its result comes from."""
+        told = dict(pairwise(self.words))
+        paths = [Path(told[f"--{key}"]) for key in (*FILES, *MODELS * (not self.needs)) if f"--{key}" in told]
+        read = [word for path in paths if path.exists() for word in (str(path), content(path))]
+        own = shlex.join([*shlex.split(self.command), *read])
+        return f"{self.needs.identity}\n{own}" if self.needs else own
 
     @property
     def begun_as(self) -> str | None:
@@ -138,6 +146,15 @@ class Step:
             said = last_words(log.read_bytes()[start:].decode("utf-8", "replace"), process.returncode)
             kind = Diverged if process.returncode == EXIT_DIVERGED else UserError
             raise kind(f"{self.name}: failed, {said} (all of it: {log})")
+
+
+def content(path: Path) -> str:
+    """A hash of a file, or of all files in a folder."""
+    files = sorted(files_below(path)) if path.is_dir() else [path]
+    return key_of([(str(file.relative_to(path)), hash_of(file, file.stat().st_mtime_ns)) for file in files])
+
+
+hash_of = cache(lambda file, changed: file_hash(file))  # asked for again for each run of a study
 
 
 def last_words(output: str, code: int) -> str:
@@ -246,7 +263,7 @@ def check_all(todo: list[Step], path: Path) -> None:
     if conflicts := [(step, told) for step in todo if (told := step.conflict())]:
         first, told = conflicts[0]
         folders = " ".join(str(step.folder) for step, _ in conflicts)
-        other = f"begun with other settings ({told}); choose another output_dir, or delete {folders}"
+        other = f"begun with other settings or files ({told}); choose another output_dir, or delete {folders}"
         raise UserError(f"{path}: {first.name}: {other}")
 
 

@@ -25,7 +25,8 @@ OWNED = (
     "output_dir", "seed", "task", "resume", "model_name", "output_file", "sweep_pauses", "sweep_placement", "help",
     "local_rank",
 )  # fmt: skip
-FILES = ("train_file", "validation_file", "config_file", "corpus_path", "deepspeed_config")
+FILES = ("train_file", "validation_file", "config_file", "corpus_path", "deepspeed_config", "tokenizer_name_or_path")
+MODELS = ("model_name_or_path", "model", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Study:
         for key, value in values.items():
             told = f"{path}: {key!r} must be {IN_JSON[KEYS[key]]}, is {json.dumps(value, ensure_ascii=False)}"
             require(isinstance(value, KEYS[key]), told)
+        require(values.get("title", "").isprintable(), f"{path}: 'title': must be one line")
         for key in ("tasks", "finetuning"):
             require(bool(values.get(key)), f"{path}: {key!r}: name at least one")
         check_keys(values["tasks"], TASKS, f"{path}: tasks")
@@ -181,7 +183,7 @@ def check_setting(where: str, key: str, value: object) -> None:
     require(key.isidentifier(), f"{where}: {key!r}: write flags without dashes, e.g. max_steps")
     require(key not in OWNED, f"{where}: {key!r} is given by the study; leave it out")
     require(not isinstance(value, dict | list), f"{where}: {key!r} must be one value")
-    if key in FILES and value is not None:
+    if key in FILES and value is not None and key != "tokenizer_name_or_path":  # that may be a name on the hub
         require(isinstance(value, str) and Path(value).exists(), f"{where}: {key} {value!r}: no such file or folder")
 
 

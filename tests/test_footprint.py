@@ -13,7 +13,7 @@ from finetune.planned import PlannedModel
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.engines.deepspeed import zero_sizes
 from kozero.errors import UserError
-from kozero.footprint import Setting, footprint
+from kozero.footprint import Footprint, Setting, footprint
 from kozero.json_files import read_json_object
 from kozero.trace import Traced
 from models.language_model import read_config
@@ -179,6 +179,22 @@ def test_a_larger_micro_batch_may_take_less_and_is_found():
     assert planner.largest(two).micro == 4
     planner.room = large - 1
     assert planner.largest(two) is None
+
+
+def test_an_update_of_many_divisors_is_planned_in_a_few_passes(monkeypatch):
+    """720,720 rows have 240 divisors, and each is a pass through the model of a second."""
+    tried = []
+
+    def choice(planner, way, micro, accumulation=0):
+        tried.append(micro)
+        return ways.Choice(way, micro, 720_720 // micro, Footprint({"weights": micro}, 0.0, 0.0, 0.0))
+
+    monkeypatch.setattr(ways.Planner, "choice", choice)
+    one = ways.Way("zero0.json", ranks=1, checkpointing=False, stage=0, zero=None)
+    for room, micro in ((1000, 990), (720_720, 720_720), (1, 1), (0, None)):
+        tried.clear()
+        found = ways.Planner(None, room=room, host=math.inf, global_batch=720_720).largest(one)
+        assert (found and found.micro) == micro and len(tried) <= 12
 
 
 def test_what_only_costs_where_everything_fits_comes_last():

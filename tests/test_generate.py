@@ -230,6 +230,21 @@ def test_metrics_go_beside_the_texts(monkeypatch, tmp_path, paused_model, capsys
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_texts_are_asked_for_as_they_are_written(monkeypatch, paused_model, capsys):
+    """100,000 of each of 100,000 prompts are 10 ** 10."""
+    prompts = [("file:1", "긍정")] * 100_000
+    monkeypatch.setattr(generate, "prompts_of", lambda arguments: prompts)
+    monkeypatch.setattr(generate.Writer, "check", lambda *told: None)
+
+    def written(generator, part, *told, **settings):
+        assert len(part) == 8
+        raise UserError("enough")
+
+    monkeypatch.setattr(PausedGenerator, "continue_texts", written)
+    with pytest.raises(UserError, match="enough"):
+        call(monkeypatch, paused_model, "--num_samples", 100_000)
+
+
 def test_prompts_of_a_file_are_written_together(monkeypatch, tmp_path, paused_model):
     (tmp_path / "prompts.txt").write_text("긍정\n부정\n" * 3, encoding="utf-8")
     sizes, real = [], paused.write_batch

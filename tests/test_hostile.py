@@ -15,7 +15,7 @@ from finetune import train as finetuning
 from kozero.errors import UserError
 from models.encoders import build_encoder, export_encoder, load_encoder, read_encoder_config
 from models.language_model import load, load_config, load_tokenizer, load_weights, read_config
-from tests.helpers import ROOT, SAMPLE_TOKENIZER, export_paused, sample_tokenizer
+from tests.helpers import ROOT, SAMPLE_TOKENIZER, export_paused, refused, sample_tokenizer
 
 CONFIGS = {"gpt2": "tiny", "transformer": "transformer_tiny", "mix_lm": "mix_lm_tiny"}
 HUGE, NAN, INF = 10**30, math.nan, math.inf
@@ -166,6 +166,16 @@ def test_a_config_of_more_weights_than_memory_is_refused_before_they_are_made(tm
             raise UserError(str(path))
         else:
             build_encoder(read_encoder_config(path, name, sample_tokenizer()), 1)
+
+
+@pytest.mark.parametrize("key", ["n_layer", "n_embd", "vocab_size", "n_positions", "n_inner"])
+def test_sizes_that_no_model_has_are_refused_without_making_it(tmp_path, key):
+    """Also for a plan, which asks for no memory: a million layers take minutes there."""
+    path, most = tmp_path / "config.json", 1000 if key == "n_layer" else 2**24
+    shipped = json.loads((ROOT / "models/tiny_config.json").read_text())
+    path.write_text(json.dumps(shipped | {key: most + 1}))
+    with refused(f"{path}: {key} {most + 1}: must be a whole number from 1 to {most:,}"):
+        read_config(path)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, 0, 1.0, -1e-5, True])

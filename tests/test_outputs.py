@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from finetune import evaluate, generate
+from finetune import evaluate, generate, train
 from finetune.sweep import Cell, save_sweep
 from finetune.writing import Written
 from kozero import folder, plots
 from kozero.errors import UserError
 from kozero.folder import new_file, writable_folder, write_text
+from pretrain import run
 from scripts import plan, study_report
+from tests.helpers import refused
 
 LONGEST = 255  # bytes of a name on Linux
 
@@ -92,6 +94,54 @@ def test_a_file_of_the_users_outlives_a_command_that_would_write_over_it(monkeyp
     with pytest.raises(UserError, match="is read by this command"):
         entry.main()
     assert file.read_text(encoding="utf-8") == '{"text": "글"}\n'
+
+
+FILES_OF_ARGUMENTS = {evaluate: {"task": "nsmc"}, generate: {"prompt": "글"}, plan: {"task": "nsmc"}}
+
+
+@pytest.mark.parametrize("entry", FILES_OF_ARGUMENTS)
+def test_a_file_of_arguments_outlives_its_command(monkeypatch, tmp_path, one_rank, entry):
+    file = tmp_path / "file.json"
+    file.write_text(json.dumps(FILES_OF_ARGUMENTS[entry]))
+    monkeypatch.setattr(sys, "argv", ["any.py", str(file), "--output_file", str(file)])
+    with refused(f"--output_file {file}: is read by this command", untouched=tmp_path):
+        entry.main()
+
+
+@pytest.mark.parametrize("entry", [evaluate, plan])
+def test_a_deepspeed_json_outlives_its_command(monkeypatch, tmp_path, one_rank, entry):
+    file = tmp_path / "file.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    monkeypatch.setattr(
+        sys, "argv", ["any.py", "--task", "nsmc", "--deepspeed_config", str(file), "--output_file", str(file)]
+    )
+    with refused(f"--output_file {file}: is read by this command", untouched=tmp_path):
+        entry.main()
+
+
+READ_BY_A_RUN = {
+    None: ("run.json", '{"task": "nsmc"}'),
+    "--deepspeed_config": ("scores.json", '{"zero_optimization": {"stage": 0}}'),
+    "--config_file": ("predictions.json", "{}"),
+    "--train_file": ("metrics.jsonl", "{}"),
+    "--corpus_path": ("metrics.jsonl", "글"),
+}
+
+
+@pytest.mark.parametrize("flag", READ_BY_A_RUN)
+def test_a_run_writes_nothing_over_what_it_reads(tmp_path, one_rank, monkeypatch, flag):
+    name, text = READ_BY_A_RUN[flag]
+    file = tmp_path / "run" / name
+    file.parent.mkdir()
+    file.write_text(text)
+    where = (
+        ["--output_dir", str(tmp_path), "--model_name", "run"]
+        if flag == "--corpus_path"
+        else ["--output_dir", str(file.parent)]
+    )
+    monkeypatch.setattr(sys, "argv", ["train.py", *[flag] * bool(flag), str(file), *where])
+    with refused(f"--output_dir {file}: is read by this command", untouched=tmp_path):
+        run.main("train") if flag == "--corpus_path" else train.main()
 
 
 def test_names_are_tried_in_bytes_and_the_longest_can_be_written(tmp_path):

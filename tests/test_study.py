@@ -57,6 +57,7 @@ def study_file(folder: Path, **changes) -> Path:
         ({"arms": ["StdPT_StdFT"] * 2}, "must be different names"),
         ({"pretraining": {"A": {}, "A_B": {}}, "finetuning": {"C": {}, "B_C": {}}}, "two arms have one name"),
         ({"launch": ""}, "launch '': no such program"),
+        ({"title": "One\n# Two"}, "'title': must be one line"),
         ({"launch": "foo --x"}, "launch 'foo --x': no such program"),
         ({"launch": 'python "'}, "No closing quotation"),
         ({"finetune": {"help": True}}, "finetune: 'help' is given by the study"),
@@ -261,7 +262,9 @@ def test_changed_settings_are_refused_with_all_that_came_from_the_old_ones(tmp_p
     check_all(todo, path)
     assert all(step.is_done for step in (pretraining, *cell)) and not todo[1].is_done
     changed = study_file(tmp_path, pretrain=json.loads(SAMPLE.read_text())["pretrain"] | {"learning_rate": 0.5})
-    with pytest.raises(UserError, match=r"begun with other settings \(--learning_rate 0.002 then, 0.5 now\)") as told:
+    with pytest.raises(
+        UserError, match=r"begun with other settings or files \(--learning_rate 0.002 then, 0.5 now\)"
+    ) as told:
         check_all(steps(Study.read(changed)), changed)
     assert f"delete {pretraining.folder} {cell[0].folder}" in str(told.value)
     shutil.rmtree(pretraining.folder)  # not enough: the cell came from it
@@ -278,6 +281,61 @@ def test_other_numbers_of_pauses_are_scored_anew_and_nothing_is_trained_again(tm
     again = steps(Study.read(path))
     check_all(again, path)
     assert again[todo.index(cell)].is_done and not again[todo.index(cell) + 1].is_done
+
+
+@pytest.mark.parametrize(
+    "flag", ["train_file", "validation_file", "config_file", "corpus_path", "tokenizer_name_or_path"]
+)
+def test_what_came_from_another_content_of_a_file_is_not_done(tmp_path, flag):
+    """Under the same name; a folder by all files in it. A file that is only touched is the same."""
+    data = tmp_path / "data"
+    data.mkdir()
+    file = data / "file.txt"
+    file.write_text("가나다")
+    kind = "pretrain" if flag in ("config_file", "corpus_path") else "finetune"
+    settings = json.loads(SAMPLE.read_text())[kind] | {
+        flag: str(data if flag[0] in "ct" and flag[-4:] != "file" else file)
+    }
+    if flag == "config_file":
+        file.write_text((ROOT / "models/tiny_config.json").read_text())
+    path = study_file(tmp_path, **{kind: settings})
+    todo = steps(Study.read(path))
+    for step in todo:
+        begin(step)
+    os.utime(file)
+    again = steps(Study.read(path))
+    check_all(again, path)
+    assert all(step.is_done for step in again)
+    with file.open("a") as more:
+        more.write(" ")
+    again = steps(Study.read(path))
+    stays = [kind == "finetune" and step.entry == "pretrain/train.py" for step in again]
+    assert [step.is_done for step in again] == stays
+    with pytest.raises(UserError, match=rf"begun with other settings or files .*{data}"):
+        check_all(again, path)
+
+
+def test_what_is_scored_on_another_content_of_a_file_is_scored_anew(tmp_path):
+    file = tmp_path / "reviews.txt"
+    file.write_text("id\tdocument\tlabel\n1\t글\t1\n")
+    path = study_file(tmp_path, evaluate={"validation_file": str(file)})
+    for step in steps(Study.read(path)):
+        begin(step)
+    file.write_text("id\tdocument\tlabel\n1\t글\t0\n")
+    todo = steps(Study.read(path))
+    check_all(todo, path)
+    assert {step.entry for step in todo if not step.is_done} == {"finetune/evaluate.py"}
+
+
+def test_a_model_that_a_study_makes_is_no_file_that_it_reads(tmp_path):
+    todo = steps(Study.read(study_file(tmp_path)))
+    for step in todo:
+        begin(step)
+        if (model := step.folder / "model").is_file():
+            model.unlink()
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_text(step.name)
+    assert all(step.is_done for step in todo)
 
 
 def test_a_run_that_left_nothing_may_begin_with_other_settings(tmp_path):

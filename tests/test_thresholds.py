@@ -1,14 +1,17 @@
 """Every limit from both sides: the last value that is taken, and the first that is not."""
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from finetune.arguments import DataArguments, ModelArguments
+from finetune.arguments import DataArguments, ModelArguments, ReadingArguments
 from finetune.decoding import DecodingArguments
 from finetune.demo import DemoArguments
+from finetune.generate import GenerationArguments
+from finetune.sentiment import SentimentArguments
 from finetune.sweep import warnings
 from kozero.batch_search import MAX_SKIPPED, Prober, Room
 from kozero.config import BatchSizes, TrainingArguments, batch_sizes
@@ -34,6 +37,14 @@ JUST = 1e-9  # beside a limit that is no whole number
 
 def selection(**told: Any) -> SelectionArguments:
     return SelectionArguments(files=["x"], query=["y"], **told)
+
+
+def greedy(**told: Any) -> DecodingArguments:
+    return DecodingArguments(temperature=0.0, **told)
+
+
+def reviews(**told: Any) -> SentimentArguments:
+    return SentimentArguments("writer", "judge", **told)
 
 
 # By flag: what takes it, values at the limits that are taken, and values beyond them that are not.
@@ -75,18 +86,36 @@ FLAGS: dict[str, tuple[Callable, tuple, tuple]] = {
     "similarity": (selection, (JUST, 1.0), (0.0, 1 + JUST)),
     "predicted": (PlanArguments, (JUST, 1.0), (0.0, 1 + JUST)),
     "port": (DemoArguments, (0, 65535), (-1, 65536)),
+    "num_beams": (greedy, (1, 64), (0, 65)),
+    "n_best_size": (ReadingArguments, (1, 1000), (0, 1001)),
+}
+# Numbers of texts, which two programs take.
+FLAGS |= {
+    f"{name} of {kind.__name__}": (kind, (1, most), (0, most + 1))
+    for kind in (GenerationArguments, reviews)
+    for name, most in (("num_samples", 100_000), ("batch_size", 1024))
+}
+FLAGS |= {
+    "length": (GenerationArguments, (0, 100_000), (-1, 100_001)),
 }
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_takes_the_values_up_to_its_limits_and_names_the_first_beyond(name):
-    kind, taken, refused = FLAGS[name]
+    (kind, taken, refused), name = FLAGS[name], name.split()[0]
     for value in taken:
         assert getattr(kind(**{name: value}), name) == value
     for value in refused:
         with pytest.raises(UserError) as caught:
             kind(**{name: value})
         assert f"--{name} {value}: must be" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [GenerationArguments, DecodingArguments, SentimentArguments, ReadingArguments])
+def test_the_help_says_how_much_a_flag_takes(kind):
+    bounded = {name.split()[0]: told[1][-1] for name, told in FLAGS.items() if told[1][-1] in (64, 1000, 1024, 100_000)}
+    helps = {f.name: f.metadata["help"] for f in dataclasses.fields(kind) if f.name in bounded}
+    assert helps and [name for name, told in helps.items() if f"{bounded[name]:,} at most" not in told] == []
 
 
 def works(function: Callable, *args: Any) -> bool:
