@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from kozero import distributed
 from kozero.config import BatchSizes
+from kozero.data.batch import shares
 from kozero.data.batches import (
     PAD_MULTIPLE,
     PackedBatch,
@@ -82,6 +84,22 @@ def test_rows_without_texts_predict_nothing():
     empty = collate([[], []], length=8)
     assert empty.inputs["input_ids"].shape == (2, 8)
     assert (empty.num_targets, empty.num_tokens) == ((0,), 0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "wanted"),
+    [
+        (1, [[([1, 3], [1, 3]), ([4, 0], [4, 0]), ([2], [2])]]),
+        (2, [[([1, 3], [1, 3]), ([2], [2])], [([4, 0], [4, 0]), ([], [1])]]),
+    ],
+)
+def test_ranks_share_rows_the_longest_first_and_one_without_any_computes_the_longest(monkeypatch, ranks, wanted):
+    """So what does not fit into memory shows in the first pass."""
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    for rank, passes in enumerate(wanted):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found = [(mine.tolist(), computed.tolist()) for mine, computed in shares([3, 9, 1, 9, 5], 2)]
+        assert found == passes
 
 
 def training_rows(

@@ -78,6 +78,11 @@ def test_a_null_in_the_file_is_the_default(json_file):
     assert parse(json_file({"deepspeed_config": None, "max_steps": None}))[0] == TrainingArguments()
 
 
+def test_a_zero_in_the_file_is_no_default(json_file):
+    training = parse(json_file({"max_grad_norm": 0, "weight_decay": 0.0, "seed": 0}))[0]
+    assert (training.max_grad_norm, training.weight_decay, training.seed) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_flags_win_over_the_file_wherever_it_stands(json_file, first):
     path, flags = json_file({"max_steps": 5, "seed": 1}), ["--max_steps=9"]

@@ -242,6 +242,13 @@ def test_a_line_that_is_no_text_is_named(tmp_path, monkeypatch, piece_bytes):
             list(pieces_of(path))
 
 
+def test_a_line_may_have_a_mebibyte(tmp_path):
+    path = write(tmp_path / "a.txt", "x" * 2**20)
+    assert [len(line) for (line,) in documents_of(path)] == [2**20]
+    with pytest.raises(UserError, match=r"a\.txt:1: a line of over 1,048,576 bytes"):
+        documents_of(write(tmp_path / "a.txt", "x" * (2**20 + 1)))
+
+
 # Shards ----------------------------------------------------------------------------------------------------------
 
 

@@ -138,6 +138,11 @@ def test_the_quota_of_cgroups_v1_counts(tmp_path):
     assert cgroups.cores("2:cpuacct:/docker/x\n", tmp_path) == cgroups.cores("", tmp_path) == math.inf
 
 
+def test_the_path_of_a_group_may_hold_colons(tmp_path):
+    write(tmp_path / "system.slice/run:1:2.scope", cpu__max="50000 100000")
+    assert cgroups.cores("0::/system.slice/run:1:2.scope\n", tmp_path) == 0.5
+
+
 def test_a_container_that_sees_its_own_group_as_the_root_is_bounded_too(tmp_path):
     write(tmp_path, cpu__max="300000 100000")
     assert cgroups.cores("0::/docker/of/the/host\n", tmp_path) == 3

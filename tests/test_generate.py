@@ -14,6 +14,7 @@ from finetune import generate, paused, writing
 from finetune.decoding import DecodingArguments
 from finetune.paused import Continuation, PausedGenerator
 from finetune.writing import last_sentences, whole_sentences, write_long
+from kozero import text_metrics
 from kozero.errors import UserError
 from kozero.text_metrics import distinct, repetition, self_bleu, variety
 
@@ -191,7 +192,7 @@ def test_variety_by_hand():
     assert distinct(texts, 1) == pytest.approx(3 / 7) and distinct(texts, 2) == pytest.approx(3 / 5)
     assert distinct([""], 1) == 0
     assert repetition(["가 나 가 나 가 나", "가 나 다 라 마"], 2) == pytest.approx((1 - 2 / 5) / 2)
-    assert repetition(["가"], 4) == 0
+    assert repetition(["가"], 4) == 0 and repetition(["가 나 가 나 가 나", "가"], 2) == pytest.approx((1 - 2 / 5) / 2)
 
 
 def test_self_bleu_is_high_where_texts_are_alike():
@@ -205,6 +206,13 @@ def test_self_bleu_is_high_where_texts_are_alike():
     ]
     assert self_bleu(texts) == pytest.approx(sum(wanted) / 3)
     assert self_bleu(["같은 글이다"] * 3) == pytest.approx(100) and "self_bleu" not in variety(["하나"])
+
+
+def test_self_bleu_of_many_texts_is_that_of_evenly_spaced_ones(monkeypatch):
+    texts = ["오늘은 날이 맑다", "기차가 역에 닿았다", "오늘은 날이 흐리다", "배가 고프다", "길이 미끄럽다"]
+    wanted = self_bleu([texts[0], texts[1], texts[3]])  # of five texts those at 0, 5 / 3 and 10 / 3
+    monkeypatch.setattr(text_metrics, "MOST_TEXTS", 3)
+    assert self_bleu(texts) == wanted and self_bleu(texts[:3]) != wanted
 
 
 def test_metrics_go_beside_the_texts(monkeypatch, tmp_path, paused_model, capsys):
@@ -243,6 +251,26 @@ def test_texts_are_asked_for_as_they_are_written(monkeypatch, paused_model, caps
     monkeypatch.setattr(PausedGenerator, "continue_texts", written)
     with pytest.raises(UserError, match="enough"):
         call(monkeypatch, paused_model, "--num_samples", 100_000)
+
+
+def test_the_perplexity_of_a_long_text_is_that_of_all_its_pieces(monkeypatch, tmp_path, paused_model):
+    out, pieces, real = tmp_path / "out.jsonl", [], PausedGenerator.continue_texts
+
+    def remembered(*told, **settings):
+        pieces.extend(found := real(*told, **settings))
+        return found
+
+    monkeypatch.setattr(PausedGenerator, "continue_texts", remembered)
+    monkeypatch.setattr(writing, "whole_sentences", str.strip)  # a random model ends no sentence
+    flags = ("--prompt", "긍정", "--length", 24, "--tail", 20, "--max_new_tokens", 8, "--temperature", 0, "--metrics")
+    call(monkeypatch, paused_model, *flags, "--output_file", out)
+    lm, losses = PausedGenerator.from_pretrained(paused_model).lm, []
+    for piece in pieces:
+        with torch.no_grad():
+            chances = lm(torch.tensor([[*piece.prompt, *piece.ids]])).logits[0].log_softmax(-1)
+        losses += [-chances[len(piece.prompt) + k - 1, token].item() for k, token in enumerate(piece.ids)]
+    found = json.loads((tmp_path / "out.metrics.json").read_text(encoding="utf-8"))["metrics"]
+    assert len(pieces) > 2 and found["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
 
 def test_prompts_of_a_file_are_written_together(monkeypatch, tmp_path, paused_model):

@@ -169,6 +169,12 @@ def test_an_impulse_shows_kernel_sizes_and_dilations(causal):
         assert places == [[9, 10, 11], [8, 9, 10, 11, 12], [8, 10, 12], [6, 8, 10, 12, 14]]
 
 
+def test_channels_that_do_not_divide_evenly_go_to_the_smallest_kernels_of_each_dilation():
+    mix = MixedConvolution(config(hidden_size=20, ff_dim=28, kernel_size=7, n_experts=2))
+    assert [c.in_channels for c in mix.convolutions] == [4, 3, 3] * 2
+    assert [c.out_channels for c in mix.convolutions] == [5, 5, 4] * 2
+
+
 def test_there_is_one_call_for_each_dilation_and_kernel_and_no_spare_weight():
     made = config(hidden_size=48, ff_dim=96, kernel_size=7, n_experts=4)
     mix = MixedConvolution(made)

@@ -162,11 +162,17 @@ def test_a_store_is_built_once_and_a_damaged_one_again(sample, tmp_path, monkeyp
 
 
 def test_the_store_counts_the_answers_that_whole_tokens_match(tmp_path):
+    """Of several answers to a question the first one counts."""
     context = "w1 w2 w3"
-    spans = [("w2", (3, 5)), ("2", (4, 5))]  # "w2" is one token
-    examples = [Example(str(k), "", context, "w4", (text,), 0, span) for k, (text, span) in enumerate(spans)]
+    answers = [
+        (("w2", "2"), (3, 5)),
+        (("w3",), (6, 8)),
+        (("2", "w2"), (4, 5)),
+        (("w1", "1"), (0, 2)),
+    ]  # "w2" is a token
+    examples = [Example(str(k), "", context, "w4", texts, 0, span) for k, (texts, span) in enumerate(answers)]
     write_store(lambda: examples, word_tokenizer(9), list, tmp_path)
-    assert QuestionStore(tmp_path).spelled == 0.5
+    assert QuestionStore(tmp_path).spelled == 0.75
 
 
 # Spans -------------------------------------------------------------------------------------------------------------
@@ -314,6 +320,15 @@ def test_the_n_best_answers_are_the_best_different_texts_of_all_windows(dev):
         assert [answer["score"] for answer in nbest] == pytest.approx([score for _, score in wanted], abs=1e-3)
         assert nbest[0]["text"] == found.files["predictions"][example.id]
         assert sum(answer["probability"] for answer in nbest) == pytest.approx(1, abs=1e-5)
+
+
+def test_an_answer_that_a_window_spells_several_times_takes_the_place_of_no_other(tmp_path):
+    examples = [Example("q", "", "w2 w2 w1 w2 w3", "w4", ("w1",), 0, (6, 8))]
+    write_store(lambda: examples, word_tokenizer(9), list, tmp_path)
+    questions = QuestionSet(examples, np.array([0]), QuestionStore(tmp_path))
+    arguments = ReadingArguments(n_best_size=2, max_answer_length=1, max_query_length=4, doc_stride=8)
+    found = Reading(arguments, FRAMING, 24).score(engine_of(LogitsOfTokens()), questions, 1)
+    assert [answer["text"] for answer in found.files["nbest"]["q"]] == ["w2", "w1"]  # scores 147, 57 and 35 sevenths
 
 
 # The loss ----------------------------------------------------------------------------------------------------------

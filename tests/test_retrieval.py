@@ -161,9 +161,20 @@ def test_router_losses_count_the_tokens_of_questions_and_passages():
     assert batch.num_tokens == pair_lengths(store, CAPACITY, 10, rows.numbers(range(3))).sum()
 
 
-def test_questions_of_one_passage_seldom_meet():
-    store = Questions([50] * 40, [(5, n % 40) for n in range(400)], [(0, 1)] * 400)
-    rows = Retrieval(ReadingArguments(), FRAMING, 64).rows(store, BatchSizes(8, 1, 1), 0, False)
+def test_a_question_that_is_longer_than_a_row_is_cut_to_it():
+    store = Questions([5, 30], [(40, 0), (3, 1)], [(0, 1)] * 2)
+    rows = Retrieval(ReadingArguments(max_query_length=64), FRAMING, 16).rows(store, BatchSizes(2, 1, 1), 0, False)
+    batch = rows.batch([0, 1])
+    asked = {tuple(ids[mask > 0].tolist()) for ids, mask in zip(batch.inputs["ids"], batch.inputs["mask"], strict=True)}
+    assert asked == {(1, *range(50, 64), 2), (1, 50, 51, 52, 2)}
+    assert batch.inputs["passage_ids"].shape == (2, 16) and rows.num_tokens(0, 2) == 16 + 7 + 5 + 16
+
+
+@pytest.mark.parametrize("lengths", [[50] * 40, range(64, 104)])
+def test_questions_of_one_passage_seldom_meet(lengths):
+    """Also where a batch has passages of about one length and each has a length of its own."""
+    store = Questions([*lengths], [(5, n % 40) for n in range(400)], [(0, 1)] * 400)
+    rows = Retrieval(ReadingArguments(), FRAMING, 128).rows(store, BatchSizes(8, 1, 1), 0, False)
     steps = [store.answers[[rows.order[place] for place in range(k, k + 8)], 0] for k in range(0, 400, 8)]
     different = np.mean([len(np.unique(step)) for step in steps])
     assert different > 7  # drawn at random it is 40 (1 - (39 / 40)^8) = 7.3
