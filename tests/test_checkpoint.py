@@ -36,6 +36,7 @@ from kozero.errors import Diverged, SaveFailed, Stopped, UserError
 from kozero.files import fingerprint, write_file
 from kozero.loop import Trainer
 from kozero.pause import Pauses
+from kozero.runlog import keep_until
 from kozero.seal import read_sealed, sealed, write_seal
 from kozero.stop import AGAIN_SECONDS, Stop
 from models.dropout import drop
@@ -830,6 +831,17 @@ def test_the_best_is_known_from_the_state_where_its_pointer_was_not_written(tmp_
     again = trainer(tmp_path, Steps(), [])
     again.resume(again.checkpoints.to_resume("auto"))
     assert again.fit().best_step == 2 and again.checkpoints.named("best").name == "step-000002"
+
+
+@pytest.mark.parametrize(("scored", "kept"), [(True, ["1", "1 eval", "2", "2 eval"]), (False, ["1", "1 eval", "2"])])
+def test_a_run_that_goes_on_at_a_step_keeps_its_points_up_to_there(tmp_path, scored, kept):
+    """The evaluation of that step goes where it is done again; a line that was torn goes anyway."""
+    points = [{"step": step, name: 0.5} for step in (1, 2, 3) for name in ("train/loss", "eval/score")]
+    lines = [json.dumps(point) for point in points]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, lines[0][:9]]), encoding="utf-8")
+    keep_until(tmp_path / "metrics.jsonl", 2, scored)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [f"{point['step']}" + " eval" * ("eval/score" in point) for point in found] == kept
 
 
 def test_a_kill_between_an_evaluation_and_its_checkpoint_leaves_one_point(tmp_path, monkeypatch):

@@ -129,11 +129,12 @@ class Scripted:
     """A generator that says what it is told to, and remembers what it was asked."""
 
     def __init__(self, generator, said):
-        self.generator, self.said, self.asked = generator, said, []
+        self.generator, self.said, self.asked, self.most = generator, said, [], []
         self.ids, self.encode, self.pauses = generator.ids, generator.encode, generator.pauses
 
     def continue_texts(self, texts, batch_size, **generation):
         self.asked.append(list(texts))
+        self.most.append(generation["max_new_tokens"])
         said = self.said[len(self.asked) - 1][: len(texts)]
         return [Continuation(text, *(gap or [" "]), None, [], has_ended) for text, has_ended, *gap in said]
 
@@ -151,6 +152,14 @@ def test_pieces_go_on_from_the_last_sentences_until_the_text_is_long_enough(paus
     assert scripted.asked == [
         ["아침에 보니", "저녁에"], ["아침에 보니 눈이 왔다."], ["아침에 보니 눈이 왔다. 길을 쓸었다."],
     ]  # fmt: skip
+
+
+def test_a_piece_is_no_longer_than_what_the_shortest_text_still_lacks(paused_model):
+    said = [[("눈이 왔다. 길을 쓸었다.", False), ("눈이 왔다.", False)], [("끝.", True), ("끝.", True)]]
+    scripted = Scripted(PausedGenerator.from_pretrained(paused_model), said)
+    length = len(scripted.ids("눈이 왔다. 길을 쓸었다.")) + 2
+    write_long(scripted, ["아침에", "저녁에"], length, 100, 8, max_new_tokens=200)
+    assert scripted.most == [length, length - len(scripted.ids("눈이 왔다."))]
 
 
 def test_a_piece_that_goes_on_within_a_word_leaves_no_space_in_it(paused_model):
@@ -312,4 +321,6 @@ def test_what_was_written_before_a_fault_is_kept(monkeypatch, tmp_path, paused_m
 
 def test_greedy_writing_has_no_settings_of_sampling():
     assert "top_k" not in DecodingArguments(temperature=0).settings()
+    low = DecodingArguments(temperature=0.01, top_k=5, top_p=0.5).settings()
+    assert (low["temperature"], low["top_k"], low["top_p"], low["do_sample"]) == (0.01, 5, 0.5, True)
     assert DecodingArguments().settings()["do_sample"] is True

@@ -1,5 +1,6 @@
 """What a program prints where it cannot be printed: the streams of real processes."""
 
+import fcntl
 import io
 import os
 import pty
@@ -127,10 +128,11 @@ def test_a_pipe_that_does_not_wait_is_waited_for():
     """A program that shares the pipe may have made it so; nothing is lost then."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    program = process(out=writer)
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)  # less than Python writes at once
+    program = process(out=writer, PYTHONIOENCODING="utf-8")
     os.close(writer)
-    with open(reader, "rb") as file:
-        assert file.read().count(b"\n") == 6_000
+    with open(reader, encoding="utf-8") as file:
+        assert file.read().splitlines() == [f"{TEXT[:-1]}\\udcff {k}" for k in range(6_000)]
     assert program.wait(60) == 0 and program.stderr.read() == b""
 
 

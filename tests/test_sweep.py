@@ -3,13 +3,18 @@
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from finetune import evaluate
-from finetune.sweep import Cell, as_csv, settings_of, warnings
+from finetune import evaluate, sweep
+from finetune.data import EvaluationSet
+from finetune.scoring import Scores
+from finetune.sweep import Cell, as_csv, measure, require_room, settings_of, warnings
 from kozero.errors import UserError
-from tests.helpers import ROOT
+from kozero.pause import Pauses
+from tests.helpers import ROOT, MemoryStore
 
 
 def cell(placement: str, num: int, value: float, score: str = "accuracy") -> Cell:
@@ -69,6 +74,32 @@ def test_the_table_has_a_line_a_cell():
     ]  # fmt: skip
 
 
+def test_time_and_tokens_are_those_of_an_example(monkeypatch):
+    clock = iter([100.0, 103.0])
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(sweep, "score", lambda *_: Scores({"f1": 50.0}, ["가"] * 4, [0, 100, 0, 100], 2, 1, 60))
+    data = EvaluationSet(SimpleNamespace(best_score="f1"), [None] * 4, MemoryStore([]))
+    found = measure(None, SimpleNamespace(tokenizer=None), data, Pauses(7, 5, "prepend"), 16, 2)
+    assert (found.seconds_per_example, found.tokens_per_example) == (0.75, 15.0)
+    assert (found.placement, found.num_pauses, found.value, found.num_cut, found.num_left_out) == (
+        "prepend",
+        5,
+        50,
+        2,
+        1,
+    )
+
+
+@pytest.mark.parametrize(("labels", "room"), [((), 3), (("가", "나"), 7)])
+def test_a_number_of_pauses_that_leaves_no_room_for_an_answer_is_refused(labels, room):
+    """Of a row of 16 tokens a prompt has 9 and an answer that is to be written 4 at most."""
+    store = MemoryStore([([], range(10, 19), [])] * 2)
+    data = EvaluationSet(SimpleNamespace(labels=labels, max_new_tokens=4), [None] * 2, store)
+    require_room(data, [("none", 0), ("append", room)], 16)
+    with pytest.raises(UserError, match=rf"--sweep_pauses {room + 1}: 2 rows do not fit 16 tokens"):
+        require_room(data, [("none", 0), ("append", room), ("append", room + 1)], 16)
+
+
 @pytest.mark.parametrize("task", ["nsmc", "korquad"])
 def test_a_sweep_scores_as_single_evaluations_do(monkeypatch, tmp_path, paused_model, task):
     monkeypatch.chdir(ROOT)
@@ -106,3 +137,4 @@ def test_a_sweep_scores_as_single_evaluations_do(monkeypatch, tmp_path, paused_m
 def call(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
     evaluate.main()
+    assert not torch.distributed.is_initialized()  # ranks leave together
