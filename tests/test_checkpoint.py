@@ -27,7 +27,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kozero import checkpoint, distributed, files
+from kozero import checkpoint, distributed, files, runlog
 from kozero.checkpoint import Checkpoints, RunState, content_damage, random_state, restore_random_state
 from kozero.config import BatchSizes, TrainingArguments
 from kozero.data.batches import TrainingRows
@@ -36,7 +36,7 @@ from kozero.errors import Diverged, SaveFailed, Stopped, UserError
 from kozero.files import fingerprint, write_file
 from kozero.loop import Trainer
 from kozero.pause import Pauses
-from kozero.runlog import keep_until
+from kozero.runlog import RunLog, keep_until, peak_memory_gib
 from kozero.seal import read_sealed, sealed, write_seal
 from kozero.stop import AGAIN_SECONDS, Stop
 from models.dropout import drop
@@ -831,6 +831,26 @@ def test_the_best_is_known_from_the_state_where_its_pointer_was_not_written(tmp_
     again = trainer(tmp_path, Steps(), [])
     again.resume(again.checkpoints.to_resume("auto"))
     assert again.fit().best_step == 2 and again.checkpoints.named("best").name == "step-000002"
+
+
+def test_the_time_that_is_left_is_that_of_the_steps_of_this_process(tmp_path, monkeypatch, capsys):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(runlog, "time", SimpleNamespace(perf_counter=lambda: clock.now, time=time.time))
+    log = RunLog(tmp_path, 30, first_step=10)
+    clock.now = 150.0
+    log.progress(5)
+    assert capsys.readouterr().out == ""
+    log.progress(0, loss="0.5", lr="1e-3")
+    log.close()
+    assert capsys.readouterr().out == "step 15/30: loss 0.5, lr 1e-3, 02:30 left\n"
+
+
+def test_the_peak_of_memory_is_that_of_the_process_in_gibibytes():
+    if torch.cuda.is_available():
+        pytest.skip("of a GPU it is PyTorch's own")
+    told = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(told["VmHWM"].split()[0]) / 2**20  # kB
+    assert 0.98 * peak <= peak_memory_gib() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 @pytest.mark.parametrize(("scored", "kept"), [(True, ["1", "1 eval", "2", "2 eval"]), (False, ["1", "1 eval", "2"])])

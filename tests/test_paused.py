@@ -58,6 +58,14 @@ def test_least_confident_places_are_those_of_the_lowest_probabilities(paused_mod
     assert (places - np.arange(2)).tolist() == sorted(lowest.tolist())
 
 
+def test_of_a_prompt_that_is_too_long_the_last_tokens_stay_beside_all_pauses(paused_model):
+    generator = PausedGenerator.from_pretrained(paused_model, num_pauses=3)
+    text = "긍정 영화가 참 재미있다 " * 4
+    ids, pause = generator.ids(text), generator.pauses.token_id
+    assert generator.prompt(text, 20).tolist() == [*ids[-17:], pause, pause, pause]
+    assert generator.prompt(text, len(ids) + 3).tolist() == generator.prompt(text).tolist() == [*ids, *[pause] * 3]
+
+
 def test_a_pause_is_never_written(paused_model):
     generator = PausedGenerator.from_pretrained(paused_model)
     ids = torch.from_numpy(generator.prompt(TEXTS[0])[None])
