@@ -272,6 +272,7 @@ def test_every_topic_has_something_that_validates_and_no_other_loses_more_than_i
         validating = [text for text in texts if sides.validates(text)]
         assert validating == [text for text in texts if draw(text) < 0.01] or validating == [min(texts, key=draw)]
         assert validating
+    assert not sides.validates("하나"), "a topic of one document learns from it"
     assert sum(map(sides.validates, large)) == sum(draw(text) < 0.01 for text in large)
     assert not Sides(0.0, []).validates(min(large, key=draw))
 

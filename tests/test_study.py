@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from scripts.study import Study
 from scripts.study_report import (
     Result,
     as_csv,
+    cost_table,
     difference_table,
     pauses_table,
     plot_pauses,
@@ -500,6 +502,22 @@ def test_the_best_number_of_pauses_is_that_of_the_highest_mean():
         essays("A", 2, [0.0], own=4, values={0: 9.0, 9: 0.7}),
     ]
     assert pauses_table(found)[1] == ["essay", "A", "9.50", "1.00", "0.60", "9"]
+
+
+def test_a_number_of_pauses_that_a_seed_lacks_is_not_the_best():
+    found = [result("A", 1, [20.0], values={9: 90.0, 4: 30.0}), result("A", 2, [20.0], values={4: 50.0, 2: 80.0})]
+    assert pauses_table(found)[1] == ["nsmc", "A", "20.00", "20.00", "40.00", "4"]
+
+
+def test_costs_are_medians_over_seeds_with_the_arms_own_pauses():
+    costs = ((0.1, 20.0, 7.0), (0.9, 80.0, 3.0), (0.2, 21.0, 4.0))
+    found = [
+        replace(
+            result("A", k, [1.0], own=4), step_seconds=step, tokens={0: 1.0, 4: tokens}, milliseconds={0: 1.0, 4: ms}
+        )
+        for k, (step, tokens, ms) in enumerate(costs)
+    ]
+    assert cost_table(found)[1] == ["nsmc", "A", "200", "21.0", "4.0", "0"]
 
 
 def test_the_bootstrap_interval_is_the_normal_one_for_many_values():
