@@ -833,6 +833,15 @@ def test_the_best_is_known_from_the_state_where_its_pointer_was_not_written(tmp_
     assert again.fit().best_step == 2 and again.checkpoints.named("best").name == "step-000002"
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+def test_tensors_begin_at_a_multiple_of_8_bytes_in_their_file(tmp_path, length):
+    """As the format of safetensors asks for, whatever the length of the header."""
+    tensors = {"x" * length: torch.arange(3.0), "y": torch.tensor([True])}
+    write_file(tmp_path / "a.safetensors", tensors)
+    assert int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little") % 8 == 0
+    assert all(torch.equal(load_file(tmp_path / "a.safetensors")[name], value) for name, value in tensors.items())
+
+
 def test_the_time_that_is_left_is_that_of_the_steps_of_this_process(tmp_path, monkeypatch, capsys):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(runlog, "time", SimpleNamespace(perf_counter=lambda: clock.now, time=time.time))

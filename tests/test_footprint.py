@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,22 @@ def test_an_update_of_many_divisors_is_planned_in_a_few_passes(monkeypatch):
         tried.clear()
         found = ways.Planner(None, room=room, host=math.inf, global_batch=720_720).largest(one)
         assert (found and found.micro) == micro and len(tried) <= 12
+
+
+def test_the_machine_has_room_for_what_all_ranks_hold_and_for_what_they_load():
+    four = ways.Way("zero3.json", ranks=4, checkpointing=False, stage=3, zero=None)
+    for loading, wanted in ((3.0, 4 * 10 + 5), (20.0, 4 * 20)):
+        found = Footprint(device={}, host=10.0, kept=5.0, loading=loading)
+        assert ways.Choice(four, 1, 1, found).host == wanted
+
+
+def test_activations_that_are_made_anew_cost_a_third_more_arithmetic():
+    """A forward pass is a third of a step, 2 of 6 operations a parameter and token."""
+    model = SimpleNamespace(counts={"total": 1000, "trainable": 1000}, length=128, dtype="fp32", num_tensors=3)
+    planner = ways.Planner(model, room=0, host=0, global_batch=8)
+    one = ways.Way("zero0.json", ranks=1, checkpointing=False, stage=0, zero=None)
+    plain, anew = (planner.seconds(ways.Choice(way, 8, 1, None)) for way in (one, replace(one, checkpointing=True)))
+    assert anew / plain == pytest.approx(8 / 6)
 
 
 def test_what_only_costs_where_everything_fits_comes_last():

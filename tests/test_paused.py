@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.paused import PausedGenerator
+from finetune.setup import inference_pauses
 from kozero.errors import UserError
-from kozero.pause import PLACEMENTS
+from kozero.pause import PLACEMENTS, InferencePauseArguments
+from tests.helpers import sample_tokenizer
 
 TEXTS = ["긍정", "헛수고를 한 날이다. 그는 집에 갔다.", "부정 새로운 영화"]
 
@@ -58,10 +61,32 @@ def test_least_confident_places_are_those_of_the_lowest_probabilities(paused_mod
     assert (places - np.arange(2)).tolist() == sorted(lowest.tolist())
 
 
+@pytest.mark.parametrize(
+    ("settings", "said", "wanted"),
+    [
+        ({"num_pauses": 5, "num_inference_pauses": 2, "placement": "prepend"}, {}, (2, "prepend")),
+        ({"num_pauses": 5, "num_inference_pauses": 0, "placement": "prepend"}, {}, (0, "prepend")),
+        ({"num_pauses": 5, "num_inference_pauses": 2}, {"num_inference_pauses": 0}, (0, "append")),
+        ({"num_inference_pauses": 2, "placement": "prepend"}, {"pause_placement": "append"}, (2, "append")),
+        (
+            {"fraction": 0.1, "placement": "random", "num_inference_pauses": 0},
+            {"num_inference_pauses": 3},
+            (3, "append"),
+        ),
+        ({}, {}, (0, "append")),
+    ],
+)
+def test_a_model_pauses_as_its_config_says_unless_told_otherwise(settings, said, wanted):
+    model = SimpleNamespace(tokenizer=sample_tokenizer(), pause_id=7, pause_settings=settings)
+    found = inference_pauses(model, InferencePauseArguments(**said))
+    assert (found.num, found.placement, found.token_id) == (*wanted, 7)
+
+
 def test_of_a_prompt_that_is_too_long_the_last_tokens_stay_beside_all_pauses(paused_model):
     generator = PausedGenerator.from_pretrained(paused_model, num_pauses=3)
-    text = "긍정 영화가 참 재미있다 " * 4
+    text = "긍정 영화가 참 재미있다 " * 12
     ids, pause = generator.ids(text), generator.pauses.token_id
+    assert len(ids) > 23
     assert generator.prompt(text, 20).tolist() == [*ids[-17:], pause, pause, pause]
     assert generator.prompt(text, len(ids) + 3).tolist() == generator.prompt(text).tolist() == [*ids, *[pause] * 3]
 

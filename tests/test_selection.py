@@ -62,6 +62,13 @@ def test_notes_of_rights_go_and_sentences_about_rights_stay(line):
     assert kept == ["앞 문단이다.", *([line] if line in SENTENCES else []), "뒤 문단이다."]
 
 
+def test_a_note_of_rights_is_a_line_of_80_characters_at_most():
+    note = " All rights reserved."
+    for length, goes in ((80, True), (81, False)):
+        line = "글" * (length - len(note)) + note
+        assert (line not in Cleaner(0, 0, 0.0).cleaned(f"앞\n{line}\n뒤")) == goes
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [

@@ -160,6 +160,15 @@ def test_a_tokenizer_that_cannot_keep_a_role_out_of_text_is_refused(tmp_path, ro
         load_tokenizer(folder)
 
 
+def test_a_role_that_only_a_form_of_full_width_becomes_is_refused_too(tmp_path):
+    """The letter itself is taken out of every text, and NFKC makes it of another one."""
+    backend = trained("bpe", **WORDS)
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("a", ""), normalizers.NFKC()])
+    folder = saved(tmp_path, backend, eos_token="a")
+    with pytest.raises(UserError, match=f"tokenizer {folder}: text becomes its token 'a', which no text may"):
+        load_tokenizer(folder)
+
+
 def test_the_pause_is_no_text_even_where_it_is_a_word_of_the_vocabulary(tmp_path):
     """`<wait>` has no role, is no added token, and the merges spell it."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
