@@ -187,6 +187,14 @@ def test_a_file_of_many_documents_is_many_pieces(tmp_path, monkeypatch):
     assert len(sizes) > 20 and max(sizes) <= 50 + 24
 
 
+def test_a_piece_ends_with_the_first_blank_line_behind_its_bytes(tmp_path, monkeypatch):
+    """By hand: of documents of 4 bytes, each with a blank line behind it."""
+    path = write(tmp_path / "a.txt", "가\n\n나\n\n다\n\n")
+    for piece_bytes, ends in ((3, [5, 10, 15]), (4, [5, 10, 15]), (5, [10, 15]), (9, [10, 15]), (10, [15])):
+        monkeypatch.setattr(corpus, "PIECE_BYTES", piece_bytes)
+        assert [piece.end for piece in pieces_of(path)] == ends
+
+
 def test_a_document_longer_than_a_piece_is_cut_at_the_end_of_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE_BYTES", 20)
     path = write(tmp_path / "a.txt", "".join(f"line {n:03}\n" for n in range(30)))  # 9 bytes each

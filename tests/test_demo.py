@@ -357,6 +357,16 @@ def test_which_names_are_this_machines(listens, own, foreign):
     assert all(map(found.is_own, own)) and not any(map(found.is_own, foreign))
 
 
+def test_a_request_with_two_names_of_its_host_is_refused():
+    """Whatever the server in front of it takes for the one that counts."""
+    allowed = guard.Guard(None, "localhost", 0)
+    scope = {"type": "http", "method": "GET", "path": "/config"}
+    allowed.check(scope | {"headers": [(b"host", b"localhost:7860")]})
+    for hosts in ([], [b"localhost", b"localhost"], [b"localhost", b"evil.example"]):
+        with pytest.raises(guard.Refused):
+            allowed.check(scope | {"headers": [(b"host", host) for host in hosts]})
+
+
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "", "file://", "http://["])
 def test_a_page_of_another_origin_is_refused(address, origin):
     status, told = posted(address, "queue/join", joining(), f"\nOrigin: {origin}")
