@@ -14,6 +14,7 @@ from kozero.errors import UserError
 from kozero.pause import IGNORE, Pauses, begins_inside
 from models.language_model import load
 from pretrain import run as pretraining
+from pretrain.arguments import CorpusArguments
 from pretrain.chunks import Blocks, Numbered
 from pretrain.corpus import Shard
 from pretrain.rows import BlockRows
@@ -129,6 +130,15 @@ def test_a_vocabulary_without_a_spare_token_gets_one(monkeypatch, tmp_path):
     folder = pretrain(monkeypatch, tmp_path / "runs", *PAUSED, *own, model="causal_lm")
     settings = json.loads((folder / "model/config.json").read_text())["pause"]
     assert settings["token"] == "<pause>" and points(folder)[-1]["eval/loss"] > 0
+
+
+def test_two_tokens_of_a_row_are_text_at_least():
+    shared = {"model": "causal_lm", "max_seq_length": 16}
+    assert CorpusArguments(**shared, pause_fraction=14 / 16).num_pauses == 14
+    assert CorpusArguments(**shared, pause_fraction=1 / 16).num_pauses == 1
+    for fraction, told in ((15 / 16, "15 pauses"), (0.01, "0 pauses")):
+        with pytest.raises(UserError, match=rf"{told} in --max_seq_length 16 tokens; must be 1 to 14"):
+            CorpusArguments(**shared, pause_fraction=fraction)
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,15 @@ def test_words_of_every_length_are_hidden_alike_and_tokens_by_the_share(task, wh
     within(hidden.sum() / seen[1:].sum(), 0.15, seen[1:].sum() / (4 if whole_words else 1))
 
 
+def test_in_every_row_the_hidden_tokens_are_nearly_the_share_whatever_its_words():
+    """Words are taken at equal distances in the order of their lengths, so the sums of rows differ by two words at
+    most; of words that are drawn in the order of the text they would have a standard deviation of about 12 tokens."""
+    masking, rng = Masking(TOKENS, 0.15, whole_words=True), np.random.default_rng(0)
+    for _ in range(200):
+        words = np.repeat(np.arange(200), rng.integers(1, 9, 200))
+        assert abs(masking.draw(words, rng).sum() - 0.15 * len(words)) <= 2 * 8
+
+
 def test_a_word_does_not_go_on_in_the_next_sentence():
     """Some tokenizers put no space before the first word of a text."""
     units, masking = [np.array([12, 13]), np.array([13, 14])], Masking(TOKENS, 0.5, whole_words=True)

@@ -146,6 +146,15 @@ def test_pauses_and_data_are_scored_as_they_were_trained_wherever_they_are_writt
         assert (told["--max_seq_length"], told["--max_eval_samples"]) == ("99", "7")
 
 
+def test_a_fine_tuning_says_more_than_its_task_and_that_more_than_all_of_them(tmp_path):
+    told = {"learning_rate": 0.1, "warmup_steps": 1, "weight_decay": 0.1}
+    tasks = {"nsmc": {"warmup_steps": 2, "weight_decay": 0.2}}
+    ways = {"A": {"weight_decay": 0.3}, "B": {}}
+    study = Study.read(study_file(tmp_path, finetune=told, tasks=tasks, finetuning=ways, arms=None, baseline=None))
+    assert study.merged("A", "nsmc") == {"learning_rate": 0.1, "warmup_steps": 2, "weight_decay": 0.3}
+    assert study.merged("B", "nsmc") == {"learning_rate": 0.1, "warmup_steps": 2, "weight_decay": 0.2}
+
+
 def test_every_cell_goes_on_from_the_pre_training_of_its_seed(tmp_path):
     todo = steps(Study.read(study_file(tmp_path)))
     for step in todo:
