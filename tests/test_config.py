@@ -130,6 +130,10 @@ def test_an_unknown_flag_is_answered_with_the_nearest():
     assert "did you mean '--learning_rate'" in message
 
 
+def test_what_is_like_no_flag_gets_no_advice():
+    assert "did you mean" not in refused("--xyzzy", "0.1")
+
+
 def test_flags_are_not_abbreviated():
     assert "--learning" in refused("--learning", "0.1")
 

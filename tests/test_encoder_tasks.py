@@ -311,3 +311,11 @@ def test_two_ranks_write_the_vectors_of_one_process(shared, pretrained, tmp_path
     one, two = (np.load(tmp_path / name / "vectors.npy") for name in ("one", "two"))
     np.testing.assert_allclose(one, two, atol=1e-6)
     assert read(tmp_path / "one/retrieval.json")["scores"] == read(tmp_path / "two/retrieval.json")["scores"]
+
+
+def test_a_head_that_is_drawn_follows_the_seed(one_rank):
+    def weight(seed: int) -> torch.Tensor:
+        arguments = ModelArguments(config_file=str(ROOT / "models/transformer_tiny_config.json"))
+        return load(arguments, lambda encoder: torch.nn.Sequential(torch.nn.Linear(9, 9)), seed).module[0].weight
+
+    assert torch.equal(weight(1), weight(1)) and not torch.equal(weight(1), weight(2))

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune import train as finetuning
+from finetune.card import encoder_card, model_card
 from kozero.errors import UserError
 from kozero.loop import Trainer
 from kozero.seal import whole_folder
@@ -93,6 +94,24 @@ def test_chat_templates_of_any_name_come_back_and_none_is_written_elsewhere(tmp_
     assert not any(path.is_file() for path in (tmp_path, tmp_path / "a", tmp_path / "a/b", tmp_path / "a/b/c"))
     found = AutoTokenizer.from_pretrained(tmp_path / "a/b/c/model").chat_template
     assert (found if isinstance(found, dict) else {"default": found}) == templates
+
+
+def test_a_card_tells_what_was_trained_on_what_was_scored_and_the_license_of_its_base():
+    run = {
+        "arguments": {"model_name_or_path": "skt/kogpt2-base-v2", "config_file": None, "seed": 7},
+        "git_commit": "c0",
+    }
+    pause = {"token": "<pause>", "num_pauses": 3, "placement": "append"}
+    lines = model_card("nsmc", run, ("train.txt", "test.txt"), {"accuracy": 0.87654}, 120, pause).splitlines()
+    wanted = [
+        "base_model: skt/kogpt2-base-v2", "license: cc-by-nc-sa-4.0", "- Start: skt/kogpt2-base-v2",
+        "- Trained on: train.txt", "- Scored on: test.txt", "- Pauses: 3 x `<pause>`, append",
+        "- Step 120, seed 7, commit c0", "| accuracy | 0.8765 |",
+    ]  # fmt: skip
+    assert [line for line in lines if line in wanted] == wanted
+    run["arguments"] |= {"model_name_or_path": None, "config_file": "tiny.json"}
+    lines = encoder_card("mrc", run, ("train.json", "dev.json"), {}, 1).splitlines()
+    assert "- Start: random weights of tiny.json" in lines and not any(line.startswith("license") for line in lines)
 
 
 RUNS = {

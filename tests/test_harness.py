@@ -80,6 +80,12 @@ def test_a_prompt_has_its_pauses_and_the_continuation_its_space_and_end(harness,
     assert scored == [*answer, paused.tokenizer.eos_token_id]
     lm = PausedLM(paused_model)
     assert lm._encode_pair("전제: 비가 온다. ", "함의") == (prompt, answer)
+    prompt, scored = lm._encode_pair("전제: 비가 온다. " * 200, "함의")
+    assert scored == answer and len(prompt) == lm.max_length - len(answer)
+    assert prompt[-3:] == [paused.pauses.token_id] * 3
+    lm.tok_encode = lambda text, **told: [text]
+    assert lm._encode_pair("비가 온다.  ", "그래서")[1] == lm._encode_pair("비가 온다.", "  그래서")[1] == ["  그래서"]
+    lm = PausedLM(paused_model)
     prompt, scored = lm._encode_pair("전제: </s>", " </s><unused0>")
     assert not {paused.tokenizer.eos_token_id, paused.pauses.token_id} & {*prompt[:-3], *scored}
 

@@ -7,6 +7,7 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -316,3 +317,11 @@ def test_texts_that_are_in_a_file_are_not_kept_in_memory(tmp_path):
     stub = Stub(tmp_path / "out.jsonl", fails=False)
     generate.write_all(stub, [("--prompt", "p")] * 50, {})
     assert len(stub.alive) == 50 and max(stub.alive) <= 1
+
+
+def test_a_picture_has_the_usual_font_and_the_first_that_has_hangul(monkeypatch):
+    from matplotlib import font_manager
+
+    for known, wanted in ((["UnDotum", "NanumGothic", "Arial"], ["NanumGothic"]), (["Arial"], [])):
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", [SimpleNamespace(name=name) for name in known])
+        assert plots.fonts.__wrapped__() == ["DejaVu Sans", *wanted]

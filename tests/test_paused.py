@@ -82,15 +82,6 @@ def test_a_model_pauses_as_its_config_says_unless_told_otherwise(settings, said,
     assert (found.num, found.placement, found.token_id) == (*wanted, 7)
 
 
-def test_of_a_prompt_that_is_too_long_the_last_tokens_stay_beside_all_pauses(paused_model):
-    generator = PausedGenerator.from_pretrained(paused_model, num_pauses=3)
-    text = "긍정 영화가 참 재미있다 " * 12
-    ids, pause = generator.ids(text), generator.pauses.token_id
-    assert len(ids) > 23
-    assert generator.prompt(text, 20).tolist() == [*ids[-17:], pause, pause, pause]
-    assert generator.prompt(text, len(ids) + 3).tolist() == generator.prompt(text).tolist() == [*ids, *[pause] * 3]
-
-
 def test_a_pause_is_never_written(paused_model):
     generator = PausedGenerator.from_pretrained(paused_model)
     ids = torch.from_numpy(generator.prompt(TEXTS[0])[None])

@@ -30,7 +30,7 @@ from kozero.errors import UserError
 from models import encoders
 from pretrain import launch, train, train_zero_one, train_zero_two
 from pretrain import run as pretraining
-from pretrain.model import card
+from pretrain.model import card, causal_lm
 from tests import helpers
 from tests.helpers import ROOT, interruptible, sample_tokenizer, toy_gpt2, word_tokenizer
 from tests.scripts import run_script
@@ -70,6 +70,14 @@ def points(folder):
 
 def losses(folder):
     return {row["step"]: row["train/loss"] for row in points(folder) if "train/loss" in row}
+
+
+@pytest.mark.parametrize(("num_tokens", "rows"), [(128, 128), (129, 256), (255, 256), (256, 256)])
+def test_a_vocabulary_has_the_next_multiple_of_128_rows(num_tokens, rows):
+    told = SimpleNamespace(checkpoint=None, seed=1)
+    corpus = SimpleNamespace(config_file=str(ROOT / "models/tiny_config.json"))
+    lm = causal_lm(told, corpus, num_tokens)
+    assert lm.config.vocab_size == lm.get_input_embeddings().num_embeddings == rows
 
 
 @pytest.mark.parametrize("task", ["mlm", "mlm_sop", "mlm_ict"])

@@ -4,6 +4,7 @@ is all that a row depends on."""
 import math
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -298,6 +299,12 @@ def test_roles_and_which_tokens_are_drawn_as_replacement(tokenizer, cls, sep, or
     ]
     assert tokenizer.convert_ids_to_tokens(np.flatnonzero(~tokens.special).tolist()) == ordinary
     assert tokens.size == len(tokenizer)
+
+
+def test_a_row_begins_with_the_first_of_a_text_where_there_is_no_cls():
+    roles = {"cls_token_id": None, "sep_token_id": None, "bos_token_id": 3, "eos_token_id": 4, "name_or_path": "x"}
+    assert Framing.of(SimpleNamespace(**roles)) == Framing(3, 4)
+    assert Framing.of(SimpleNamespace(**roles | {"cls_token_id": 0, "sep_token_id": 1})) == Framing(0, 1)
 
 
 def test_no_special_token_of_the_shipped_tokenizer_is_drawn_as_replacement():

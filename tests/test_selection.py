@@ -249,6 +249,7 @@ def test_a_selection_is_split_by_document_and_random_text_is_as_much(monkeypatch
         train, random = sides[topic, "train"], sides[topic, "random"]
         assert 20 < len(train) + len(sides[topic, "validation"]) <= 30
         assert not {row["text"] for row in train} & {row["text"] for row in random}
+        assert min(draw(row["text"]) for row in random) >= 0.3, "another topic may validate on it"
         sizes = [sum(len(row["text"]) for row in rows) for rows in (train, random)]
         assert sizes[0] <= sizes[1] < sizes[0] + max(len(row["text"]) for row in random)
         assert [row["score"] for row in train] == sorted((row["score"] for row in train), reverse=True)

@@ -118,6 +118,11 @@ def test_a_question_has_all_its_answers_and_trains_on_the_first(answers):
     assert example.group == "세종"
 
 
+def test_answers_stay_in_their_order_each_of_them_once():
+    told = [{"text": text, "answer_start": CONTEXT.index(text)} for text in ("세종", "1443년", "세종")]
+    assert of_row(KORQUAD, question(told)).targets == ("세종", "1443년")
+
+
 @pytest.mark.parametrize("context", [CONTEXT, f"  \n{CONTEXT} "])
 def test_the_span_points_at_the_answer_in_the_context(context):
     start = context.index("훈민정음")

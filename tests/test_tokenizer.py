@@ -339,6 +339,7 @@ REVIEWS = "id\tdocument\tlabel\n9977\t재미있는 영화\t1\n9988\t지루한 �
         (REVIEWS, []),
         (REVIEWS, ["--column", "document"]),
         (REVIEWS.replace("document", "review"), ["--column", "review"]),
+        ("재미있는 영화\t1\n지루한 영화\t0\n", ["--column", "0"]),
     ],
 )
 def test_of_a_file_with_columns_the_texts_alone_are_learned(tmp_path, monkeypatch, text, flags):
