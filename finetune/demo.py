@@ -16,7 +16,7 @@ from finetune.arguments import ModelArguments
 from finetune.comparison import Comparison, filled
 from finetune.decoding import DecodingArguments
 from finetune.generate import composed
-from finetune.guard import Guard
+from finetune.guard import Guard, timed
 from finetune.setup import load_model
 from kozero import distributed
 from kozero.config import arg, parse_arguments
@@ -111,6 +111,8 @@ def launch(blocks: gr.Blocks, host: str, port: int) -> str:
         )  # fmt: skip
     except OSError as error:  # taken since it was looked at
         raise UserError(f"--host {host} --port {port}: {first_line(error)}; choose another") from None
+    config = blocks.server.config  # it is asked for the protocol of each connection
+    config.http_protocol_class = timed(config.http_protocol_class)
     return address
 
 

@@ -21,7 +21,7 @@ READ = re.compile(
 )
 SENT = re.compile(r"/gradio_api/(queue/join|cancel)")
 BODY_BYTES = 1 << 18  # a prompt of 20,000 characters takes 240,000 where each is escaped as two numbers
-BODY_SECONDS = 20.0
+BODY_SECONDS = HEAD_SECONDS = 20.0
 NOT_OWN = "not asked for by a name of this server: open its address in numbers, or start it with --host NAME"
 
 
@@ -115,10 +115,27 @@ class Guard:
             if not (re.fullmatch(r"[\w-]{1,64}", said["session_hash"]) and said["fn_index"] == 0):
                 return False
             prompt, *numbers = said["data"] if path.endswith("/join") else [None] * (1 + self.num_values)
-            finite = all(number is None or math.isfinite(number) for number in numbers)
+            finite = all(number is None or (type(number) is not bool and math.isfinite(number)) for number in numbers)
             return isinstance(prompt, str | None) and len(numbers) == self.num_values and finite
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return False
+
+
+def timed(protocol: type) -> type:
+    """A protocol of uvicorn, which waits for ever for a head, that hangs up when none has come for HEAD_SECONDS."""
+
+    class Timed(protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(HEAD_SECONDS, self.look, None)
+
+        def look(self, before: object) -> None:
+            if self.cycle is before and (before is None or before.response_complete):
+                self.transport.close()
+            elif not self.transport.is_closing():
+                self.loop.call_later(HEAD_SECONDS, self.look, self.cycle)
+
+    return Timed
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

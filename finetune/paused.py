@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from finetune.scoring import spelled, write_batch
 from finetune.setup import inference_placement
 from kozero.data.marks import MARKERS, token_marks
-from kozero.errors import UserError, first_line, require
+from kozero.errors import require
 from kozero.pause import PLACEMENTS, Pauses, begins_inside, filler_id
-from models.language_model import load_tokenizer
+from models.language_model import WEIGHTS, check_gpt2, load_tokenizer, pause_settings_of
+from models.loading import load_any_config, load_checked
 from models.tokenizer import keep_out_of_text
 
 
@@ -55,16 +56,16 @@ class PausedGenerator:
 
         Raises: UserError for a folder without a model, an unknown placement, pauses of a model without a pause token.
         """
-        try:
-            lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: cannot be loaded as a language model ({first_line(error)})") from None
-        settings = getattr(lm.config, "pause", None) or {}
+        config = load_any_config(folder := str(folder), "model")
+        if config.model_type == "gpt2":
+            check_gpt2(config, f"model {folder}: config.json")
+        settings = pause_settings_of(config, folder)
+        lm = load_checked(AutoModelForCausalLM, config, folder, "model", is_ours=WEIGHTS.match).eval()
         placement = placement or inference_placement(settings)
         num = settings.get("num_inference_pauses", 0) if num_pauses is None else num_pauses
         require(placement in PLACEMENTS, f"placement {placement}: one of {', '.join(PLACEMENTS)}")
         tokenizer = load_tokenizer(folder)
-        token_id = filler_id(tokenizer) if placement == "filler" else settings.get("token_id")
+        token_id = filler_id(tokenizer) if placement == "filler" else tokenizer.get_vocab().get(settings.get("token"))
         require(type(num) is int and num >= 0, f"num_pauses {num!r}: must be a whole number, 0 or more")
         require(num == 0 or token_id is not None, f"{folder}: its config.json names no pause; num_pauses must be 0")
         if placement != "filler" and token_id is not None:

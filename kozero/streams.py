@@ -4,11 +4,13 @@ left, or where nobody reads any more."""
 import errno
 import io
 import os
+import re
 import select
 import sys
 from contextlib import suppress
 from typing import Any
 
+COMMANDS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # last those of direction
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -37,6 +39,15 @@ class Output(io.FileIO):
         return len(data)
 
 
+class Terminal(io.TextIOWrapper):
+    """Standard output where a person reads it: what would command the terminal is spelled, as UserError does."""
+
+    def write(self, text: str) -> int:
+        """Returns: the characters of the text."""
+        super().write(COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
+        return len(text)
+
+
 def guard_streams() -> None:
     """Let standard output and error take any text; streams that were closed before the program began lead nowhere."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -53,7 +64,8 @@ def guarded(old: io.TextIOWrapper) -> io.TextIOWrapper:
         old.flush()
     raw = Output(old.fileno(), "w", closefd=False)
     binary = raw if old.write_through else io.BufferedWriter(raw)  # python -u keeps nothing back
-    return io.TextIOWrapper(binary, old.encoding, "backslashreplace", None, old.line_buffering, old.write_through)
+    kind = Terminal if raw.fileno() == 1 and raw.isatty() else io.TextIOWrapper
+    return kind(binary, old.encoding, "backslashreplace", None, old.line_buffering, old.write_through)
 
 
 def outlive_readers() -> None:

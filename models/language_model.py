@@ -48,6 +48,8 @@ DEFAULT_PAUSE, NEW_PAUSE = "<unused0>", "<pause>"
 FLAG = "--model_name_or_path"
 SPARE_ROWS = 128  # fewer rows without a token round a vocabulary up
 FILE_NAME = re.compile(r"\w[\w.-]{,99}", re.ASCII)
+# What is no buffer: files of the hub hold those besides.
+WEIGHTS = re.compile(r"(transformer\.)?h\.\d+\.(ln|attn\.c|mlp)|lm_head\.bias")
 SIZES = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions", "n_inner")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 RANGES = (*((name, 0, 1) for name in DROPOUTS), ("layer_norm_epsilon", 1e-20, 1), ("initializer_range", 0, 10))
@@ -117,7 +119,8 @@ def read_config(path: Path) -> GPT2Config:
     known = {f.name for f in dataclasses.fields(GPT2Config)} | {"model_type"}
     check_keys(values, known, f"--config_file {path}")
     try:
-        config = GPT2Config(**values)
+        with quiet():
+            config = GPT2Config(**values)
     except Exception as error:  # the config checks types by several libraries' errors
         raise UserError(f"--config_file {path}: {first_line(error)}") from None
     check_gpt2(config, f"--config_file {path}")
@@ -173,9 +176,8 @@ def load_config(name: str, flag: str = FLAG) -> GPT2Config:
 
 
 def load_weights(name: str, config: GPT2Config, flag: str = FLAG) -> GPT2LMHeadModel:
-    """A pre-trained GPT-2 in 32 bit. Files of the hub hold buffers besides, which are no mistake."""
-    is_ours = re.compile(r"(transformer\.)?h\.\d+\.(ln|attn\.c|mlp)|lm_head\.bias").match
-    lm = load_checked(AutoModelForCausalLM, config, name, flag, is_ours)
+    """A pre-trained GPT-2 in 32 bit."""
+    lm = load_checked(AutoModelForCausalLM, config, name, flag, WEIGHTS.match)
     tied = lm.lm_head.weight is lm.transformer.wte.weight  # transformers leaves two that differ apart
     own = "its lm_head.weight differs from its embedding; give a model whose head is the embedding, as config.json says"
     require(tied, f"{flag} {name}: {own}")
@@ -238,15 +240,15 @@ def with_pause_token(
     return LanguageModel(CausalLM(lm, silent, pause_id), tokenizer, settings)
 
 
-def pause_settings_of(config: GPT2Config, name: str | None) -> dict[str, Any]:
+def pause_settings_of(config: PreTrainedConfig, name: str | None) -> dict[str, Any]:
     """The pauses that a model was trained with, empty when with none."""
-    settings = getattr(config, "pause", None) or {}
+    settings, most = getattr(config, "pause", None) or {}, getattr(config, "max_position_embeddings", 0)
     numbers = ("num_pauses", "num_inference_pauses")
     right = isinstance(settings, dict)
     if right and settings:
         right = isinstance(settings.get("token"), str) or settings.get("placement") == "filler"
-        right = right and all(type(settings.get(k)) is int and 0 <= settings[k] <= config.n_positions for k in numbers)
-    needed = f"it needs token, {' and '.join(numbers)}, {config.n_positions} at most"
+        right = right and all(type(settings.get(k)) is int and 0 <= settings[k] <= most for k in numbers)
+    needed = f"it needs token, {' and '.join(numbers)}, {most} at most"
     require(right, f"{name}: 'pause' in its config.json is {settings!r}; {needed}")
     return settings
 

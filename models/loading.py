@@ -13,8 +13,10 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from kozero.errors import UserError, first_line, require
+from kozero.json_files import read_json_object
 
 OFFLINE = "Offline? Give a local folder, or random weights with --config_file, see models/*_config.json"
+OBJECTS = ("config", "generation_config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens")
 MOST_LAYERS = 1000  # no published model has more
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of v2 and v1
 
@@ -22,10 +24,13 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def require_folder(name: str, flag: str) -> None:
-    """Tell a folder that is not there from a hub name: a hub name is `owner/name`."""
+    """Tell a folder that is not there from a hub name: a hub name is `owner/name`. JSON in a folder must hold objects,
+    whose keys its readers look up."""
     path = Path(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or name.endswith("/")
     require(not looks_local or path.is_dir(), f"{flag} {name}: no such folder")
+    for file in filter(Path.is_file, (path / f"{stem}.json" for stem in OBJECTS)):
+        read_json_object(file)
 
 
 def require_model(name: str, flag: str) -> None:
@@ -44,7 +49,8 @@ def load_any_config(name: str, flag: str) -> PreTrainedConfig:
     require_model(name, flag)
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
-        config = own_config(values)
+        with quiet():  # it would warn of ids of special tokens, which are the tokenizer's here
+            config = own_config(values)
     except Exception as error:  # UserError of our own configs, OSError, ValueError, hub errors
         raise cannot_load(name, flag, error) from None
     config.name_or_path = name  # for messages; it is not written
@@ -79,7 +85,7 @@ def check_size(
     least = -(-layers // getattr(config, "layer_group", 1)) * config.hidden_size**2
     if least <= min(memory, held or memory):
         try:
-            with torch.device("meta"):
+            with quiet(), torch.device("meta"):
                 least = sum(weight.numel() for weight in build().parameters())
         except Exception as error:  # what PyTorch and transformers do not like in a number
             raise UserError(f"{where}: no model of these sizes can be built ({first_line(error)})") from None
@@ -121,11 +127,13 @@ def load_checked(auto: Any, config: PreTrainedConfig, name: str, flag: str, is_o
             )  # fmt: skip
     except Exception as error:  # OSError, ValueError, SafetensorError, hub errors
         raise cannot_load(name, flag, error) from None
+    whole = {k for k, w in model.named_parameters() if w.dim() > 1 and w.any() and not (w % 1).any()}
     for wrong, what in (
         (loading["missing_keys"], "are missing"),
         ({str(key[0]) for key in loading["mismatched_keys"]}, "have another shape than its config.json says"),
         (set(filter(is_ours, loading["unexpected_keys"])), "are of layers that its config.json does not have"),
         ({k for k, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()}, "are not finite"),
+        (whole, "are whole numbers, as of int8 without its scales"),
     ):
         require(not wrong, f"{flag} {name}: {len(wrong)} weights {what}, the first is {min(wrong, default=None)}")
     return model

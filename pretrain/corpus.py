@@ -65,7 +65,7 @@ class Piece:
                 text = line.decode("utf-8-sig")
             except UnicodeDecodeError:
                 where = place_of_line(self.path, self.start, number)
-                raise UserError(f"{where}: {not_utf8(content)}") from None
+                raise UserError(f"{where}: {not_utf8()}") from None
             yield text.strip()
 
 

@@ -113,9 +113,10 @@ def topics(arguments: SelectionArguments) -> dict[str, list[str]]:
         fits = TOPIC.fullmatch(name) is not None
         require(fits, f"{where}: topic {name!r} names a folder; use at most 60 letters and digits")
         texts = isinstance(queries, list) and all(isinstance(query, str) and query.strip() for query in queries)
-        right = texts and queries and not has_lone_surrogate("".join(queries))
-        require(bool(right), f'{where}: topic {name!r}: must be a list of queries, e.g. ["여행의 설렘"]')
-        found[name] = [unicodedata.normalize("NFC", query) for query in queries]
+        spelled = next((query for query in queries if has_lone_surrogate(query)), None) if texts else None
+        require(spelled is None, f"{where} {spelled!a}: is not UTF-8")
+        require(bool(texts and queries), f'{where}: topic {name!r}: must be a list of queries, e.g. ["여행의 설렘"]')
+        found[name] = [" ".join(unicodedata.normalize("NFC", query).split()) for query in queries]
     return found
 
 

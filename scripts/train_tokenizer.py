@@ -17,7 +17,7 @@ from kozero.config import arg, parse_arguments
 from kozero.data.readers import decode_lines, text_files
 from kozero.errors import require, run_main
 from kozero.seal import new_folder
-from models.tokenizer import cut_within
+from models.tokenizer import cut_within, keep_out_of_text
 
 GPT = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>", *(f"<unused{n}>" for n in range(100))]
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[unused{n}]" for n in range(100))]
@@ -59,6 +59,7 @@ def main() -> None:
     with new_folder("--output_dir", Path(arguments.output_dir)) as folder:
         tokenizer = KINDS[arguments.kind](lines(files, arguments.column), arguments.vocab_size)
         tokenizer.save_pretrained(folder)
+        keep_out_of_text(tokenizer)  # as models read it
     sample = next(lines(files, arguments.column))[:40]
     if len(tokenizer) < arguments.vocab_size:
         print(f"--vocab_size {arguments.vocab_size:,}: the text gives no more than {len(tokenizer):,} tokens")
@@ -91,10 +92,10 @@ def column_of(where: str, fields: list[str], column: str | None) -> tuple[int, i
 
     Raises: UserError for a file with columns of which none is chosen.
     """
-    if column is None and len(fields) > 1:
+    if column is None:
         column = next((name for name in TEXT_COLUMNS if name in fields), None)
         more = "name the one to read with --column, or give --column -1 for whole lines"
-        require(column is not None, f"{where}: {len(fields)} tab-separated columns; {more}")
+        require(column is not None or len(fields) == 1, f"{where}: {len(fields)} tab-separated columns; {more}")
     if column is None or column.removeprefix("-").isdecimal():
         return int(column or -1), 1
     require(column in fields, f"{where}: no column {column!r}; found {', '.join(fields)[:200]}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from contextlib import suppress
 from dataclasses import replace
 
 import httpx
@@ -428,12 +429,29 @@ def test_a_body_that_does_not_come_is_not_waited_for(address, monkeypatch):
     assert answer(address, head, b"{")[0] == 408
 
 
+@pytest.mark.parametrize(
+    "asked", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n", b"GET / HTTP/1.1\r\nHost: {}\r\n\r\nGET / HT"]
+)
+def test_a_head_that_does_not_come_is_not_waited_for(address, monkeypatch, asked):
+    """Nor one that goes on coming, a header at a time, also after a request that was answered."""
+    monkeypatch.setattr(guard, "HEAD_SECONDS", 0.3)
+    where = httpx.URL(address)
+    with socket.create_connection((where.host, where.port), timeout=20) as client:
+        client.sendall(asked.replace(b"{}", where.netloc))
+        started = time.monotonic()
+        with suppress(BrokenPipeError, ConnectionResetError):
+            while not select.select([client], [], [], 0.1)[0] or client.recv(1 << 20):
+                client.sendall(b"X-A: b\r\n")
+                assert time.monotonic() < started + 15
+
+
 WRONG = [
     b"", b"{", b"[" * 100_000, b'{"data":' * 20_000, b"null", b"[]", b"\xff\xfe", b'{"data": [1e999]}',
     joining(data=None), joining(data=[]), joining(data=["긍정"]), joining(data={"a": 1}), joining(fn_index=2),
     joining(fn_index=10**9), joining(fn_index="write"), joining(fn_index=None), joining(session_hash={"a": 1}),
     joining(session_hash=None), joining(data=[{"path": "/etc/passwd"}, *numbers_of(SHORT)]),
     joining(data=["긍정", *["abc"] * 9]), joining(data=["긍정", *[[]] * 9]), joining(data=["긍정", *[10**400] * 9]),
+    *(joining(data=["긍정", *[value] * len(numbers_of(SHORT))]) for value in (True, False, "1")),
     joining(session_hash=["x"]), joining(session_hash="x" * 1000), joining(session_hash=""),
 ]  # fmt: skip
 

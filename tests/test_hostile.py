@@ -2,6 +2,7 @@
 the model that the weights are."""
 
 import json
+import logging
 import math
 import shutil
 import sys
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune import train as finetuning
+from finetune.paused import PausedGenerator
 from kozero.errors import UserError
 from models.encoders import build_encoder, export_encoder, load_encoder, read_encoder_config
 from models.language_model import load, load_config, load_tokenizer, load_weights, read_config
@@ -140,6 +143,51 @@ def test_a_value_that_no_model_has_is_one_line_that_names_the_folder(folders, tm
 def test_keys_that_are_no_part_of_the_model_change_nothing(folders, tmp_path, name):
     found = vectors(name, changed(folders[name], tmp_path / "all", **OTHER_KEYS))
     assert torch.equal(found, vectors(name, folders[name]))
+
+
+JSONS = ("config", "generation_config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens")
+
+
+@pytest.mark.parametrize("text, told", [("[]", "list"), ("null", "NoneType"), ("[" * 100_000, "nested too deeply")])
+def test_json_of_a_folder_that_is_no_object_is_named_by_its_file(folders, tmp_path, text, told):
+    for file in JSONS:
+        folder = changed(folders["gpt2"], tmp_path / file)
+        path = folder / f"{file}.json"
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+        for reader in (load_tokenizer, load_config, PausedGenerator.from_pretrained):
+            with refused(f"{path}: ", told):
+                reader(str(folder))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["gpt2", "transformer"])
+def test_weights_that_are_whole_numbers_are_refused(folders, tmp_path, name, file):
+    """As int8 without what it was scaled by; also where a single weight is stored so."""
+    folder = changed(folders[name], tmp_path / "int8")
+    weights = load_file(folder / "model.safetensors")
+    largest = max(weights, key=lambda key: weights[key].numel())
+    weights[largest] = (weights[largest] * 100).to(torch.int8)
+    (folder / "model.safetensors").unlink()
+    if file.endswith(".bin"):
+        torch.save(weights, folder / file)
+    else:
+        save_file(weights, folder / file, metadata={"format": "pt"})
+    with refused(str(folder), "1 weights are whole numbers", largest.split(".")[-2]):
+        vectors(name, folder)
+
+
+def test_ids_of_a_config_that_nobody_uses_are_no_warning(folders, tmp_path, caplog):
+    ids = {"bos_token_id": 10**6, "eos_token_id": 10**6, "pad_token_id": -5}
+    folder = changed(folders["gpt2"], tmp_path / "ids", **ids)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    load(str(folder), None, None, pause_token="<unused0>", with_pauses=True, seed=1)
+    values = json.loads((ROOT / "models/tiny_config.json").read_text()) | ids
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    read_config(tmp_path / "config.json")
+    PausedGenerator.from_pretrained(str(folder))
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("name", CONFIGS)

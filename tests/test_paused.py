@@ -13,7 +13,8 @@ from finetune.paused import PausedGenerator
 from finetune.setup import inference_pauses
 from kozero.errors import UserError
 from kozero.pause import PLACEMENTS, InferencePauseArguments
-from tests.helpers import sample_tokenizer
+from models.language_model import load
+from tests.helpers import refused, sample_tokenizer
 
 TEXTS = ["긍정", "헛수고를 한 날이다. 그는 집에 갔다.", "부정 새로운 영화"]
 
@@ -99,10 +100,47 @@ def test_a_placement_of_a_config_that_there_is_not_is_told(tmp_path, paused_mode
         PausedGenerator.from_pretrained(folder)
 
 
+PAUSE = {"token": "<unused0>", "token_id": 7, "placement": "append", "num_pauses": 3, "num_inference_pauses": 3}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"pause": "yes"},
+        {"pause": ["<unused0>"]},
+        {"pause": {"placement": "append"}},
+        *({"pause": PAUSE | {"num_inference_pauses": number}} for number in (2.0, "3", True, -1, 10**30)),
+        {"pause": PAUSE | {"token": 5}},
+        {"layer_norm_epsilon": 0.0},
+        {"attn_pdrop": 2.0},
+        {"n_layer": 10**6},
+    ],
+)
+def test_a_config_is_checked_as_the_commands_check_it(tmp_path, paused_model, values):
+    folder = shutil.copytree(paused_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    with refused(f"{folder}", "config.json", next(iter(values))):
+        load(str(folder), None, None, pause_token="<unused0>", with_pauses=False, seed=0)
+    with refused(f"{folder}", "config.json", next(iter(values))):
+        PausedGenerator.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("number", [10**9, "x", None, -1])
+def test_the_pause_is_the_token_that_the_config_names_as_in_the_commands(tmp_path, paused_model, number):
+    """Its id there is for others."""
+    folder = shutil.copytree(paused_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["pause"]["token_id"] = number
+    (folder / "config.json").write_text(json.dumps(config))
+    found, wanted = (PausedGenerator.from_pretrained(path) for path in (folder, paused_model))
+    assert found.prompt("글").tolist() == wanted.prompt("글").tolist()
+
+
 def test_a_mistake_is_told(paused_model):
     with pytest.raises(UserError, match="placement middle: one of append"):
         PausedGenerator.from_pretrained(paused_model, placement="middle")
-    with pytest.raises(UserError, match="/nowhere/model: cannot be loaded as a language model"):
+    with pytest.raises(UserError, match="/nowhere/model: no such folder"):
         PausedGenerator.from_pretrained("/nowhere/model")
     with pytest.raises(UserError, match="num_pauses -1: must be a whole number"):
         PausedGenerator.from_pretrained(paused_model, num_pauses=-1)

@@ -124,6 +124,22 @@ def test_a_terminal_that_goes_ends_no_run(tmp_path):
     assert program.wait(60) == 0 and (tmp_path / "result").exists()
 
 
+COMMANDS = "글\x1b[2J\x1b]0;title\x07\r\x9b31m\x7f\u202e끝\t탭 👩\u200d💻"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_would_command_a_terminal_is_spelled_on_one_and_kept_in_files(terminal):
+    code = f"from kozero.errors import run_main\nrun_main(lambda: print({COMMANDS!a}))"
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    told = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=theirs, env=told)
+    assert program.wait(60) == 0
+    found = os.read(ours, 1000).decode().rstrip("\r\n")
+    os.close(ours), os.close(theirs)
+    spelled = "글\\x1b[2J\\x1b]0;title\\x07\\r\\x9b31m\\x7f\\u202e끝\t탭 👩\u200d💻"
+    assert found.expandtabs() == (spelled if terminal else COMMANDS).expandtabs()
+
+
 def test_a_pipe_that_does_not_wait_is_waited_for():
     """A program that shares the pipe may have made it so; nothing is lost then."""
     reader, writer = os.pipe()

@@ -1,6 +1,7 @@
 """scripts/select_topic.py and what it is made of: cleaning, duplicates, search, split."""
 
 import json
+import os
 import shlex
 import sys
 import unicodedata
@@ -336,6 +337,11 @@ def test_a_file_that_is_no_text_is_named(tmp_path, name, content, message):
         (["--files", ".", "--query", "눈", "--top_k", "0"], "--top_k 0"),
         (["--files", ".", "--query", "눈", "--similarity", "0"], "--similarity 0.0"),
         (["--files", "nowhere", "--query", "눈"], "--files nowhere: no such file"),
+        (
+            ["--files", ".", "--query", "눈", os.fsdecode("눈".encode("cp949"))],
+            r"--query '\\udcb4\\udcab': is not UTF-8",
+        ),
+        (["--files", ".", "--query", " "], "must be a list of queries"),
     ],
 )
 def test_a_mistake_is_named(monkeypatch, tmp_path, flags, message):

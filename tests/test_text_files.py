@@ -1,7 +1,10 @@
 """Files that a flag names: which ones a folder holds, what a line is, and that nothing endless is read."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import threading
 from collections import Counter
@@ -14,7 +17,7 @@ from finetune.tasks import TASKS, Source
 from kozero.data import documents as document_files
 from kozero.data import readers
 from kozero.data.documents import documents
-from kozero.data.readers import BadRow, LeftOut, decode_lines, raw_lines, read_tsv, text_field, text_files
+from kozero.data.readers import BadRow, LeftOut, decode_lines, raw_lines, read_jsonl, read_tsv, text_field, text_files
 from kozero.errors import UserError
 from kozero.json_files import read_json
 from pretrain import corpus
@@ -81,6 +84,16 @@ def test_a_folder_that_cannot_be_read_is_named_and_not_left_out(tmp_path, monkey
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
         text_files("--files", tmp_path)
+
+
+def test_hidden_files_and_folders_are_left_out_unless_they_are_named(tmp_path):
+    """As ._a.txt, which macOS puts beside a.txt on other systems' disks."""
+    for name in ("a.txt", "._a.txt", ".git/b.txt", "b/.c.txt", ".ipynb_checkpoints/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7\xff")
+    assert found_in(tmp_path) == ["a.txt"]
+    assert text_files("--files", tmp_path / "._a.txt") == [tmp_path / "._a.txt"]
+    assert found_in(tmp_path / ".git") == ["b.txt"]
 
 
 @pytest.mark.parametrize("kind", ["fifo", "dangling link"])
@@ -194,6 +207,26 @@ def test_no_line_end_is_lost_or_doubled_where_blocks_meet(monkeypatch, block):
     assert b"".join(lines) == content and lines == content.splitlines(keepends=True)
 
 
+def test_a_long_line_is_read_in_time_by_its_length(monkeypatch):
+    """Each byte is copied a few times, not once for each block behind it; counted by a type that tells."""
+    copied = 0
+
+    class Block(bytes):
+        def __radd__(self, before):
+            nonlocal copied
+            copied += len(before) + len(self)
+            return bytes.__add__(before, self)
+
+    class File(io.BytesIO):
+        def read1(self, size):
+            return Block(super().read1(size))
+
+    monkeypatch.setattr(readers, "BLOCK", 100)
+    content = b"x" * 50_000 + b"\n" + b"y" * 50_000
+    assert list(raw_lines(File(content))) == content.splitlines(keepends=True)
+    assert copied <= 4 * len(content)
+
+
 def test_a_line_without_an_end_is_not_read_to_its_end():
     file = io.BytesIO(b"a\n" + b"x" * 10**6)
     assert len(list(raw_lines(file, 1000))[-1]) > 1000
@@ -231,6 +264,38 @@ def test_documents_and_texts_of_rows_are_bounded_too(tmp_path, monkeypatch):
         text_field("row 7", {"text": "가" * 31}, "text")
 
 
+NOT_UTF8 = {
+    "UTF-16": ("글\t하나".encode("utf-16"), "if it is UTF-16, convert it: iconv -f utf-16 "),
+    "UTF-16 without a mark": ("id\t글\n".encode("utf-16-le"), "if it is UTF-16LE, convert it: iconv -f utf-16le "),
+    "UTF-16, big end first": ("id\t글\n".encode("utf-16-be"), "if it is UTF-16BE, convert it: iconv -f utf-16be "),
+    "UTF-32": ("id\t글\n".encode("utf-32"), "if it is UTF-32, convert it: iconv -f utf-32 "),
+    "UTF-32 without a mark": ("id\t글\n".encode("utf-32-le"), "if it is UTF-32LE, convert it: iconv -f utf-32le "),
+    "UTF-32, big end first": ("id\t글\n".encode("utf-32-be"), "if it is UTF-32BE, convert it: iconv -f utf-32be "),
+    "gzip": (gzip.compress("id\t글\n".encode()), "compressed; unpack it: gunzip"),
+    "zip": (b"PK\3\4" + bytes(9), "compressed; unpack it: unzip"),
+    "xz": (lzma.compress(b"id"), "compressed; unpack it: unxz"),
+    "bzip2": (bz2.compress(b"id"), "compressed; unpack it: bunzip2"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(9), "compressed; unpack it: unzstd"),
+    "CP949": ("id\t글\n".encode("cp949"), "if it is CP949, convert it: iconv -f cp949 "),
+}
+
+
+@pytest.mark.parametrize("reader", [name for name in READERS if "--files" not in name])
+@pytest.mark.parametrize("kind", NOT_UTF8)
+def test_a_file_that_is_no_utf8_is_told_as_what_it_is(tmp_path, kind, reader):
+    content, told = NOT_UTF8[kind]
+    (tmp_path / "a.txt").write_bytes(content)
+    if kind == "CP949" and reader in (
+        "documents",
+        "corpus",
+    ):  # one reads it, the other decodes a piece when it needs it
+        assert READERS[reader](tmp_path / "a.txt")
+        return
+    with pytest.raises(UserError) as caught:
+        READERS[reader](tmp_path / "a.txt")
+    assert told in str(caught.value) and f"{tmp_path}/a.txt" in str(caught.value) and "\n" not in str(caught.value)
+
+
 # Messages and tables of any size ---------------------------------------------------------------------------------
 
 
@@ -247,6 +312,16 @@ def test_a_message_holds_a_line_of_a_users_data_at_most(tmp_path, size):
         assert len(str(UserError(f"{text}: mend it"))) <= 1000 and str(UserError(f"{text}: mend it")).endswith(
             "mend it"
         )
+
+
+def test_a_key_that_a_row_names_twice_is_a_bad_row(tmp_path):
+    """As in .json; within a row too."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "text": "b"}\n{"text": {"k": 1, "k": 2}}\n{"text": "c"}\n')
+    first, second, (where, row) = read_jsonl(path)
+    assert isinstance(first, BadRow) and str(first) == f"{path}:1: key 'text' is written twice; remove one"
+    assert isinstance(second, BadRow) and str(second) == f"{path}:2: key 'k' is written twice; remove one"
+    assert (where, row) == (f"{path}:3", {"text": "c"})
 
 
 def test_json_of_many_keys_is_read_and_a_key_that_is_there_twice_is_found(tmp_path):

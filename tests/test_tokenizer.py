@@ -338,6 +338,7 @@ REVIEWS = "id\tdocument\tlabel\n9977\t재미있는 영화\t1\n9988\t지루한 �
     [
         (REVIEWS, []),
         (REVIEWS, ["--column", "document"]),
+        ("document\n재미있는 영화\n지루한 영화\n", []),
         (REVIEWS.replace("document", "review"), ["--column", "review"]),
         ("재미있는 영화\t1\n지루한 영화\t0\n", ["--column", "0"]),
     ],
@@ -371,6 +372,14 @@ def test_the_syntax_of_a_data_file_is_not_learned(tmp_path, monkeypatch, name):
     (tmp_path / name).write_text('{"text": "영화"}', encoding="utf-8")
     with pytest.raises(UserError, match=f"{name}: holds rows, not texts"):
         run(monkeypatch, tmp_path / name, tmp_path)
+
+
+def test_the_sample_line_is_tokenised_as_models_read_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("<s>영화</s> 영화\n" * 20, encoding="utf-8")
+    run(monkeypatch, tmp_path / "a.txt", tmp_path, "--vocab_size", "150")
+    shown = capsys.readouterr().out.split(" -> ")[1].splitlines()[0].split()
+    read = load_tokenizer(str(tmp_path / "made")).tokenize("<s>영화</s> 영화")
+    assert shown == read and not {"<s>", "</s>"} & {*shown}
 
 
 def test_a_vocabulary_that_the_text_does_not_fill_is_told(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import numpy as np
 
 from kozero.data.readers import LINE_BYTES, BadRow, Located, check_line, raw_lines, read_jsonl, read_tsv, text_field
 from kozero.errors import require
-from kozero.json_files import not_utf8, read_json_object, reading
+from kozero.json_files import read_json_object, reading
 
 SUFFIXES = (".txt", ".dat", ".jsonl", ".json")
 
@@ -64,8 +64,6 @@ def lenient_lines(path: Path, counts: Counter) -> Iterator[str]:
     """Lines in UTF-8, or else in CP949, as older Korean files are, or else with U+FFFD for what is neither."""
     with reading(path) as file:
         for number, line in enumerate(raw_lines(file), start=1):
-            wide = number == 1 and line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            require(not wide, f"{path}: {not_utf8(line)}")
             line = check_line(f"{path}:{number}", line)
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -5,11 +5,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from kozero.errors import UserError, first_line, require
-from kozero.json_files import has_lone_surrogate, not_utf8, read_json, reading, regular
+from kozero.json_files import has_lone_surrogate, no_duplicates, not_utf8, other_form, read_json, reading, regular
 
 TEXT_SUFFIXES = (".txt", ".dat")
 PARQUET = "refs/convert/parquet"  # the hub's branch of data sets as parquet: a folder a config, in it one a split
@@ -50,7 +51,7 @@ def raw_lines(file: BinaryIO, most: int = 0) -> Iterator[bytes]:
     Of a line of more than `most` bytes (0: LINE_BYTES) the part that was read comes last; see `check_line`.
     """
     rest = b""
-    while len(rest) <= (most or LINE_BYTES) + 2 and (block := file.read1(BLOCK)):
+    while len(rest) <= (most or LINE_BYTES) + 2 and (block := file.read1(max(BLOCK, len(rest)))):
         lines = (rest + block).splitlines(keepends=True)
         rest = b"" if lines[-1].endswith(b"\n") else lines.pop()  # a CR may have its LF in the next block
         yield from lines
@@ -71,7 +72,7 @@ def numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
         try:
             text = check_line(f"{name}{number}", line).decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
-            raise UserError(f"{name}{number}: {not_utf8(line)}") from None
+            raise UserError(f"{name}{number}: {other_form(line[:64]) or not_utf8()}") from None
         yield number, text
 
 
@@ -82,7 +83,8 @@ def decode_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def text_files(flag: str, path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
-    """The file that a flag names, or all files of a folder with one of the suffixes in the order of their names.
+    """The file that a flag names, or all files of a folder with one of the suffixes in the order of their names, but
+    hidden ones.
 
     Raises: UserError for what cannot be read, which would be missing without a word.
     """
@@ -95,7 +97,8 @@ def text_files(flag: str, path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES)
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All that is in a folder and in those below it, linked ones too; a folder with several names is read once."""
+    """All that is in a folder and in those below it, linked ones too, but what is hidden (.git, ._a.txt of macOS); a
+    folder with several names is read once."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); make it readable or move it away")
@@ -107,8 +110,8 @@ def files_below(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add((identity.st_dev, identity.st_ino))
-        folders.sort()
-        yield from (Path(here, name) for name in names)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(here, name) for name in names if not name.startswith("."))
 
 
 def read_tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Located | BadRow]:
@@ -140,7 +143,10 @@ def read_jsonl(path: Path) -> Iterator[Located | BadRow]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=partial(no_duplicates, where))
+        except UserError as error:
+            yield BadRow(str(error))
+            continue
         except (ValueError, RecursionError) as error:
             yield BadRow(f"{where}: not JSON ({getattr(error, 'msg', first_line(error))})")
             continue
