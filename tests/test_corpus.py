@@ -218,21 +218,21 @@ def test_a_file_that_is_gone_is_named(tmp_path):
 
 @pytest.mark.parametrize("piece_bytes", [3, 10**6])
 @pytest.mark.parametrize(
-    ("content", "line", "advice"),
+    ("content", "place", "advice"),
     [
-        ("abc\n\n한글\n".encode("cp949"), 3, "iconv -f cp949 -t utf-8"),
-        ("한글\n\n한글\n".encode("utf-16"), 1, "iconv -f utf-16 -t utf-8"),
-        ("\ufeff한글\n\n\n글\n".encode() + b"\xff\n", 5, "iconv"),
-        ("글\n".encode() * 9 + "글".encode()[:2], 10, "iconv"),
+        ("abc\n\n한글\n".encode("cp949"), ":3", "iconv -f cp949 -t utf-8"),
+        ("한글\n\n한글\n".encode("utf-16"), "", "iconv -f utf-16 -t utf-8"),
+        ("\ufeff한글\n\n\n글\n".encode() + b"\xff\n", ":5", "iconv"),
+        ("글\n".encode() * 9 + "글".encode()[:2], ":10", "iconv"),
     ],
     ids=["cp949", "utf-16", "behind a bom", "cut inside a character"],
 )
 def test_a_file_that_is_not_utf8_is_named_with_its_line_and_the_way_out(
-    tmp_path, monkeypatch, piece_bytes, content, line, advice
+    tmp_path, monkeypatch, piece_bytes, content, place, advice
 ):
     monkeypatch.setattr(corpus, "PIECE_BYTES", piece_bytes)
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(UserError, match=rf"a\.txt:{line}: not UTF-8.*{advice}") as caught:
+    with pytest.raises(UserError, match=rf"a\.txt{place}: not UTF-8.*{advice}") as caught:
         build(tmp_path / "a.txt", tmp_path / "cache")
     assert "\n" not in str(caught.value)
 
