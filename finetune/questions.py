@@ -3,6 +3,7 @@
 A store is a folder of six arrays and `meta.json`. A passage that several questions share is there once.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from kozero.data.store import (
     unknown_id,
     unknown_note,
 )
+from kozero.errors import require
 from kozero.folder import cache_folder
 from kozero.metrics import exact_match
 from kozero.seal import read_sealed
@@ -104,9 +106,14 @@ def open_questions(source: Source, task: Task, limit: int, tokenizer: Any, cache
 
 
 def question_set(source: Source, task: Task, limit: int, tokenizer: Any, cache_dir: str) -> QuestionSet:
-    """The questions of a source, or `limit` of them, evenly spaced; the passages are all of them."""
+    """The questions of a source, or `limit` of them, evenly spaced; the passages are all of them.
+
+    Raises: UserError where two have one id, by which predictions.json and the official script know them.
+    """
     store = open_questions(source, task, 0, tokenizer, cache_dir)
     examples = list(read(source, task, LeftOut()))
+    (name, times), *_ = Counter(example.id for example in examples).most_common(1)
+    require(times == 1, f"{source}: {times} questions have the id {name!r}; give each its own")
     chosen = evenly(len(examples), limit)
     return QuestionSet([examples[k] for k in chosen], np.asarray(chosen), store)
 

@@ -317,7 +317,7 @@ class Checkpoints:
         Raises: UserError when there is none where one was named, or when a new run would mix with what is there.
         """
         output_dir = self.folder.parent
-        for path in (self.folder, output_dir / "model"):
+        for path in (self.folder, output_dir / "model", output_dir / "tensorboard"):
             if path.exists() and not path.is_dir():
                 raise UserError(f"--output_dir {output_dir}: {path.name} in it is a file; choose another folder")
         found = self.chosen(choice)

@@ -1,6 +1,7 @@
 """What a run is told: argument dataclasses, their command line and JSON form, and the arithmetic of a batch."""
 
 import dataclasses
+import json
 import math
 import os
 import platform
@@ -213,13 +214,15 @@ def tidy(arguments: Any) -> None:
 
 def flags_of_file(path: str, parser: ArgumentParser) -> list[str]:
     """The arguments of a JSON file as command-line flags, so that both are checked by the same parser."""
-    known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
-    known -= {"help", "-h"}
+    known = {option.removeprefix("--"): action for action in parser._actions for option in action.option_strings}
+    del known["help"], known["-h"]
     values = read_json_object(path)
     check_keys(values, known, path)
     flags = []
     for key, value in values.items():
         require(not isinstance(value, dict | list), f"{path}: {key!r} must be one value, found {value!r}")
+        is_text = known[key].type is not str or not isinstance(value, bool)
+        require(is_text, f"{path}: {key!r} must be text, found {json.dumps(value)}; put it in quotes, or leave it out")
         if value is not None:
             flags.append(f"--{key}={value}")
     return flags

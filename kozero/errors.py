@@ -126,7 +126,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr, flush=True)
         codes = ((UserError, EXIT_BAD_INPUT), (Diverged, EXIT_DIVERGED), (SaveFailed, EXIT_NOT_SAVED))
         code = next(code for kind, code in codes if isinstance(error, kind))
-        code = EXIT_NOT_SAVED if disk_error(error.__context__) else code
+        code = EXIT_NOT_SAVED if disk_error(error) else code  # also where another rank's words are told
     except Stopped as stopped:
         code = 128 + stopped.number
     except Unread:  # as a shell tells it of other programs

@@ -38,7 +38,7 @@ def claim_output(name: str, reads: Iterable[Any] = ()) -> Iterator[Path]:
     """
     made = not Path(name).exists()
     folder = writable_folder("--output_dir", Path(name))
-    new_file("--output_dir", *(folder / file for file in RESULTS), reads=reads)
+    new_file("--output_dir", *(folder / file for file in (LOCK, *RESULTS)), reads=reads)
     lock = FileLock(folder / LOCK)
     message = None
     if distributed.is_main():

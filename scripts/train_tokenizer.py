@@ -63,6 +63,9 @@ def main() -> None:
     sample = next(lines(files, arguments.column))[:40]
     if len(tokenizer) < arguments.vocab_size:
         print(f"--vocab_size {arguments.vocab_size:,}: the text gives no more than {len(tokenizer):,} tokens")
+    if len(tokenizer) > arguments.vocab_size:
+        told = f"the characters of the text alone take {len(tokenizer):,} tokens, so that none is longer"
+        print(f"warning: --vocab_size {arguments.vocab_size:,}: {told}; give more")
     print(f"{len(tokenizer):,} tokens; {sample!r} -> {' '.join(tokenizer.tokenize(sample))}")
     print(arguments.output_dir)
 

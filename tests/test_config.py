@@ -178,6 +178,11 @@ def test_a_key_with_several_values_is_named(json_file, value):
     assert "'max_steps' must be one value" in refused(json_file({"max_steps": value}))
 
 
+@pytest.mark.parametrize("key", ["output_dir", "output-dir", "resume", "deepspeed_config"])
+def test_true_and_false_are_no_name_of_a_folder(json_file, key):
+    assert f"{key!r} must be text, found false" in refused(json_file({key: False}))
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--max_steps", "drei"), ("--max_steps", "1.5"), ("--learning_rate", "fast"), ("--bf16", "vielleicht")],

@@ -1,5 +1,6 @@
 """Windows on passages and answers found in them, against plain loops over tokens and spans."""
 
+import json
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -245,6 +246,16 @@ def engine_of(module: nn.Module) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def dev(tmp_path_factory) -> QuestionSet:
     return question_set(Source(DEV), MRC, 0, sample_tokenizer(), str(tmp_path_factory.mktemp("cache")))
+
+
+def test_two_questions_of_one_id_are_refused_for_one_answer_would_be_lost(tmp_path):
+    whole = json.loads(DEV.read_text(encoding="utf-8"))
+    first, second = (question for part in whole["data"][0]["paragraphs"] for question in part["qas"][:1])
+    second["id"] = first["id"]
+    path = tmp_path / "dev.json"
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{path}: 2 questions have the id '{first['id']}'; give each its own"):
+        question_set(Source(path), MRC, 0, sample_tokenizer(), str(tmp_path))
 
 
 def test_right_spans_with_the_highest_logits_score_in_full(dev):

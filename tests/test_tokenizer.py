@@ -388,6 +388,13 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_told(tmp_path, monkeypatch,
     assert "--vocab_size 300: the text gives no more than 112 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_a_vocabulary_that_the_characters_alone_exceed_is_told(monkeypatch, tmp_path, capsys, kind):
+    (tmp_path / "one.txt").write_text("".join(map(chr, range(0xAC00, 0xAC00 + 60))), encoding="utf-8")
+    run(monkeypatch, tmp_path / "one.txt", tmp_path, "--kind", kind, "--vocab_size", "120")
+    assert "warning: --vocab_size 120: the characters of the text alone take " in capsys.readouterr().out
+
+
 def test_a_size_that_would_fill_the_memory_is_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"--vocab_size 999999999999: must be .* at most 1,048,576"):
         run(monkeypatch, tmp_path / "no.txt", tmp_path, "--vocab_size", "999999999999")

@@ -352,11 +352,18 @@ def test_a_run_does_not_write_over_the_model_that_it_starts_from(monkeypatch, co
         call(monkeypatch, train.main, *flags, "--cache_dir", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "model"])
+@pytest.mark.parametrize("name", ["checkpoints", "model", "tensorboard"])
 def test_a_file_in_the_place_of_a_folder_is_found_before_training(monkeypatch, config, tmp_path, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("")
     with refused(f"--output_dir {tmp_path}/run: {name} in it is a file", untouched=tmp_path):
+        run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
+
+
+@pytest.mark.parametrize("name", ["run.json", "scores.json", "metrics.jsonl", ".lock"])
+def test_a_folder_in_the_place_of_a_file_is_found_before_training(monkeypatch, config, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with refused(f"--output_dir {tmp_path}/run/{name}: is a folder", untouched=tmp_path):
         run(monkeypatch, config, tmp_path / "run", "--max_steps", 1)
 
 

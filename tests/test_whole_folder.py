@@ -157,6 +157,14 @@ def test_a_full_disk_ends_a_program_with_one_line_and_exit_code_5():
     assert done.stderr.startswith("error: results: No space left on device; make room") and done.stderr.count("\n") == 1
 
 
+def test_what_one_rank_tells_all_of_a_full_disk_ends_each_with_exit_code_5():
+    """Each raises the words alone: the error that they came of was another rank's."""
+    told = "from kozero.errors import UserError, run_main\ndef main():\n raise UserError('c: No space left on device')"
+    words = [sys.executable, "-c", f"{told}\nrun_main(main)"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (5, "error: c: No space left on device\n")
+
+
 TOOLS = {
     "train_tokenizer": (train_tokenizer, ["--vocab_size", "400"], "tokenizer.json"),
     "select_topic": (select_topic, ["--query", "눈이 쌓인 아침", "--terms", "bigram"], "report.json"),
