@@ -668,7 +668,7 @@ BAD_CONFIGS = [
     ("mix_lm", "mlm_sop", {"type_vocab_size": 1}, "type_vocab_size 1: --task mlm_sop has 2 segments"),
     ("mix_lm", "mlm_sop", {"causal": True}, "causal true: [CLS] sees nothing behind it"),
     ("transformer", "mlm", {"hidden_size": 64_000_000}, "no model of these sizes can be built"),
-    ("causal_lm", "clm", {"n_embd": 64_000_000}, "no model of these sizes can be built"),
+    ("causal_lm", "clm", {"n_embd": 16_000_000}, "no model of these sizes can be built"),
     ("causal_lm", "clm", {"tie_word_embeddings": False}, "tie_word_embeddings False: must be true"),
 ]
 
