@@ -854,6 +854,16 @@ def test_the_time_that_is_left_is_that_of_the_steps_of_this_process(tmp_path, mo
     assert capsys.readouterr().out == "step 15/30: loss 0.5, lr 1e-3, 02:30 left\n"
 
 
+def test_a_number_that_is_not_finite_is_a_text_of_the_curves(tmp_path):
+    """JSON has none, and Python's NaN is refused by other readers."""
+    log = RunLog(tmp_path, 3)
+    log.scalars(1, {"train/loss": math.nan, "train/grad_norm": -math.inf, "train/learning_rate": 0.5})
+    log.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    point = json.loads(line, parse_constant=pytest.fail)
+    assert (point["train/loss"], point["train/grad_norm"], point["train/learning_rate"]) == ("nan", "-inf", 0.5)
+
+
 def test_the_peak_of_memory_is_that_of_the_process_in_gibibytes():
     if torch.cuda.is_available():
         pytest.skip("of a GPU it is PyTorch's own")

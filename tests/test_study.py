@@ -30,6 +30,7 @@ from scripts.study_report import (
     pauses_table,
     plot_pauses,
     plot_scores,
+    pretraining_table,
     score_table,
     write_report,
 )
@@ -482,6 +483,43 @@ def test_a_study_of_essays_is_read_in_its_own_unit(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps(told | {"cells": [cell | {"weights": []}]}))
     with pytest.raises(UserError, match="has no weights of its texts; delete it"):
         Result.read("A", "essay", 1, 0, tmp_path)
+
+
+@pytest.mark.parametrize(("metric", "scale"), [("accuracy", 100.0), ("f1", 1.0), ("exact_match", 1.0)])
+def test_shares_are_read_as_percent_seconds_as_milliseconds_and_written_by_number(tmp_path, metric, scale):
+    cells = [
+        {"num_pauses": num, "score": metric, "value": value, "each": [0.0, 2 * value], "scores": {"majority": 0.25},
+         "seconds_per_example": seconds, "tokens_per_example": 9.0 + num, "num_cut": num}
+        for num, value, seconds in ((4, 0.5, 0.125), (0, 0.25, 0.5))
+    ]  # fmt: skip
+    (tmp_path / "sweep.json").write_text(json.dumps({"cells": cells, "groups": [0, 1], "warnings": []}))
+    points = [
+        {"step": k, "train/loss": 4.0 - k, "train/step_time_seconds": t} for k, t in ((1, 0.5), (2, 0.1), (3, 0.2))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, points)))
+    found = Result.read("A", "nsmc", 7, 4, tmp_path)
+    assert found.values == {4: 0.5 * scale, 0: 0.25 * scale} and found.majority == 0.25 * scale
+    assert {num: each.tolist() for num, each in found.each.items()} == {4: [0.0, scale], 0: [0.0, 0.5 * scale]}
+    assert (found.milliseconds, found.tokens, found.cut) == ({4: 125.0, 0: 500.0}, {4: 13.0, 0: 9.0}, {4: 4, 0: 0})
+    assert (found.losses, found.step_seconds) == ([(1, 3.0), (2, 2.0), (3, 1.0)], 0.2)
+    assert as_csv([found]).splitlines()[1:] == [
+        f"nsmc,A,7,0,0,{metric},{0.25 * scale},9.0,0.5", f"nsmc,A,7,4,1,{metric},{0.5 * scale},13.0,0.125",
+    ]  # fmt: skip
+    other = Result.read("B", "nsmc", 7, 0, tmp_path)
+    assert as_csv([other]).splitlines()[1].split(",")[4] == "1"
+
+
+def test_a_pre_training_is_told_by_its_median_step_and_the_mean_of_its_last_losses(tmp_path):
+    paths = [tmp_path / "1.jsonl", tmp_path / "2.jsonl", tmp_path / "gone.jsonl"]
+    for path, losses, seconds in ((paths[0], (9.0, 5.0, 2.0), 0.1), (paths[1], (8.0, 4.0, 3.0), 0.3)):
+        points = [
+            {"step": k, "train/loss": x, "train/step_time_seconds": seconds}
+            for k, x in zip((1, 5, 9), losses, strict=True)
+        ]
+        points.append({"step": 9, "eval/loss": 7.0})
+        path.write_text("\n".join(map(json.dumps, points)))
+    assert pretraining_table({"StdPT": paths, "none": paths[2:]})[1:] == [["StdPT", "", "200", "9", "2.5000"]]
+    assert pretraining_table({"none": paths[2:]}) == []
 
 
 @pytest.mark.parametrize("make, label", [(result, "accuracy (%)"), (essays, "perplexity (lower is better)")])
