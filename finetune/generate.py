@@ -150,7 +150,7 @@ def write_all(writer: Writer, prompts: Iterable[Prompt], settings: dict[str, Any
                     row = {"prompt": found.prompt, "text": found.text, "settings": settings}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
-    if arguments.metrics:
+    if texts:
         tell_metrics(arguments.output_file, texts, losses, settings)
 
 
@@ -242,11 +242,14 @@ def composed(prompt: str) -> str:
 
 def lines_of(file: BinaryIO) -> Iterator[Prompt]:
     """Lines of standard input that are not empty; a person is asked for each."""
+    found = sys.stdin.isatty()
     ask()
     for number, line in numbered_lines(file, "standard input, line "):
         if line.strip():
+            found = True
             yield f"standard input, line {number}", composed(line)
         ask()
+    require(found, "standard input: no prompt in it; give --prompt or --prompts_file")
 
 
 def ask() -> None:

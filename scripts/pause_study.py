@@ -322,10 +322,11 @@ def claim(folder: Path, path: Path) -> None:
 def main() -> None:
     """Check everything, run what is not finished, report."""
     names = [word for word in sys.argv[1:] if not word.startswith("-") and word.endswith(".json")]
-    argv = [word for word in sys.argv[1:] if word not in names]
-    usual = "name one study file, e.g. python scripts/pause_study.py sample_data/study.json"
-    require(not (wrong := [word for word in argv if not word.startswith("-")]), f"{' '.join(wrong)}: no .json; {usual}")
+    argv = [word for word in sys.argv[1:] if word.startswith("-")]
     (arguments,) = parse_arguments(StudyArguments, prog="scripts/pause_study.py", description=__doc__, argv=argv)
+    usual = "name one study file, e.g. python scripts/pause_study.py sample_data/study.json"
+    wrong = [word for word in sys.argv[1:] if word not in (*names, *argv)]
+    require(not wrong, f"{' '.join(wrong)}: no .json; {usual}")
     require(len(names) == 1, usual)
     path = Path(names[0])
     study = Study.read(path)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -317,6 +318,21 @@ def test_what_was_written_before_a_fault_is_kept(monkeypatch, tmp_path, paused_m
         call(monkeypatch, paused_model, "--max_new_tokens", 4, "--output_file", tmp_path / "out.jsonl")
     (row,) = (tmp_path / "out.jsonl.incomplete").read_text(encoding="utf-8").splitlines()
     assert json.loads(row)["prompt"] == "긍정"
+
+
+@pytest.mark.parametrize("typed", [b"", b"\n \n"])
+def test_a_standard_input_without_a_prompt_is_told_and_earlier_texts_stay(monkeypatch, tmp_path, paused_model, typed):
+    """A service and `ssh -n` give none."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(typed), isatty=lambda: False))
+    (tmp_path / "out.jsonl").write_text("earlier")
+    with pytest.raises(UserError, match="standard input: no prompt in it; give --prompt or --prompts_file"):
+        call(monkeypatch, paused_model, "--metrics", "--output_file", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "earlier"
+
+
+def test_a_person_may_end_before_the_first_prompt(monkeypatch, paused_model):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(), isatty=lambda: True))
+    call(monkeypatch, paused_model, "--metrics")
 
 
 def test_greedy_writing_has_no_settings_of_sampling():

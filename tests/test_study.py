@@ -367,7 +367,14 @@ def test_a_folder_that_holds_something_else_is_not_written_to(monkeypatch, tmp_p
     assert [path.name for path in (tmp_path / "study").iterdir()] == ["report.md"]
 
 
-@pytest.mark.parametrize("words, told", [([], "name one study file"), (["a.yaml"], "a.yaml: no .json; name one")])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ([], "name one study file"),
+        (["a.yaml"], "a.yaml: no .json; name one"),
+        (["a.json", "--output_dir", "runs/a"], "unknown argument '--output_dir'"),
+    ],
+)
 def test_a_study_file_must_be_named(monkeypatch, words, told):
     monkeypatch.setattr(sys, "argv", ["pause_study.py", *words])
     with pytest.raises(UserError, match=told):
