@@ -2,7 +2,7 @@
 
     python scripts/pause_study.py sample_data/study.json
 
-A study that was stopped goes on where it stood; what is finished is not run again.
+A study that was stopped goes on where it stood; what is finished is not run again unless a file that it read changed.
 """
 
 import os
