@@ -17,6 +17,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """What a test or what it calls leaves in the environment is not there for the next one, nor for what that starts:
+    a run in this process sets LOCAL_RANK, by which transformers' Trainer looks for other ranks."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def one_rank(monkeypatch):
     """A process group of this process alone; what a run does to leave it does nothing."""
