@@ -15,7 +15,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from kozero import distributed
-from kozero.errors import UserError, require
+from kozero.errors import SaveFailed, UserError, require
 from kozero.streams import outlive_readers
 
 LOCK = ".lock"
@@ -51,9 +51,13 @@ def claim_output(name: str, reads: Iterable[Any] = ()) -> Iterator[Path]:
         raise UserError(message)
     try:
         yield folder
+    except OSError as error:
+        if folder.exists():
+            raise
+        raise SaveFailed(f"--output_dir {name}: was removed while the run wrote to it; start again") from error
     finally:
         lock.release()
-        if made and distributed.is_main() and [path.name for path in folder.iterdir()] == [LOCK]:
+        if made and distributed.is_main() and folder.exists() and [path.name for path in folder.iterdir()] == [LOCK]:
             (folder / LOCK).unlink()
             folder.rmdir()
 

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import pwd
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import torch
 from finetune.arguments import DataArguments
 from kozero import cgroups, distributed
 from kozero.config import TrainingArguments, parse_arguments
-from kozero.errors import UserError
+from kozero.errors import SaveFailed, UserError
 from kozero.folder import cache_folder, claim_output
 from tests.helpers import ROOT
 from tests.ranks import START
@@ -269,6 +270,15 @@ def test_runs_that_mpirun_started_beside_each_other_are_told_what_they_are(monke
     told = pytest.raises(UserError, match=r"another run is writing there.*OMPI_COMM_WORLD_SIZE is set.*torchrun")
     with claim_output(str(tmp_path)), told, claim_output(str(tmp_path)):
         pass
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), KeyError("another fault")])
+def test_an_output_folder_that_is_removed_under_a_run_is_told_and_hides_no_other_fault(tmp_path, one_rank, error):
+    told = pytest.raises(SaveFailed if isinstance(error, OSError) else KeyError, match=r"was removed|another fault")
+    with told, claim_output(str(tmp_path / "run")) as folder:
+        shutil.rmtree(folder)
+        raise error
+    assert not folder.exists()
 
 
 # A user without a home folder -----------------------------------------------------------------------------------------
