@@ -17,10 +17,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
 @pytest.fixture(autouse=True)
 def environment():
-    """What a test or what it calls leaves in the environment is not there for the next one, nor for what that starts:
-    a run in this process sets LOCAL_RANK, by which transformers' Trainer looks for other ranks."""
+    """What a test, a fixture of its file or what they call leaves in the environment is not there for the next one, nor
+    for what that starts: a run in this process sets LOCAL_RANK, by which transformers' Trainer looks for more ranks."""
+    for name in RANKS:
+        os.environ.pop(name, None)
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -34,8 +39,6 @@ def one_rank(monkeypatch):
 
     from kozero import distributed
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     distributed.shutdown()  # of a run that ended with a mistake
     distributed.setup()

@@ -322,7 +322,8 @@ def files(tmp_path_factory) -> Path:
     reviews(folder / "other.txt", "극장")
     (folder / "essay.jsonl").write_bytes((SAMPLE_DATA / "essay/train.jsonl").read_bytes())
     for name, word in (("questions", "가"), ("other", "나")):
-        articles = [QUESTIONS["data"][0] | {"title": f"{word}{n}"} for n in range(20)]
+        article = json.dumps(QUESTIONS["data"][0])
+        articles = [json.loads(article.replace('"id": "', f'"id": "{n}-')) | {"title": f"{word}{n}"} for n in range(20)]
         (folder / f"{name}.json").write_text(json.dumps({"data": articles}), encoding="utf-8")
     for name, word in (("c", "영화"), ("d", "극장")):
         text = "".join(f"좋은 {word} {k}.\n나쁜 {word} {k}.\n\n" for k in range(60))
