@@ -77,7 +77,7 @@ def test_an_export_without_weights_is_the_export_but_for_them(tmp_path, kind):
     assert len(tried) < len(whole)
 
 
-TEMPLATES = {"default": "{{ messages }}", "rag/v2": "a", "../../../up": "b", "/tmp/wt": "c", "": "d", "가" * 200: "e"}
+TEMPLATES = {"default": "{{ messages }}", "rag/v2": "a", "../../../up": "b", "/tmp/up": "c", "": "d", "가" * 200: "e"}
 
 
 @pytest.mark.parametrize("names", [["default", "tool_use"], *(["default", name] for name in TEMPLATES)])

@@ -330,9 +330,10 @@ def test_a_standard_input_without_a_prompt_is_told_and_earlier_texts_stay(monkey
     assert (tmp_path / "out.jsonl").read_text() == "earlier"
 
 
-def test_a_person_may_end_before_the_first_prompt(monkeypatch, paused_model):
+def test_a_person_may_end_before_the_first_prompt(monkeypatch, paused_model, capsys):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(), isatty=lambda: True))
     call(monkeypatch, paused_model, "--metrics")
+    assert "prompt (Ctrl-D ends): " in (shown := capsys.readouterr().out) and "distinct" not in shown
 
 
 def test_greedy_writing_has_no_settings_of_sampling():
