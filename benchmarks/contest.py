@@ -181,7 +181,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown."""
+    """A table in Markdown: the names of its columns, then the rows."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

@@ -271,11 +271,11 @@ class Clock(TrainerCallback):
     begin = end = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The first one."""
+        """Record the time at which the first update begins."""
         self.begin = self.begin or time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The last one so far."""
+        """Record the time at which the latest update ended."""
         if torch.cuda.is_available():  # which has been told of the update and may not have made it yet
             torch.cuda.synchronize()
         self.end = time.perf_counter()

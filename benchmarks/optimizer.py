@@ -157,7 +157,7 @@ def single(arguments: BenchmarkArguments) -> Block:
 
 
 def free(arguments: BenchmarkArguments) -> Block:
-    """The kernel alone."""
+    """The fused kernel alone, without clipping."""
     module = module_of(arguments)
     optimizer = torch.optim.AdamW(parameter_groups(module, DECAY), lr=RATE, fused=True)
     return blocks_of(arguments, optimizer, optimizer.step)

@@ -53,22 +53,22 @@ class QuestionStore:
 
     @property
     def num_passages(self) -> int:
-        """Different passages."""
+        """Number of different passages."""
         return len(self.passage_ends) - 1
 
     @property
     def num_questions(self) -> int:
-        """Questions."""
+        """Number of questions."""
         return len(self.question_ends) - 1
 
     @property
     def passage_lengths(self) -> np.ndarray:
-        """(P,) tokens."""
+        """(P,) number of tokens of each passage."""
         return np.diff(self.passage_ends)
 
     @property
     def question_lengths(self) -> np.ndarray:
-        """(Q,) tokens."""
+        """(Q,) number of tokens of each question."""
         return np.diff(self.question_ends)
 
     def passage(self, number: int) -> np.ndarray:

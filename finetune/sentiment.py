@@ -57,7 +57,7 @@ ARGUMENTS = (SentimentArguments, DecodingArguments)
 
 
 def main() -> None:
-    """Write, judge, tell."""
+    """Generate reviews, judge them, and report the agreement."""
     arguments, decoding = parse_arguments(*ARGUMENTS, prog="finetune/sentiment.py", description=__doc__)
     message = f"--temperature 0: writes the same review {arguments.num_samples} times; give a temperature above 0"
     require(arguments.num_samples == 1 or decoding.temperature > 0, message)

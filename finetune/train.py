@@ -74,7 +74,7 @@ ARGUMENTS = (
 
 
 def main() -> None:
-    """The whole run."""
+    """Parse the arguments, and train a language model or an encoder."""
     training, model_arguments, data, reading, pauses, freezing = parse_arguments(
         *ARGUMENTS, prog="finetune/train.py", description="Fine-tune a Korean language model or encoder under ZeRO."
     )

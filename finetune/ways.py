@@ -30,7 +30,7 @@ class Way:
 
     @property
     def name(self) -> str:
-        """For a table."""
+        """The JSON's name, and whether activations are recomputed; as shown in tables."""
         return Path(self.path).stem + (" + checkpointing" if self.checkpointing else "")
 
 

@@ -335,7 +335,7 @@ class Checkpoints:
         return found
 
     def chosen(self, choice: str | None) -> Path | None:
-        """What `to_resume` finds."""
+        """The checkpoint folder that `choice` means, None to begin anew; see `to_resume`."""
         if choice is None:
             if self.all():
                 raise UserError(

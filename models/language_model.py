@@ -70,7 +70,7 @@ class LanguageModel:
 
     @property
     def config(self) -> GPT2Config:
-        """The transformers config."""
+        """The model's configuration, as transformers saves it in config.json."""
         return self.module.lm.config
 
 

@@ -41,7 +41,7 @@ class Piece:
     end: int
 
     def content(self) -> bytes:
-        """The bytes."""
+        """Read the bytes of this part of the file."""
         with reading(self.path) as file:
             file.seek(self.start)
             return file.read(self.end - self.start)
@@ -148,7 +148,7 @@ class Shard:
 
     @property
     def num_documents(self) -> int:
-        """D."""
+        """Number of documents in the shard."""
         return len(self.documents) - 1
 
 

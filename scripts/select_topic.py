@@ -193,7 +193,7 @@ class Sides:
         self.given = {min(texts, key=draw) for texts in few}
 
     def validates(self, text: str) -> bool:
-        """Whether it validates."""
+        """Whether a text belongs to the validation side."""
         return draw(text) < self.fraction or text in self.given
 
 

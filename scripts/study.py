@@ -188,5 +188,5 @@ def check_setting(where: str, key: str, value: object) -> None:
 
 
 def name_of(before: str, after: str) -> str:
-    """An arm's name."""
+    """Name of the arm that pairs a pre-training with a fine-tuning."""
     return f"{before}_{after}" if before else after

@@ -135,7 +135,7 @@ class Pool:
         return len(self.places)
 
     def __getitem__(self, number: int) -> tuple[str, str]:
-        """(where, text)."""
+        """The place that a document came from, and its text."""
         self.file.seek(int(self.places[number]))
         where, text = json.loads(self.file.readline())
         return where, text

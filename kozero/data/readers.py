@@ -36,7 +36,7 @@ class LeftOut:
         self.first: dict[str, str] = {}
 
     def add(self, reason: str, where: str) -> None:
-        """Count one row."""
+        """Count a row that is left out for `reason`; `where` names its file and line."""
         self.counts[reason] += 1
         self.first.setdefault(reason, where)
 
